@@ -1,0 +1,19 @@
+"""The one exception whose message is meant for the person at the keyboard."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake that its user can mend.
+
+    The message is one clear sentence that names the file, key or value and what is allowed. The command line
+    prints it without a traceback and ends with exit code 2.
+    """
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """``"; did you mean 'kd'?"`` for a close name, else ``"; allowed: ..."``."""
+    allowed = [str(value) for value in allowed]
+    close = difflib.get_close_matches(name, allowed, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; allowed: {', '.join(allowed) or 'nothing'}"
