@@ -1,0 +1,171 @@
+"""The whole graph on one page, as data.
+
+The command line comes from this table. ``dvc.yaml``, the components and the pipeline are written by hand, because they are
+what a newcomer reads first; ``tests/contracts/test_graph.py`` proves that they name the same stages, inputs, outputs and
+parameters. A stage's module has a ``Config`` and a ``run(config, ..., tracker)`` that takes the inputs and outputs below as
+keyword paths and writes its outputs, and only those. Modules are imported when their stage runs, never here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from segdistill.config import parse
+from segdistill.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One box of the graph.
+
+    ``{experiment}`` and ``{seed}`` in a path or a parameter name stand for the job of a stage that runs once per
+    (experiment, seed). An input that ends in ``{job}`` arrives as a list, one path per job, in the order of the matrix.
+    """
+
+    name: str
+    module: str  # below segdistill.stages
+    image: str  # which container image: "data" (no torch) or "train"
+    params: tuple[str, ...]  # dotted keys of params.yaml, which are also what DVC watches
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    metrics: Mapping[str, str] = field(default_factory=dict)  # outputs that are small, readable and kept in git
+    per_job: bool = False
+    help: str = ""
+
+
+JOB = "{experiment}-s{seed}"
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        name="validate",
+        module="validate",
+        image="data",
+        params=("validate",),
+        inputs={"data": "data"},
+        outputs={"report": "reports/validation"},
+        help="check every file of the data set (Great Expectations) before anything is built on it",
+    ),
+    Stage(
+        name="prepare",
+        module="prepare",
+        image="data",
+        params=("prepare",),
+        inputs={"data": "data", "report": "reports/validation"},
+        outputs={"prepared": "artifacts/prepared"},
+        help="turn the data set into Arrow shards with train ids and a manifest",
+    ),
+    Stage(
+        name="train_teacher",
+        module="train_teacher",
+        image="train",
+        params=("train_teacher",),
+        inputs={"prepared": "artifacts/prepared"},
+        outputs={"teacher": "artifacts/teacher"},
+        help="train the teacher, or import a checkpoint, and record its validation score",
+    ),
+    Stage(
+        name="evaluate_teacher",
+        module="evaluate",
+        image="train",
+        params=("evaluate",),
+        inputs={"prepared": "artifacts/prepared", "model": "artifacts/teacher"},
+        outputs={"evaluation": "reports/evaluation/teacher"},
+        help="the teacher on the test split, at original resolution",
+    ),
+    Stage(
+        name="distill",
+        module="distill",
+        image="train",
+        params=("distill", "experiments.{experiment}"),
+        inputs={"prepared": "artifacts/prepared", "teacher": "artifacts/teacher"},
+        outputs={"students": f"artifacts/students/{JOB}"},
+        per_job=True,
+        help="train one experiment's student (or co-trained students) with one seed",
+    ),
+    Stage(
+        name="evaluate",
+        module="evaluate",
+        image="train",
+        params=("evaluate",),
+        inputs={"prepared": "artifacts/prepared", "model": f"artifacts/students/{JOB}"},
+        outputs={"evaluation": f"reports/evaluation/{JOB}"},
+        per_job=True,
+        help="one job's students on the test split, at original resolution",
+    ),
+    Stage(
+        name="compare",
+        module="compare",
+        image="train",
+        params=("compare", "run", "seeds"),
+        inputs={
+            "prepared": "artifacts/prepared",
+            "teacher": "artifacts/teacher",
+            "teacher_evaluation": "reports/evaluation/teacher",
+            "students": "artifacts/students/{job}",
+            "evaluations": "reports/evaluation/{job}",
+        },
+        outputs={"report": "reports/comparison"},
+        metrics={"metrics": "reports/metrics.json"},
+        help="mean and spread over seeds, paired bootstrap against the undistilled student, one HTML report",
+    ),
+    Stage(
+        name="register",
+        module="register",
+        image="train",
+        params=("register", "run", "seeds"),
+        inputs={
+            "comparison": "reports/comparison",
+            "prepared": "artifacts/prepared",
+            "students": "artifacts/students/{job}",
+        },
+        outputs={"registration": "reports/registration"},
+        help="register the best student by validation score, and move the alias if it beats the champion",
+    ),
+)
+
+BY_NAME: dict[str, Stage] = {stage.name: stage for stage in STAGES}
+
+# Top-level keys of params.yaml that are not a stage's section: the matrix.
+MATRIX_KEYS = ("run", "experiments", "seeds")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell of the matrix."""
+
+    experiment: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.experiment}-s{self.seed}"
+
+
+def jobs(params: Mapping[str, Any]) -> list[Job]:
+    """The matrix of a params file: every experiment under ``run`` with every seed.
+
+    Raises:
+        UserError: an experiment that is run but not defined, a repeated one, or no seed.
+    """
+    run = parse(list[str], params.get("run"), "run")
+    seeds = parse(list[int], params.get("seeds"), "seeds")
+    defined = parse(dict[str, Any], params.get("experiments"), "experiments")
+    for name in run:
+        if name not in defined:
+            raise UserError(f"run: '{name}' is not defined under experiments{nearest(name, defined)}")
+    for key, values in (("run", run), ("seeds", seeds)):
+        if not values:
+            raise UserError(f"{key}: empty; name at least one")
+        if len(set(values)) != len(values):
+            raise UserError(f"{key}: {values} repeats a value; each may stand there once")
+    return [Job(experiment, seed) for experiment in run for seed in seeds]
+
+
+def check_sections(params: Mapping[str, Any]) -> None:
+    """Raises a UserError for a top-level key of params.yaml that no stage and no matrix knows, or that is missing."""
+    known = {key.split(".")[0] for stage in STAGES for key in stage.params} | set(MATRIX_KEYS)
+    for key in params:
+        if key not in known:
+            raise UserError(f"{key}: unknown section{nearest(str(key), known)}")
+    for key in sorted(known):
+        if key not in params:
+            raise UserError(f"{key}: missing; params.yaml needs this section")

@@ -1,0 +1,78 @@
+"""Where numbers go: a small protocol, and the implementation that needs nothing but a file."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Tracker(Protocol):
+    """What the library asks of an experiment tracker. Names are the same in every run: see docs/architecture.md."""
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Flat, dotted parameter names and their values."""
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Scalars such as ``train/loss/ce`` or ``val/miou``; ``step`` is the iteration."""
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Short facts for searching: data md5, commit, stage."""
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """A file or a folder to keep with the run, below ``folder``."""
+
+    def child(self, name: str) -> "Tracker":
+        """A tracker for one of several students that train in one run."""
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Ends the run: FINISHED, FAILED or KILLED."""
+
+
+class NullTracker:
+    """Keeps nothing."""
+
+    def params(self, values: Mapping[str, Any]) -> None: ...
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None: ...
+    def tags(self, values: Mapping[str, str]) -> None: ...
+    def artifact(self, path: Path, folder: str = "") -> None: ...
+    def child(self, name: str) -> "NullTracker":
+        return self
+
+    def close(self, status: str = "FINISHED") -> None: ...
+
+
+class JsonLinesTracker:
+    """One JSON object a line, flushed as it is written; artifacts are recorded by their path."""
+
+    def __init__(self, path: Path, prefix: str = "") -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.prefix = path, prefix
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def _write(self, kind: str, values: Mapping[str, Any], step: int | None = None) -> None:
+        record: dict[str, Any] = {"time": time.time(), "kind": kind, "values": dict(values)}
+        if step is not None:
+            record["step"] = step
+        if self.prefix:
+            record["run"] = self.prefix
+        self._file.write(json.dumps(record, default=str) + "\n")
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        self._write("params", values)
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        self._write("metrics", values, step)
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        self._write("tags", values)
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        self._write("artifact", {"path": path, "folder": folder})
+
+    def child(self, name: str) -> "JsonLinesTracker":
+        return JsonLinesTracker(self.path, prefix=f"{self.prefix}/{name}".strip("/"))
+
+    def close(self, status: str = "FINISHED") -> None:
+        self._write("close", {"status": status})
+        self._file.close()

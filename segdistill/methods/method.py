@@ -1,0 +1,71 @@
+"""The contract of a distillation method.
+
+A method is one file: a config with ``name`` and ``weight``, one or more pure functions, and a class that joins the two.
+It returns its terms raw; the learner applies the weights and logs both. Trainable helpers (projections, heads, memory
+banks) are submodules of the method: optimised with the student, wrapped with it by DDP, kept in the resume checkpoint,
+never exported. Adding a method touches its file and the table in ``methods/__init__.py``.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from segdistill.models.outputs import ModelInfo, Outputs
+
+
+class Method(nn.Module):
+    """What frozen-teacher and co-trained methods share."""
+
+    Config: ClassVar[type]
+    config: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The factor of each term that :meth:`forward` returns, the method's own ``weight`` included.
+
+        A term with factor 0 is switched off and is not computed.
+        """
+        raise NotImplementedError
+
+    def own_optimizers(self) -> dict[str, tuple[list[nn.Parameter], Any]]:
+        """Helpers that another optimiser than the student's trains: name -> (parameters, optimiser config)."""
+        return {}
+
+
+class OfflineMethod(Method):
+    """A frozen teacher teaches one student."""
+
+    kind: ClassVar[str] = "offline"
+
+    def __init__(self, config: Any, student: ModelInfo, teacher: ModelInfo) -> None:
+        super().__init__(config)
+
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
+        """The raw terms, each a float32 scalar.
+
+        Shape:
+            target: [B, H, W] int64, ``losses.IGNORE_INDEX`` where there is no label.
+        """
+        raise NotImplementedError
+
+
+class OnlineMethod(Method):
+    """Peers, trained together from the start, teach each other."""
+
+    kind: ClassVar[str] = "online"
+
+    def __init__(self, config: Any, peers: Mapping[str, ModelInfo]) -> None:
+        super().__init__(config)
+
+    def forward(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, Tensor]:
+        """The raw terms, each a float32 scalar, the sink peer's name in the term's name.
+
+        Shape:
+            target: [B, H, W] int64, ``losses.IGNORE_INDEX`` where there is no label.
+        """
+        raise NotImplementedError
