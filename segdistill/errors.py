@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for the person at the keyboard."""
+"""Exceptions whose message is meant for the person at the keyboard."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,13 @@ class UserError(Exception):
 
     The message is one clear sentence that names the file, key or value and what is allowed. The command line
     prints it without a traceback and ends with exit code 2.
+    """
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state: the same command continues it.
+
+    The command line ends with exit code 75, after which a scheduler may run the command again.
     """
 
 

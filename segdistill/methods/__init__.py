@@ -1,0 +1,96 @@
+"""The distillation methods, by name.
+
+Importing this package imports no torch: a method's module is loaded when it is asked for. To add a method, write its
+file and its line here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from segdistill.config import parse
+from segdistill.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from segdistill.methods.method import Method
+    from segdistill.models.outputs import ModelInfo
+
+METHODS = {
+    "kd": "segdistill.methods.kd:PixelWise",
+    "apd": "segdistill.methods.apd:AdaptivePerspective",
+    "dml": "segdistill.methods.dml:MutualLearning",
+}
+
+
+def load(name: str) -> type[Method]:
+    """The class of a method in the table."""
+    module, _, attribute = METHODS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+
+
+def parse_method(data: Any, where: str) -> tuple[type[Method], Any]:
+    """The class and the config of one entry of an experiment's list of methods.
+
+    Args:
+        data: ``{"name": "kd", "temperature": 2.0}``, as params.yaml gives it; what is absent has the method's default.
+        where: the dotted path of ``data``, for messages.
+
+    Raises:
+        UserError: the first mistake, with its dotted path and the nearest valid name.
+    """
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where}: expected a mapping such as {{name: kd}}, not {data!r}")
+    if "name" not in data:
+        raise UserError(f"{where}.name: missing; it says which method this is; allowed: {', '.join(METHODS)}")
+    name = data["name"]
+    if not isinstance(name, str) or name not in METHODS:
+        raise UserError(f"{where}.name: unknown method {name!r}{nearest(str(name), METHODS)}")
+    method = load(name)
+    return method, parse(method.Config, dict(data), where)
+
+
+def build_offline(configs: Sequence[Any], student: ModelInfo, teacher: ModelInfo) -> nn.ModuleDict:
+    """The methods by which a frozen teacher teaches one student.
+
+    Args:
+        configs: what :func:`parse_method` gave.
+
+    Returns:
+        Methods by name, in order; the second of a name is ``<name>-2``.
+
+    Raises:
+        UserError: a method that takes co-trained students, or a pair that a method is not defined for.
+    """
+    _require_one_label_set({"student": student, "teacher": teacher})
+    return _build(configs, "offline", (student, teacher))
+
+
+def build_online(configs: Sequence[Any], peers: Mapping[str, ModelInfo]) -> nn.ModuleDict:
+    """The methods by which co-trained students, by name, teach each other; see :func:`build_offline`."""
+    _require_one_label_set(peers)
+    return _build(configs, "online", (peers,))
+
+
+def _build(configs: Sequence[Any], kind: str, models: tuple[Any, ...]) -> nn.ModuleDict:
+    from torch import nn
+
+    methods = nn.ModuleDict()
+    for config in configs:
+        method: Any = load(config.name)
+        if method.kind != kind:
+            takes = {"offline": "a frozen teacher and one student", "online": "several co-trained students"}
+            raise UserError(f"method '{config.name}' takes {takes[method.kind]}, not {takes[kind]}")
+        copies = sum(key.split("-")[0] == config.name for key in methods)
+        methods[f"{config.name}-{copies + 1}" if copies else config.name] = method(config, *models)
+    return methods
+
+
+def _require_one_label_set(models: Mapping[str, ModelInfo]) -> None:
+    counts = {name: model.num_classes for name, model in models.items()}
+    if len(set(counts.values())) > 1:
+        shown = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UserError(f"networks that teach each other need the same classes, not as many as: {shown}")

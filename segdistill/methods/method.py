@@ -7,11 +7,15 @@ never exported. Adding a method touches its file and the table in ``methods/__in
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from segdistill.models.outputs import ModelInfo, Outputs
+
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class Method(nn.Module):
@@ -26,15 +30,19 @@ class Method(nn.Module):
 
     @property
     def weights(self) -> dict[str, float]:
-        """The factor of each term that :meth:`forward` returns, the method's own ``weight`` included.
+        """The factor of each term (without a peer's name), the method's own ``weight`` included.
 
         A term with factor 0 is switched off and is not computed.
         """
         raise NotImplementedError
 
-    def own_optimizers(self) -> dict[str, tuple[list[nn.Parameter], Any]]:
-        """Helpers that another optimiser than the student's trains: name -> (parameters, optimiser config)."""
+    def own_optimizers(self) -> dict[str, tuple[list[nn.Parameter], dict[str, Any]]]:
+        """Helpers that another optimiser than the student's trains: name -> (parameters, optimiser settings)."""
         return {}
+
+    def helper_parameters(self, student: str) -> list[nn.Parameter]:
+        """The helpers that the named student's optimiser trains."""
+        raise NotImplementedError
 
 
 class OfflineMethod(Method):
@@ -44,6 +52,10 @@ class OfflineMethod(Method):
 
     def __init__(self, config: Any, student: ModelInfo, teacher: ModelInfo) -> None:
         super().__init__(config)
+
+    def helper_parameters(self, student: str) -> list[nn.Parameter]:
+        own = {id(parameter) for parameters, _ in self.own_optimizers().values() for parameter in parameters}
+        return [parameter for parameter in self.parameters() if parameter.requires_grad and id(parameter) not in own]
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
         """The raw terms, each a float32 scalar.
@@ -61,9 +73,13 @@ class OnlineMethod(Method):
 
     def __init__(self, config: Any, peers: Mapping[str, ModelInfo]) -> None:
         super().__init__(config)
+        self.helpers = nn.ModuleDict()  # one entry per peer that needs one: what its sink side learns through
+
+    def helper_parameters(self, student: str) -> list[nn.Parameter]:
+        return list(self.helpers[student].parameters()) if student in self.helpers else []
 
     def forward(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, Tensor]:
-        """The raw terms, each a float32 scalar, the sink peer's name in the term's name.
+        """The raw terms, each a float32 scalar, named ``<peer>/<term>`` after the peer that learns from it.
 
         Shape:
             target: [B, H, W] int64, ``losses.IGNORE_INDEX`` where there is no label.

@@ -1,0 +1,47 @@
+# `make repro` prepares and runs; with the environment active, plain `dvc repro` is the same run.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup data repro test lint format ui clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## make .venv from requirements.lock
+
+# uv installs what the lock names, nothing else; the package itself is linked, so that edits are seen.
+$(READY): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: $(PYTHON) has no venv module; on Debian: apt-get install python3.11-venv" >&2; exit 2; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+data: $(READY)  ## make sure that data/ is there: from the DVC remote, or else the synthetic streets
+	@test -d data || $(BIN)/dvc pull --quiet data 2>/dev/null || $(BIN)/python -m segdistill data synth --out data
+
+repro: data  ## run the pipeline: validate ... register
+	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
+
+test: $(READY)  ## run the tests
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest
+
+lint: $(READY)  ## ruff (style, and who may import what) and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(READY)  ## let ruff format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+ui: $(READY)  ## the MLflow UI on the embedded store, http://127.0.0.1:5000
+	@$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port 5000
+
+clean:  ## remove what the pipeline made; data/ and the MLflow store stay
+	rm -rf artifacts reports

@@ -1,0 +1,154 @@
+"""``python -m segdistill <command>``. Commands load their module when they run, so that help answers at once."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from segdistill import __version__
+from segdistill.errors import Interrupted, UserError
+
+# A scheduler may run the same command again after this code (sysexits.h, EX_TEMPFAIL): the run stopped and was saved.
+EXIT_RETRY = 75
+EXIT_USER = 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, one sub-command a stage and a few beside them."""
+    from segdistill.stages import STAGES
+
+    top = argparse.ArgumentParser(prog="segdistill", description=__doc__.split(".")[0])
+    top.add_argument("--version", action="version", version=__version__)
+    top.add_argument("--warm", action="store_true", help="fork from a preloaded process where one can be had")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for stage in STAGES:
+        sub = commands.add_parser(stage.name, help=stage.help, description=stage.help)
+        sub.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (%(default)s)")
+        sub.add_argument("--tracker", choices=("auto", "mlflow", "jsonl", "none"), default="auto")
+        if stage.per_job:
+            sub.add_argument("--experiment", required=True, help="a name under experiments in the parameters")
+            sub.add_argument("--seed", type=int, required=True)
+        for name, path in {**stage.inputs, **stage.outputs, **stage.metrics}.items():
+            sub.add_argument(f"--{name.replace('_', '-')}", dest=f"path_{name}", type=Path, metavar="PATH",
+                             help=f"instead of {path}")  # fmt: skip
+    data = commands.add_parser("data", help="make or import a data set").add_subparsers(dest="action", required=True)
+    synth = data.add_parser("synth", help="write the synthetic streets")
+    synth.add_argument("--out", type=Path, required=True)
+    synth.add_argument("--seed", type=int, default=0)
+    synth.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), default=(128, 96))
+    for split in ("train", "val", "test"):
+        synth.add_argument(f"--{split}", type=int, help=f"number of {split} scenes")
+    importing = data.add_parser("import", help="bring a data set of a known layout into data/")
+    importing.add_argument("layout", help="folder, camvid, ...")
+    importing.add_argument("source", type=Path)
+    importing.add_argument("--out", type=Path, required=True)
+    commands.add_parser("check", help="check params.yaml as a whole, methods included").add_argument(
+        "--params", type=Path, default=Path("params.yaml")
+    )
+    commands.add_parser("summary", help="the last comparison's table, the champion, and where the time went")
+    sync = commands.add_parser("sync", help="send to MLflow what could not be sent while its server was away")
+    sync.add_argument("folder", type=Path, nargs="?", default=Path("artifacts/tracking"))
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0, 2 for a user's mistake, 75 for stopped and resumable."""
+    from segdistill import execution
+
+    arguments = parser().parse_args(argv)
+    execution.quiet_libraries()
+    try:
+        _dispatch(arguments)
+    except UserError as error:
+        print(f"segdistill {arguments.command}: {error}", file=sys.stderr)
+        return EXIT_USER
+    except KeyboardInterrupt:
+        print(f"segdistill {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in (28, 122):  # no space left, quota
+            raise
+        print(f"segdistill {arguments.command}: {error.filename or 'disk'}: no space left on the disk", file=sys.stderr)
+        return EXIT_USER
+    except Interrupted as error:
+        print(f"segdistill {arguments.command}: {error}", file=sys.stderr)
+        return EXIT_RETRY
+    return 0
+
+
+def _dispatch(arguments: argparse.Namespace) -> None:
+    from segdistill.stages import BY_NAME
+
+    if arguments.command in BY_NAME:
+        _stage(arguments)
+    elif arguments.command == "data" and arguments.action == "synth":
+        from segdistill.data import synthetic
+
+        samples = dict(synthetic.DEFAULT_SAMPLES)
+        samples |= {split: count for split in samples if (count := getattr(arguments, split)) is not None}
+        synthetic.write(arguments.out, seed=arguments.seed, size=tuple(arguments.size), samples=samples)
+    elif arguments.command == "data":
+        from segdistill.data.importing import import_dataset
+
+        import_dataset(arguments.layout, arguments.source, arguments.out)
+    elif arguments.command == "check":
+        _check(arguments.params)
+    elif arguments.command == "summary":
+        from segdistill.stages.summary import show
+
+        show()
+    elif arguments.command == "sync":
+        from segdistill.adapters.mlflow_tracking import sync
+
+        sync(arguments.folder)
+
+
+def _stage(arguments: argparse.Namespace) -> None:
+    from segdistill import execution
+    from segdistill.config import read_yaml
+    from segdistill.errors import nearest
+    from segdistill.stages import BY_NAME, Job
+
+    stage, started = BY_NAME[arguments.command], time.time()
+    params = read_yaml(arguments.params)
+    execution.check_params(params)
+    job = Job(arguments.experiment, arguments.seed) if stage.per_job else None
+    if job and job.experiment not in params["experiments"]:
+        raise UserError(f"--experiment: '{job.experiment}' is unknown{nearest(job.experiment, params['experiments'])}")
+    paths = {
+        key.removeprefix("path_"): path for key, path in vars(arguments).items() if key.startswith("path_") and path
+    }
+    tracker = execution.open_tracker(arguments.tracker, execution.context(arguments.params), stage, job)
+    execution.run_stage(stage, params, paths=paths, job=job, tracker=tracker, started=started)
+    if stage.name == "register":
+        from segdistill.stages.summary import show
+
+        show()
+
+
+def _check(path: Path) -> None:
+    from segdistill import execution
+    from segdistill.config import parse, read_yaml
+    from segdistill.stages.distill import ExperimentConfig, parse_methods
+
+    params = read_yaml(path)
+    execution.check_params(params)
+    for name, experiment in params["experiments"].items():
+        parse_methods(name, parse(ExperimentConfig, experiment, f"experiments.{name}"))
+    print(f"{path}: in order")
+
+
+def entry() -> int:
+    """Where the process begins: the warm way if asked for and possible, else here."""
+    argv = sys.argv[1:]
+    if argv[:1] == ["--warm"]:
+        from segdistill import warm
+
+        code = warm.run(argv[1:])
+        if code is not None:
+            return code
+    return main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(entry())

@@ -1,0 +1,316 @@
+"""The model registry: a version for a student, a check that it serves what was trained, and who is champion.
+
+The rule of the alias ``champion``: without a champion the new version takes it; against a champion that was tested on
+the same test data it takes it only if its test mIoU is higher by more than ``min_gain`` points; scores on different
+test data do not compare, so then it stays ``challenger`` and a person decides.
+"""
+
+import contextlib
+import importlib.metadata
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segdistill.adapters.mlflow_store import EXPERIMENT, ROLE_TAG, Store, default_store, ensure_run
+from segdistill.adapters.mlflow_tracking import MlflowTracker
+from segdistill.engine.tracker import Tracker
+from segdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+WEIGHTS, TEST_MIOU, TEST_DATA, CLAIM = "weights_sha256", "test_miou", "test_data", "segdistill.claim"
+CHECKED_SIZES = ((64, 96), (97, 75))  # (H, W); the exported graph must take any, odd ones too
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What became of a student in the registry."""
+
+    name: str
+    version: int
+    alias: str
+    previous_champion: int | None
+    reason: str
+    run_id: str
+    model_uri: str
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A student that asks for registration."""
+
+    experiment: str
+    seed: int
+    student: str
+    val_miou: float  # 0..1, as test_miou
+    test_miou: float
+    test_data: str  # the identity of the test images and labels behind test_miou
+    weights_sha256: str
+    num_classes: int
+    facts: Mapping[str, str]  # further tags
+
+
+def register(model: "nn.Module", submission: Submission, *, name: str, min_gain: float, tracker: Tracker) -> Registered:
+    """Registers ``model`` under ``name``, unless these very weights are there, checks it, and gives it its alias.
+
+    Args:
+        model: images [B, 3, H, W] in 0..1 to logits [B, K, H, W], in eval mode.
+        submission: whose model it is.
+        name: the registered model.
+        min_gain: points of mIoU by which the champion must be beaten.
+        tracker: says which store and pipeline run; any other than MLflow's means the default store.
+    """
+    settings = tracker.settings if isinstance(tracker, MlflowTracker) else None
+    store = settings.store if settings else default_store(Path())
+    client = store.client()
+    tags = _tags(submission, settings.tags if settings else {})
+    _ensure_model(client, name)
+    version = find_version(client, name, submission.weights_sha256)
+    is_new = version is None
+    if version is None:
+        trained = find_training_run(client, submission)
+        run_id = trained or ensure_run(
+            client,
+            store,
+            settings.pipeline_run if settings else "by-hand",
+            "register",
+            tags,
+            settings.dataset if settings else None,
+        )
+        with _as_current(store, client.get_run(run_id).info.experiment_id):
+            uri = log_exported(model, submission, run_id, tags)
+        if trained is None:
+            client.set_terminated(run_id)
+        with store.lock(".registry"):
+            version = create_version(client, name, uri, run_id, {**tags, "run_id": run_id})
+    try:
+        with _as_current(store):
+            check_served(model, f"models:/{name}/{version.version}")
+    except UserError:
+        if is_new:
+            client.delete_model_version(name, version.version)
+        raise
+    with store.lock(".registry"):
+        alias, previous, reason = award(client, name, version, min_gain, pause=0.0 if store.database else 1.0)
+    run_id = version.run_id or version.tags.get("run_id", "")
+    return Registered(name, int(version.version), alias, previous, reason, run_id, f"models:/{name}/{version.version}")
+
+
+def find_version(client: "MlflowClient", name: str, weights_sha256: str) -> "ModelVersion | None":
+    """The lowest version with these weights."""
+    found = client.search_model_versions(f"name = '{name}' and tags.{WEIGHTS} = '{weights_sha256}'")
+    return min(found, key=lambda version: int(version.version), default=None)
+
+
+def find_training_run(client: "MlflowClient", submission: Submission) -> str | None:
+    """The latest run of this job's name whose validation scores include the student's, to the last bit."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        return None
+    for prefix in (submission.experiment, f"{submission.experiment}.{submission.student}"):
+        condition = f"attributes.run_name = '{prefix}-s{submission.seed}' and tags.`{ROLE_TAG}` = 'run'"
+        runs = client.search_runs([experiment.experiment_id], condition, order_by=["attributes.start_time DESC"])
+        for run in runs:
+            history = client.get_metric_history(run.info.run_id, "val/miou")
+            if any(math.isclose(point.value, submission.val_miou, rel_tol=1e-12) for point in history):
+                return str(run.info.run_id)
+    return None
+
+
+def log_exported(model: "nn.Module", submission: Submission, run_id: str, tags: Mapping[str, str]) -> str:
+    """Logs the model to a run as an exported program, without pickle, for any batch and image size; returns its URI."""
+    import mlflow
+    import numpy as np
+    import torch
+    from mlflow.entities import Metric
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    def spec(channels: int) -> Schema:
+        return Schema([TensorSpec(np.dtype("float32"), (-1, channels, -1, -1))])
+
+    example = np.random.default_rng(0).random((2, 3, *CHECKED_SIZES[0]), dtype=np.float32)
+    with torch.no_grad():
+        info = Model.log(
+            artifact_path=None,
+            name=submission.student,
+            flavor=mlflow.pytorch,
+            run_id=run_id,
+            pytorch_model=model.eval(),
+            signature=ModelSignature(inputs=spec(3), outputs=spec(submission.num_classes)),
+            input_example=example,  # two images, since a batch of one would fix the batch size
+            serialization_format="pt2",
+            pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in ("torch", "numpy")],
+            tags=dict(tags),
+        )
+    score = Metric("test/miou", submission.test_miou, round(1000 * time.time()), 0, model_id=info.model_id)
+    mlflow.MlflowClient().log_batch(run_id, metrics=[score])
+    return f"models:/{info.model_id}"
+
+
+def create_version(client: "MlflowClient", name: str, uri: str, run_id: str, tags: Mapping[str, str]) -> "ModelVersion":
+    """A version for these weights; the one that another process was faster to make wins."""
+    first = find_version(client, name, tags[WEIGHTS])
+    if first is not None:
+        return first
+    created = client.create_model_version(
+        name, source=uri, run_id=run_id, tags=dict(tags), model_id=uri.removeprefix("models:/")
+    )
+    first = find_version(client, name, tags[WEIGHTS])  # of another machine, against a server
+    if first is not None and first.version != created.version:
+        client.delete_model_version(name, created.version)
+        return first
+    return created
+
+
+def check_served(model: "nn.Module", uri: str, sizes: Sequence[tuple[int, int]] = CHECKED_SIZES) -> None:
+    """Loads the registered model without unpickling and compares its logits with those of the network.
+
+    Raises:
+        UserError: the logits differ.
+    """
+    import mlflow
+    import torch
+
+    served = mlflow.pytorch.load_model(uri, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for number, (height, width) in enumerate(sizes):
+        images = torch.rand((number + 1, 3, height, width), generator=generator)
+        with torch.no_grad():
+            expected, found = model.eval()(images), served(images)
+        difference = float((expected - found).abs().max()) if expected.shape == found.shape else math.inf
+        if not difference <= 1e-4 * max(1.0, float(expected.abs().max())):
+            raise UserError(f"{uri}: served logits at {height}x{width} differ from the network's by {difference:g}")
+
+
+def award(
+    client: "MlflowClient", name: str, version: "ModelVersion", min_gain: float, *, pause: float
+) -> tuple[str, int | None, str]:
+    """Gives ``version`` the alias it deserves: (alias, champion before, reason).
+
+    Callers on one machine take turns by a lock. Against a server, processes on several machines may read the same
+    champion and overwrite each other. So everybody marks his claim before he takes the alias, looks again after random
+    pauses, and hands the alias to the best of those who claimed it since he first looked: whatever the order, the last
+    look finds the best. A champion that a person set before is only replaced by the rule.
+    """
+    known = {rival.version for rival in _claims(client, name)}
+    champion = holder(client, name, CHAMPION)
+    previous = int(champion.version) if champion and champion.version != version.version else None
+    wins, reason = decide(version, champion, min_gain)
+    if wins and champion is not None and champion.version == version.version:
+        return CHAMPION, previous, reason
+    if not wins:
+        client.set_registered_model_alias(name, CHALLENGER, version.version)
+        return CHALLENGER, previous, reason
+    client.set_model_version_tag(name, version.version, CLAIM, str(time.time()))
+    client.set_registered_model_alias(name, CHAMPION, version.version)
+    best = version
+    for _ in range(3):
+        time.sleep(pause * random.uniform(0.5, 1.5))
+        rivals = [rival for rival in _claims(client, name) if rival.version not in known and _same_test(rival, version)]
+        best = max([version, *rivals], key=lambda rival: (_score(rival), -int(rival.version)))
+        champion = holder(client, name, CHAMPION)
+        if champion is None or champion.version != best.version:
+            client.set_registered_model_alias(name, CHAMPION, best.version)
+        if pause == 0:
+            break
+    if best.version != version.version:
+        client.set_registered_model_alias(name, CHALLENGER, version.version)
+        return CHALLENGER, previous, f"version {best.version}, registered at the same time, scores higher"
+    second = holder(client, name, CHALLENGER)
+    if second is not None and second.version == version.version:
+        client.delete_registered_model_alias(name, CHALLENGER)
+    return CHAMPION, previous, reason
+
+
+def decide(version: "ModelVersion", champion: "ModelVersion | None", min_gain: float) -> tuple[bool, str]:
+    """The rule of this module: whether ``version`` is to be champion, and why, in one sentence."""
+    if champion is None:
+        return True, "there was no champion"
+    before = f"the champion, version {champion.version},"
+    if champion.version == version.version:
+        return True, "it is the champion already"
+    if not _same_test(version, champion):
+        return False, (
+            f"{before} was tested on other data, and such scores do not compare: "
+            f"move the alias by hand if version {version.version} is to replace it"
+        )
+    gain = 100 * (_score(version) - _score(champion))
+    wins = gain > min_gain
+    word = "more than" if wins else "not more than"
+    return wins, f"its test mIoU differs by {gain:+.2f} points from {before} {word} the asked {min_gain:g}"
+
+
+def holder(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | None":
+    """The version that has an alias, with its tags."""
+    version = client.get_registered_model(name).aliases.get(alias)
+    return client.get_model_version(name, str(version)) if version is not None else None
+
+
+def _claims(client: "MlflowClient", name: str) -> list["ModelVersion"]:
+    return [version for version in client.search_model_versions(f"name = '{name}'") if CLAIM in version.tags]
+
+
+def _score(version: "ModelVersion") -> float:
+    return float(version.tags.get(TEST_MIOU, "-inf"))
+
+
+def _same_test(one: "ModelVersion", other: "ModelVersion") -> bool:
+    return one.tags.get(TEST_DATA) is not None and one.tags.get(TEST_DATA) == other.tags.get(TEST_DATA)
+
+
+def _tags(submission: Submission, given: Mapping[str, str]) -> dict[str, str]:
+    own = {
+        "experiment": submission.experiment,
+        "seed": str(submission.seed),
+        "student": submission.student,
+        "val_miou": repr(submission.val_miou),
+        TEST_MIOU: repr(submission.test_miou),
+        TEST_DATA: submission.test_data,
+        WEIGHTS: submission.weights_sha256,
+    }
+    return {**given, **submission.facts, **own}
+
+
+def _ensure_model(client: "MlflowClient", name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+@contextlib.contextmanager
+def _as_current(store: Store, experiment: str | None = None) -> Iterator[None]:
+    """Points mlflow's module-wide functions to the store, with unpickling forbidden."""
+    import mlflow
+
+    names = ("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "MLFLOW_EXPERIMENT_ID", "MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+    before: dict[str, Any] = {name: os.environ.get(name) for name in names}
+    os.environ |= {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5"}
+    mlflow.set_tracking_uri(store.uri)
+    mlflow.set_registry_uri(store.uri)
+    try:
+        if experiment is not None:
+            mlflow.set_experiment(experiment_id=experiment)
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value

@@ -1,0 +1,297 @@
+"""Which MLflow store is used, and how runs are found or made in it without a race.
+
+One experiment per project, one parent run per pipeline execution, one child per run name under it. Whoever asks for a
+run of the same name in the same pipeline execution, in whichever process, gets the same run: so the test scores stand
+beside the training curves, and a job that was killed goes on in its run.
+
+Nothing here imports mlflow, opens a connection or starts a thread when it is imported.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+from segdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+EXPERIMENT = "segdistill"
+PIPELINE_TAG = "segdistill.pipeline_run"
+ROLE_TAG = "segdistill.role"  # "parent" or "run"
+PARENT_TAG = "mlflow.parentRunId"
+
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    # The tracker repeats by itself; a call that hangs for minutes would only make it late.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+}
+_importing = threading.RLock()
+_fork_guarded = False
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What MLflow shows of a data set: its version, where it comes from, and its counts."""
+
+    name: str
+    md5: str
+    source: str  # a path or a URL
+    counts: Mapping[str, int] = field(default_factory=dict)  # samples by split
+
+
+@dataclass(frozen=True)
+class Store:
+    """A tracking store: an SQLite file with its artifacts beside it, or a server."""
+
+    uri: str
+
+    @property
+    def database(self) -> Path | None:
+        """The SQLite file, or None for a server."""
+        return Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
+
+    @property
+    def shown(self) -> str:
+        """The URI without a user name and password."""
+        return without_credentials(self.uri)
+
+    def lock_path(self, purpose: str = "") -> Path:
+        """The file by which processes on this machine take turns."""
+        if self.database is not None:
+            return self.database.with_name(f"{self.database.name}{purpose}.lock")
+        name = hashlib.sha256(self.shown.encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"segdistill-{os.getuid()}-{name}{purpose}.lock"
+
+    @contextlib.contextmanager
+    def lock(self, purpose: str = "") -> Iterator[None]:
+        """One process on this machine at a time."""
+        path = self.lock_path(purpose)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                # Unlocked by hand: a forked data worker still holds a copy of the descriptor.
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+    def client(self) -> "MlflowClient":
+        """A client whose tables exist; the first contact of many processes with a fresh file happens one by one."""
+        import_mlflow()
+        from mlflow import MlflowClient
+
+        if self.database is None:
+            return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        with self.lock():
+            client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+            client.search_experiments(max_results=1)
+            client.search_registered_models(max_results=1)
+        return client
+
+
+def default_store(root: Path, uri: str | None = None) -> Store:
+    """The store that ``MLFLOW_TRACKING_URI`` names, else ``<root>/mlflow.db``.
+
+    Raises:
+        UserError: mlflow is not installed, or the URI is of a kind that MLflow no longer keeps runs in.
+    """
+    if importlib.util.find_spec("mlflow") is None:
+        raise UserError("mlflow is not installed; install segdistill[pipeline], or track to JSON lines")
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+    scheme = uri.split(":", 1)[0] if ":" in uri else uri
+    if scheme in ("file", "") or "://" not in uri or uri.endswith(":memory:"):
+        raise UserError(
+            f"MLFLOW_TRACKING_URI: '{without_credentials(uri)}' cannot keep runs; "
+            "allowed: sqlite:///<file>, another database, http(s)://<server>"
+        )
+    return Store(uri)
+
+
+def without_credentials(text: str) -> str:
+    """A URL without its ``user:password@``; any other text as it is."""
+    if "://" not in text or "@" not in text:
+        return text
+    parts = urlsplit(text)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def import_mlflow() -> None:
+    """Imports mlflow and what it loads late, quietly, and never in the midst of a fork.
+
+    A child forked while another thread imports inherits that thread's half-taken import locks and may wait for ever;
+    so forks of this process wait for the import, which is over in seconds and happens once.
+    """
+    global _fork_guarded
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    with _importing:
+        if not _fork_guarded:
+            os.register_at_fork(
+                before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release
+            )
+            _fork_guarded = True
+        for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking", "mlflow.store"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        import mlflow.store.model_registry.sqlalchemy_store
+        import mlflow.store.tracking.sqlalchemy_store
+        import mlflow.tracking  # noqa: F401
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+
+
+def experiment_id(client: "MlflowClient", store: Store) -> str:
+    """The project's experiment, made if absent, restored if somebody deleted it."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        database = store.database
+        place = (database.resolve().parent / "mlartifacts").as_uri() if database else None
+        try:
+            return str(client.create_experiment(EXPERIMENT, artifact_location=place))
+        except MlflowException:
+            found = client.get_experiment_by_name(EXPERIMENT)  # another machine was faster
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
+
+
+def ensure_parent(client: "MlflowClient", store: Store, pipeline_run: str, tags: Mapping[str, str]) -> "Run":
+    """The parent run of a pipeline execution.
+
+    On one machine a lock makes it unique. Processes on several machines may each make one against a server: each then
+    looks again, all agree on the oldest, and whoever made another deletes his own.
+    """
+    experiment = experiment_id(client, store)
+    found = _search(client, experiment, pipeline_run, "parent")
+    if found:
+        return found[0]
+    shared = {key: value for key, value in tags.items() if key in ("data_md5", "git_commit", "pipeline_run")}
+    created = client.create_run(
+        experiment,
+        run_name=pipeline_run,
+        tags={PIPELINE_TAG: pipeline_run, ROLE_TAG: "parent", **_git(tags), **shared},
+    )
+    oldest = _search(client, experiment, pipeline_run, "parent")[0]
+    if oldest.info.run_id != created.info.run_id:
+        client.delete_run(created.info.run_id)
+    return oldest
+
+
+def ensure_run(
+    client: "MlflowClient",
+    store: Store,
+    pipeline_run: str,
+    name: str,
+    tags: Mapping[str, str],
+    dataset: DatasetFacts | None = None,
+    *,
+    fresh: bool = False,
+) -> str:
+    """The id of the run ``name`` in a pipeline execution: the one that is there, set to RUNNING again, or a new one.
+
+    Tags that the run has already stay as they are. ``fresh`` makes a new one in any case.
+    """
+    with store.lock():
+        parent = ensure_parent(client, store, pipeline_run, tags)
+        found = [] if fresh else _search(client, parent.info.experiment_id, pipeline_run, "run", name)
+        if found:
+            run = found[-1]
+            if run.info.status != "RUNNING":
+                client.update_run(run.info.run_id, status="RUNNING")
+            for key, value in tags.items():
+                if key not in run.data.tags:
+                    client.set_tag(run.info.run_id, key, value)
+        else:
+            own = {PIPELINE_TAG: pipeline_run, ROLE_TAG: "run", PARENT_TAG: parent.info.run_id}
+            run = client.create_run(parent.info.experiment_id, run_name=name, tags={**tags, **_git(tags), **own})
+    if dataset is not None and not any(item.dataset.digest == dataset.md5[:36] for item in run.inputs.dataset_inputs):
+        client.log_inputs(run.info.run_id, [_dataset_input(dataset)])
+    return str(run.info.run_id)
+
+
+def finish_parent(store: Store, pipeline_run: str, status: str, *, seconds: float = 60.0) -> bool:
+    """Ends the parent run with FINISHED, FAILED or KILLED; says whether the store took it.
+
+    After a failure, children that still run belong to processes that were killed: they become KILLED.
+    """
+    deadline, pause = time.monotonic() + seconds, 1.0
+    while True:
+        try:
+            client = store.client()
+            with store.lock():
+                parent = ensure_parent(client, store, pipeline_run, {})
+            if status != "FINISHED":
+                for run in _search(client, parent.info.experiment_id, pipeline_run, "run"):
+                    if run.info.status == "RUNNING":
+                        client.set_terminated(run.info.run_id, "KILLED")
+            client.set_terminated(parent.info.run_id, status)
+            return True
+        except Exception as error:
+            if time.monotonic() + pause > deadline:
+                logging.getLogger(__name__).warning(
+                    "%s did not take the status %s of pipeline run %s: %s", store.shown, status, pipeline_run, error
+                )
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, 10.0)
+
+
+def check_name(what: str, value: str) -> str:
+    """``value``, if it can stand in an MLflow search."""
+    if not re.fullmatch(r"[\w.\-:@+ /]{1,250}", value):
+        raise UserError(f"{what}: {value!r} is not allowed; allowed: letters, digits and . _ - : @ + / and blanks")
+    return value
+
+
+def _search(
+    client: "MlflowClient", experiment: str, pipeline_run: str, role: str, name: str | None = None
+) -> list["Run"]:
+    """Oldest first; equal times in the order of their ids, so that all who look agree."""
+    condition = f"tags.`{PIPELINE_TAG}` = '{pipeline_run}' and tags.`{ROLE_TAG}` = '{role}'"
+    if name is not None:
+        condition += f" and attributes.run_name = '{name}'"
+    found = client.search_runs([experiment], condition, order_by=["attributes.start_time ASC"])
+    return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+
+
+def _git(tags: Mapping[str, str]) -> dict[str, str]:
+    """The commit once more under the name that MLflow's own pages show."""
+    return {"mlflow.source.git.commit": tags["git_commit"]} if tags.get("git_commit") else {}
+
+
+def _dataset_input(dataset: DatasetFacts) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    kind = "s3" if dataset.source.startswith("s3:") else "http" if dataset.source.startswith("http") else "local"
+    source = {"url" if kind == "http" else "uri": without_credentials(dataset.source)}
+    return DatasetInput(
+        Dataset(
+            name=dataset.name,
+            digest=dataset.md5[:36],
+            source_type=kind,
+            source=json.dumps(source),
+            schema=None,
+            profile=json.dumps(dict(dataset.counts)),
+        ),
+        tags=[InputTag("mlflow.data.context", "training")],
+    )

@@ -1,0 +1,266 @@
+"""Runs in MLflow that survive the store's absence.
+
+Every number is first a line in a local file, the spool; a background thread sends the lines in batches every few
+seconds. Training only ever appends a line: it does not wait for the store and does not die of it. What could not be
+sent before the end stays in the spool, and ``segdistill sync <spool folder>`` sends it later. Repeating is harmless: a
+metric keeps its own time, and MLflow takes the same (name, step, time, value) once.
+
+A spool folder holds, for each run: ``<name>.jsonl`` (the lines of :class:`JsonLinesTracker`), ``<name>.meta.json``
+(which run, in which store), ``<name>.position.json`` (how much was sent), ``<name>.files/`` (artifacts not yet sent)
+and, only if the store refused something for good, ``<name>.refused.jsonl``.
+"""
+
+import logging
+import re
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from segdistill.adapters.mlflow_spool import Sender, Spool, read_json
+from segdistill.adapters.mlflow_store import DatasetFacts, Store, check_name, default_store, without_credentials
+from segdistill.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_SECRET = re.compile(r"(^|_)(password|passwd|secret|token|api_key|access_key|credentials?)($|_)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the runs of one process have in common."""
+
+    store: Store
+    spool: Path
+    pipeline_run: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    dataset: DatasetFacts | None = None
+    resume: bool = True  # go on in the run of this name in this pipeline run, if there is one
+    interval: float = 2.0  # seconds between two batches
+    flush_seconds: float = 60.0  # how long close() waits for the store
+
+
+def open_run(
+    name: str,
+    *,
+    root: Path,
+    spool: Path,
+    pipeline_run: str,
+    tags: Mapping[str, str] | None = None,
+    dataset: DatasetFacts | None = None,
+    uri: str | None = None,
+    resume: bool = True,
+    flush_seconds: float = 60.0,
+) -> "MlflowTracker":
+    """A tracker for the run ``name`` of a pipeline execution; the run appears in MLflow with its first record.
+
+    Args:
+        root: where ``mlflow.db`` lies if neither ``uri`` nor ``MLFLOW_TRACKING_URI`` names a store.
+        spool: the folder for what is not sent yet.
+        pipeline_run: names the pipeline execution, and with it the parent run.
+        tags: such as ``data_md5``, ``git_commit``, ``stage``, ``experiment``, ``seed``.
+    """
+    check_name("pipeline run", pipeline_run)
+    given = {key: _clean(key, value) for key, value in {**(tags or {}), "pipeline_run": pipeline_run}.items()}
+    settings = Settings(
+        default_store(root, uri), spool, pipeline_run, given, dataset, resume, flush_seconds=flush_seconds
+    )
+    return MlflowTracker(name, settings)
+
+
+def open_pipeline_run(
+    pipeline_run: str,
+    tags: Mapping[str, str],
+    *,
+    data: Path,
+    root: Path = Path(),
+    spool: Path = Path("artifacts/tracking"),
+) -> "MlflowTracker":
+    """The tracker that a stage makes its children of; as a run it exists only if something is logged to itself.
+
+    Args:
+        pipeline_run: names the pipeline execution.
+        tags: of every run; ``data_md5`` also names the version of the MLflow dataset.
+        data: the data set, whose ``.dvc`` file gives its counts.
+        root: where ``mlflow.db`` lies unless ``MLFLOW_TRACKING_URI`` names a store.
+        spool: the folder for what is not sent yet.
+    """
+    import yaml
+
+    recorded = data.with_name(data.name + ".dvc")
+    counts: dict[str, int] = {}
+    if recorded.is_file():
+        (entry,) = yaml.safe_load(recorded.read_text(encoding="utf-8"))["outs"]
+        counts = {key: int(entry[name]) for key, name in (("files", "nfiles"), ("bytes", "size")) if name in entry}
+    dataset = DatasetFacts(data.resolve().name, tags["data_md5"], str(data), counts) if "data_md5" in tags else None
+    name = tags.get("stage", "pipeline")
+    return open_run(name, root=root, spool=spool, pipeline_run=pipeline_run, tags=tags, dataset=dataset)
+
+
+class MlflowTracker:
+    """A run in MLflow behind a spool; see the module."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        self.name, self.settings = check_name("run name", name), settings
+        self._spool: Spool | None = None  # opened by the first record: a run without records does not exist
+        self._thread: threading.Thread | None = None
+        self._closing, self._given_up = threading.Event(), threading.Event()
+        self._children: list[MlflowTracker] = []
+        self._closed = False
+
+    @property
+    def run_id(self) -> str | None:
+        """The run's id, once the store has given one."""
+        return read_json(self._spool.meta).get("run_id") if self._spool else None
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        self._open().lines.params({key: _clean(key, value) for key, value in values.items()})
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        self._open().lines.metrics({key: float(value) for key, value in values.items()}, step)
+        if self._thread is None:
+            self._start()
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        self._open().lines.tags({key: _clean(key, value) for key, value in values.items()})
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Keeps a copy until it is sent, since the original may be renamed or replaced meanwhile."""
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such artifact")
+        spool = self._open()
+        spool.lines.artifact(spool.keep(path), folder)
+        self._start()
+
+    def child(self, name: str) -> "MlflowTracker":
+        """Another run under the same parent; :meth:`close` ends it too if nobody did."""
+        tracker = MlflowTracker(name, self.settings)
+        self._children.append(tracker)
+        return tracker
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Ends the run and waits, within bounds, until the store has it all."""
+        if self._closed:
+            return
+        self._closed = True
+        for child in self._children:
+            child.close(status)
+        if self._spool is None:
+            return
+        self._start()
+        assert self._thread is not None
+        self._spool.lines.close(status)
+        self._closing.set()
+        self._thread.join(self.settings.flush_seconds)
+        self._given_up.set()
+        left = self._spool.unsent()
+        if left:
+            logger.warning(
+                "%s: %d records wait in %s since %s does not answer; send them later: segdistill sync %s",
+                self.name, left, self._spool.records, self.settings.store.shown, self.settings.spool,
+            )  # fmt: skip
+        self._spool.release()
+
+    def _open(self) -> Spool:
+        if self._closed:
+            raise RuntimeError(f"the run {self.name} is closed")
+        if self._spool is None:
+            settings = self.settings
+            self._spool = Spool.create(
+                settings.spool, settings.pipeline_run, self.name, settings.store, settings.tags, settings.dataset,
+                resume=settings.resume,
+            )  # fmt: skip
+            # Else the thread waits for the first number, when the caller has finished his own imports.
+            if "mlflow" in sys.modules:
+                self._start()
+        return self._spool
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=f"mlflow-{self.name}", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        """Sends until closed; while the store is away, asks it again after 1, 2, 4 .. 30 seconds."""
+        assert self._spool is not None
+        sender, pause = Sender(self._spool, self.settings.store), 0.0
+        while True:
+            ending = self._closing.wait(pause or self.settings.interval)
+            try:
+                sender.send()
+                if pause > 0:
+                    logger.info("%s: %s answers again", self.name, self.settings.store.shown)
+                pause = 0.0
+                if ending:
+                    return
+            except Exception as error:
+                if pause == 0.0:
+                    logger.warning(
+                        "%s: %s does not answer, its records wait in %s: %s",
+                        self.name, self.settings.store.shown, self._spool.records, _short(error),
+                    )  # fmt: skip
+                pause = min(max(2 * pause, 1.0), 30.0)
+                if ending and self._given_up.wait(min(pause, 5.0)):
+                    return
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What became of one spool."""
+
+    name: str
+    sent: int
+    left: int
+    error: str | None = None
+
+
+def sync(folder: Path, uri: str | None = None) -> list[Synced]:
+    """Sends what the spools below ``folder`` still hold; a spool whose process still runs is left to it.
+
+    Args:
+        uri: the store, if it is reached by another address now than when the run began.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name the spool folder that the warning named")
+    results: list[Synced] = []
+    for meta in sorted(folder.rglob("*.meta.json")):
+        spool = Spool.reopen(meta)
+        if spool is None:
+            results.append(Synced(meta.name.removesuffix(".meta.json"), 0, 0, "its process still runs"))
+            continue
+        try:
+            before = spool.unsent()
+            error = None
+            if before:
+                error = _sync_one(spool, default_store(folder, uri or read_json(meta)["uri"]))
+            left = spool.unsent()
+            results.append(Synced(spool.name, before - left, left, error))
+        finally:
+            spool.release()
+    return results
+
+
+def _sync_one(spool: Spool, store: Store) -> str | None:
+    try:
+        Sender(spool, store).send()
+    except Exception as error:
+        return f"{store.shown}: {_short(error)}"
+    return None
+
+
+def _clean(key: str, value: Any) -> Any:
+    """Keeps secrets out: values of keys that name one, and passwords in URLs."""
+    if isinstance(value, str):
+        if value and _SECRET.search(key.rpartition(".")[2]):
+            return "***"
+        return without_credentials(value)
+    return value
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"

@@ -1,0 +1,69 @@
+"""Any known layout -> the layout "folder"."""
+
+import functools
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from segdistill.data.checks import BadFile, load_sample
+from segdistill.data.folders import new_folder
+from segdistill.data.layouts import IGNORE_INDEX, SPLITS, Sample, open_layout
+from segdistill.data.parallel import ordered_map, progress
+from segdistill.errors import UserError
+
+
+def import_dataset(layout: str, source: Path, out: Path, *, workers: int = 0) -> dict[str, int]:
+    """Writes a data set of any layout in the layout "folder".
+
+    JPEG and PNG images are copied byte for byte; masks are written again with train ids, IGNORE_INDEX where ignored.
+
+    Args:
+        layout: how ``source`` is laid out.
+        source: the data set to read.
+        out: the folder to make; an empty one may be there.
+        workers: processes; 0 = all cores.
+
+    Returns:
+        The number of samples in each split.
+
+    Raises:
+        UserError: ``out`` has content, or a file of the source is missing or broken.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not empty; remove it first or choose another folder")
+    dataset = open_layout(layout, source)
+    samples = [sample for split in SPLITS for sample in dataset.samples(split)]
+    if not samples:
+        raise UserError(f"{source}: no sample found in the layout '{layout}'")
+    for (split, name), count in Counter((sample.split, sample.id) for sample in samples).items():
+        if count > 1:
+            raise UserError(f"{source}: {count} images of {split} are called '{name}'; a name may stand there once")
+    with new_folder(out) as partial:
+        for split in SPLITS:
+            for kind in ("images", "masks"):
+                (partial / kind / split).mkdir(parents=True)
+        task = functools.partial(_import_sample, label_map=dataset.label_map, out=partial)
+        done = progress(ordered_map(task, samples, workers=workers), "import", len(samples))
+        problems = [problem for problem in done if problem]
+        if problems:
+            more = f"; {len(problems) - 1} more samples cannot be used" if len(problems) > 1 else ""
+            raise UserError(problems[0] + more)
+        classes = [{"name": info.name, "color": list(info.color)} for info in dataset.classes]
+        text = json.dumps({"classes": classes, "ignore_index": IGNORE_INDEX}, indent=2)
+        (partial / "classes.json").write_text(text + "\n", encoding="utf-8")
+    return dict(Counter(sample.split for sample in samples))
+
+
+def _import_sample(sample: Sample, *, label_map: np.ndarray, out: Path) -> str | None:
+    """Writes both files of a sample, or tells why it cannot."""
+    try:
+        content, image, labels = load_sample(sample, label_map)
+    except BadFile as problem:
+        return str(problem)
+    suffix = ".png" if image.format == "PNG" else ".jpg"
+    (out / "images" / sample.split / f"{sample.id}{suffix}").write_bytes(content)
+    Image.fromarray(labels).save(out / "masks" / sample.split / f"{sample.id}.png")
+    return None

@@ -1,0 +1,27 @@
+"""The layouts we read, one file each. A new one is a file and a line in the table."""
+
+from pathlib import Path
+
+from segdistill.data.layouts.camvid import CamVid
+from segdistill.data.layouts.folder import Folder
+from segdistill.data.layouts.layout import IGNORE_INDEX, SPLITS, UNKNOWN, ClassInfo, Layout, Sample
+from segdistill.errors import UserError, nearest
+
+LAYOUTS: dict[str, type[Layout]] = {
+    "folder": Folder,
+    "camvid": CamVid,
+}
+
+
+def open_layout(name: str, root: Path) -> Layout:
+    """The data set in a folder.
+
+    Raises:
+        UserError: no such layout or folder, or a description (class list, split list) that cannot be read.
+    """
+    if name not in LAYOUTS:
+        raise UserError(f"unknown layout '{name}'{nearest(name, LAYOUTS)}")
+    return LAYOUTS[name](root)
+
+
+__all__ = ["IGNORE_INDEX", "LAYOUTS", "SPLITS", "UNKNOWN", "ClassInfo", "Layout", "Sample", "open_layout"]

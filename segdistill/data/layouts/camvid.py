@@ -1,0 +1,74 @@
+"""CamVid in the split of SegNet: 11 classes and void, with a list of pairs for each split."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+from segdistill.data.layouts.layout import IGNORE_INDEX, SPLITS, ClassInfo, Layout, Sample
+from segdistill.errors import UserError
+
+VOID = 11
+
+CLASSES = (
+    ClassInfo("sky", (128, 128, 128)),
+    ClassInfo("building", (128, 0, 0)),
+    ClassInfo("pole", (192, 192, 128)),
+    ClassInfo("road", (128, 64, 128)),
+    ClassInfo("pavement", (60, 40, 222)),
+    ClassInfo("tree", (128, 128, 0)),
+    ClassInfo("sign_symbol", (192, 128, 128)),
+    ClassInfo("fence", (64, 64, 128)),
+    ClassInfo("car", (64, 0, 128)),
+    ClassInfo("pedestrian", (64, 64, 0)),
+    ClassInfo("bicyclist", (0, 128, 192)),
+)
+
+
+class CamVid(Layout):
+    """``train/x.png`` beside ``trainannot/x.png``; ``train.txt`` holds one ``IMAGE MASK`` pair a line.
+
+    SegNet's own lists name files as ``/SegNet/CamVid/train/x.png``, so only the last two parts of a path count.
+
+    Reference:
+        Brostow et al., Pattern Recognition Letters 30(2), 2009; split and classes: Badrinarayanan et al., PAMI 2017.
+    """
+
+    name = "camvid"
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._samples = {split: _read_list(root, split) for split in SPLITS}
+
+    @property
+    def classes(self) -> tuple[ClassInfo, ...]:
+        return CLASSES
+
+    @property
+    def raw_labels(self) -> Mapping[int, int]:
+        return {**{index: index for index in range(len(CLASSES))}, VOID: IGNORE_INDEX}
+
+    def folders(self, split: str) -> tuple[Path, Path]:
+        return self.root / split, self.root / f"{split}annot"
+
+    def samples(self, split: str) -> Iterator[Sample]:
+        yield from self._samples[split]
+
+
+def _read_list(root: Path, split: str) -> list[Sample]:
+    path = root / f"{split}.txt"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the layout 'camvid' needs a list of pairs for each split") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; each line must read 'IMAGE MASK'") from None
+    samples = []
+    for number, line in enumerate(lines, start=1):
+        names = line.split()
+        if not names:
+            continue
+        parts = [PurePosixPath(name).parts[-2:] for name in names]
+        if len(names) != 2 or any(len(part) != 2 or ".." in part for part in parts):
+            raise UserError(f"{path}, line {number}: expected 'FOLDER/IMAGE FOLDER/MASK', found '{line.strip()}'")
+        image, mask = (root.joinpath(*part) for part in parts)
+        samples.append(Sample(image.stem, split, image, mask))
+    return samples

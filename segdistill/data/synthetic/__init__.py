@@ -1,0 +1,11 @@
+"""Synthetic streets: the data set that comes with the project.
+
+Street scenes with CamVid's 11 classes, drawn from (seed, index) alone, the same bytes on every x86-64 CPU. Classes
+share colours and textures on purpose, so that shape and place decide what a thing is: posters of people are wall, road
+and pavement may be one grey, awnings look like shop signs.
+"""
+
+from segdistill.data.synthetic._scene import CLASSES, IGNORE_INDEX, scene
+from segdistill.data.synthetic._write import DEFAULT_SAMPLES, FIRST_INDEX, write
+
+__all__ = ["CLASSES", "DEFAULT_SAMPLES", "FIRST_INDEX", "IGNORE_INDEX", "scene", "write"]

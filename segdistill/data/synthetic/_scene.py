@@ -1,0 +1,43 @@
+"""One scene: weather, camera, street, mask, photograph."""
+
+import numpy as np
+
+from segdistill.data.synthetic._canvas import SUPERSAMPLE, Canvas, Dice, Label
+from segdistill.data.synthetic._light import labels, photograph, weather
+from segdistill.data.synthetic._plan import camera, street
+from segdistill.data.synthetic._street import paint
+
+CLASSES: tuple[tuple[str, tuple[int, int, int]], ...] = (
+    ("sky", (128, 128, 128)),
+    ("building", (128, 0, 0)),
+    ("pole", (192, 192, 128)),
+    ("road", (128, 64, 128)),
+    ("pavement", (60, 40, 222)),
+    ("tree", (128, 128, 0)),
+    ("sign_symbol", (192, 128, 128)),
+    ("fence", (64, 64, 128)),
+    ("car", (64, 0, 128)),
+    ("pedestrian", (64, 64, 0)),
+    ("bicyclist", (0, 128, 192)),
+)
+IGNORE_INDEX = int(Label.VOID)
+
+
+def scene(seed: int, index: int, size: tuple[int, int] = (128, 96)) -> tuple[np.ndarray, np.ndarray]:
+    """One street scene.
+
+    Args:
+        seed: of the whole data set.
+        index: of the scene.
+        size: width and height in pixels; the layout of a scene depends on it only through the frame it is seen in.
+
+    Returns:
+        image uint8 [H, W, 3] (RGB) and mask uint8 [H, W] (class index, 255 = void).
+    """
+    width, height = size
+    layout, pixels = Dice(seed, index, 0), Dice(seed, index, 1)
+    air = weather(layout)
+    canvas = Canvas(width, height, camera(layout, width * SUPERSAMPLE, height * SUPERSAMPLE))
+    paint(canvas, layout, street(layout, night=air.night))
+    mask = labels(canvas, pixels, ragged=layout.between(0.3, 0.6))
+    return photograph(canvas, pixels, air), mask

@@ -1,0 +1,129 @@
+"""Writes a synthetic data set in the "folder" layout: images/<split>, masks/<split>, classes.json."""
+
+import functools
+import io
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from segdistill.data import parallel
+from segdistill.data.folders import new_folder
+from segdistill.data.synthetic._scene import CLASSES, IGNORE_INDEX, scene
+from segdistill.errors import UserError, nearest
+
+DEFAULT_SAMPLES: Mapping[str, int] = {"train": 480, "val": 80, "test": 120}
+FIRST_INDEX: Mapping[str, int] = {"train": 0, "val": 10_000_000, "test": 20_000_000}  # so no scene is in two splits
+MOST_SAMPLES = 10_000_000
+SIDES = (16, 4096)  # smallest and largest side of a picture, pixels
+CHUNK = 16  # scenes that a worker draws in one go
+
+
+def write(
+    out: Path,
+    *,
+    seed: int = 0,
+    size: tuple[int, int] = (128, 96),
+    samples: Mapping[str, int] = DEFAULT_SAMPLES,
+    workers: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Draws a data set into a new folder; same arguments, same bytes, however many workers draw it.
+
+    Args:
+        out: the folder to make; it may exist if it is empty.
+        seed: of the data set.
+        size: width and height of every picture.
+        samples: how many scenes each split gets.
+        workers: processes; one per core by default. More do not change the bytes.
+        progress: show a bar, if stderr is a terminal.
+
+    Raises:
+        UserError: ``out`` holds something already, a bad argument, or the disk is full. Nothing is left behind.
+    """
+    _check(out, seed, size, samples)
+    chunks = [
+        (split, range(first, min(first + CHUNK, count)))
+        for split, count in samples.items()
+        for first in range(0, count, CHUNK)
+    ]
+    with new_folder(out) as folder:
+        for split in samples:
+            (folder / "images" / split).mkdir(parents=True)
+            (folder / "masks" / split).mkdir(parents=True)
+        drawn = parallel.ordered_map(functools.partial(_draw, folder, seed, size), chunks, workers=workers or 0)
+        if progress:
+            drawn = parallel.progress(drawn, "synthetic streets", sum(samples.values()), weight=int)
+        for _ in drawn:
+            pass
+        _describe(folder, seed, size, samples)
+
+
+def _check(out: Path, seed: int, size: tuple[int, int], samples: Mapping[str, int]) -> None:
+    for parent in out.absolute().parents:
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"{out}: cannot be made, since {parent} is not a folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not an empty folder; remove it or name another one")
+    if not _is_whole(seed) or seed < 0:
+        raise UserError(f"seed: {seed!r} is not allowed; it must be a whole number from 0 on")
+    if len(size) != 2 or not all(_is_whole(side) and SIDES[0] <= side <= SIDES[1] for side in size):
+        raise UserError(
+            f"size: {size!r} is not allowed; it must be width and height, each from {SIDES[0]} to {SIDES[1]}"
+        )
+    for split, count in samples.items():
+        if split not in FIRST_INDEX:
+            raise UserError(f"samples: unknown split '{split}'{nearest(split, FIRST_INDEX)}")
+        if not _is_whole(count) or not 1 <= count <= MOST_SAMPLES:
+            raise UserError(
+                f"samples.{split}: {count!r} is not allowed; it must be a whole number from 1 to {MOST_SAMPLES}"
+            )
+    for split in FIRST_INDEX:
+        if split not in samples:
+            raise UserError(f"samples.{split}: missing; a data set needs {', '.join(FIRST_INDEX)}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _draw(folder: Path, seed: int, size: tuple[int, int], chunk: tuple[str, range]) -> int:
+    """Draws and writes some scenes of a split; returns how many."""
+    split, numbers = chunk
+    for number in numbers:
+        image, mask = scene(seed, FIRST_INDEX[split] + number, size)
+        name = f"{split}_{number:05d}"
+        _save(folder / "images" / split / f"{name}.jpg", image, quality=92, subsampling=0)
+        # Run-length matching only: zlib's usual search may choose its matches differently from one CPU to another.
+        _save(folder / "masks" / split / f"{name}.png", mask, compress_level=9, compress_type=zlib.Z_RLE)
+    return len(numbers)
+
+
+def _save(path: Path, pixels: np.ndarray, **options: int) -> None:
+    buffer = io.BytesIO()  # if Pillow itself met a full disk, it would hide why it failed
+    Image.fromarray(pixels).save(buffer, "JPEG" if path.suffix == ".jpg" else "PNG", **options)
+    path.write_bytes(buffer.getvalue())
+
+
+def _describe(folder: Path, seed: int, size: tuple[int, int], samples: Mapping[str, int]) -> None:
+    classes = {
+        "classes": [{"name": name, "color": list(colour)} for name, colour in CLASSES],
+        "ignore_index": IGNORE_INDEX,
+    }
+    (folder / "classes.json").write_text(json.dumps(classes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    counts = ", ".join(f"{split} {samples[split]}" for split in FIRST_INDEX)
+    text = f"""Synthetic streets
+=================
+Drawn street scenes with the 11 classes of CamVid, made by `segdistill data synth`. No photograph is in them.
+
+seed {seed}, {size[0]}x{size[1]} pixels (width x height), scenes: {counts}
+
+images/<split>/<id>.jpg   RGB
+masks/<split>/<id>.png    one byte a pixel = index of the class in classes.json; {IGNORE_INDEX} = void, not scored
+
+The same seed, size and numbers give the same bytes again.
+"""
+    (folder / "README.txt").write_text(text, encoding="utf-8")

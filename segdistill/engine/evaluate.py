@@ -1,0 +1,157 @@
+"""Evaluation: integer confusion counts over a whole split, at the resolution of the labels."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from segdistill.data.shards import ShardDataset
+from segdistill.engine.distributed import Processes
+from segdistill.engine.settings import InferenceConfig
+from segdistill.metrics.confusion import confusion_matrix_per_image, mean_iou, pixel_accuracy
+from segdistill.models.segmenter import Segmenter, logits_at
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Confusion counts of one network on one split; rows are the truth, columns the prediction."""
+
+    confusion: np.ndarray  # [K, K] int64
+    per_image: np.ndarray  # [N, K, K] int64
+    ids: list[str]
+
+    @property
+    def miou(self) -> float:
+        """Mean IoU over the classes that occur."""
+        return mean_iou(self.confusion)
+
+    @property
+    def accuracy(self) -> float:
+        """Correct pixels among the labelled ones."""
+        return pixel_accuracy(self.confusion)
+
+
+def predict(
+    network: Segmenter,
+    images: Tensor,
+    size: tuple[int, int],
+    settings: InferenceConfig,
+    *,
+    flip: bool = False,
+    scales: Sequence[float] = (1.0,),
+) -> Tensor:
+    """Class scores at label size: logits for one view, mean softmax over several (flips, scales).
+
+    Shape:
+        images: [B, 3, H, W] float RGB in 0..1; returns [B, K, *size] float32.
+    """
+    views = [
+        (settings.input_scale * scale, mirrored)
+        for scale in scales
+        for mirrored in ((False, True) if flip else (False,))
+    ]
+    if len(views) == 1:
+        return _view(network, images, size, settings, *views[0])
+    return torch.stack([_view(network, images, size, settings, *view).softmax(1) for view in views]).mean(0)
+
+
+def _view(
+    network: Segmenter, images: Tensor, size: tuple[int, int], settings: InferenceConfig, scale: float, mirrored: bool
+) -> Tensor:
+    if scale != 1.0:
+        images = functional.interpolate(images, scale_factor=scale, mode="bilinear", antialias=scale < 1.0)
+    if mirrored:
+        images = images.flip(-1)
+    logits = _slide(network, images, settings) if settings.window else _full_size(network, images)
+    if mirrored:
+        logits = logits.flip(-1)
+    if tuple(logits.shape[-2:]) != size:
+        logits = functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    return logits
+
+
+def _full_size(network: Segmenter, images: Tensor) -> Tensor:
+    """Logits at the size of the images."""
+    return logits_at(network.logits(images), images.shape[-2:], network.info.logits_stride)
+
+
+def _slide(network: Segmenter, images: Tensor, settings: InferenceConfig) -> Tensor:
+    """Logits of overlapping windows, averaged by how often a pixel was seen."""
+    assert settings.window is not None
+    height, width = images.shape[-2:]
+    window = (min(settings.window[0], height), min(settings.window[1], width))
+    total: Tensor | None = None
+    hits = images.new_zeros((1, 1, height, width))
+    for top in _starts(height, window[0], settings.window_stride):
+        for left in _starts(width, window[1], settings.window_stride):
+            area = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+            logits = _full_size(network, images[area])
+            total = logits.new_zeros((*logits.shape[:2], height, width)) if total is None else total
+            total[area] += logits
+            hits[area] += 1
+    assert total is not None
+    return total / hits
+
+
+def _starts(length: int, window: int, stride: float) -> list[int]:
+    """Where windows begin so that they cover the length; the last one ends with it."""
+    step = max(1, int(window * stride))
+    return sorted({*range(0, length - window, step), length - window})
+
+
+@torch.inference_mode()
+def evaluate(
+    network: Segmenter,
+    dataset: ShardDataset,
+    settings: InferenceConfig,
+    *,
+    num_classes: int,
+    processes: Processes,
+    flip: bool = False,
+    scales: Sequence[float] = (1.0,),
+    progress: Any = None,
+) -> Evaluation:
+    """Confusion counts of a segmenter on a split; each process takes its share, without doubles, and counts are summed.
+
+    Args:
+        network: its mode is restored afterwards.
+        progress: called with the number of images done.
+    """
+    was_training, device = network.training, processes.device
+    network.eval()
+    per_image = torch.zeros((len(dataset), num_classes, num_classes), dtype=torch.int64, device=device)
+    mine = list(range(processes.rank, len(dataset), processes.world_size))
+    for numbers, images, labels in _batches(dataset, mine, settings.batch_size):
+        scores = predict(
+            network, images.to(device).float() / 255, tuple(labels.shape[-2:]), settings, flip=flip, scales=scales
+        )
+        counts = confusion_matrix_per_image(scores.argmax(1), labels.to(device).long(), num_classes)
+        per_image[torch.tensor(numbers, device=device)] = counts
+        if progress is not None:
+            progress(len(numbers))
+    network.train(was_training)
+    counts = processes.sum(per_image).cpu().numpy()
+    return Evaluation(counts.sum(0), counts, [dataset.sample_id(index) for index in range(len(dataset))])
+
+
+def _batches(dataset: ShardDataset, numbers: list[int], size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Neighbouring images of equal size, stacked: [b, 3, H, W] and [b, H, W], uint8."""
+    group: list[tuple[int, Tensor, Tensor]] = []
+    for number in numbers:
+        image, label = dataset[number]
+        item = (number, torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label))
+        if group and (len(group) == size or item[1].shape != group[0][1].shape):
+            yield _stack(group)
+            group = []
+        group.append(item)
+    if group:
+        yield _stack(group)
+
+
+def _stack(group: list[tuple[int, Tensor, Tensor]]) -> tuple[list[int], Tensor, Tensor]:
+    numbers, images, labels = zip(*group, strict=True)
+    return list(numbers), torch.stack(images), torch.stack(labels)

@@ -1,0 +1,127 @@
+"""Settings of a training run. Importing them costs nothing: no torch here."""
+
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import Field
+
+from segdistill.config import config
+from segdistill.data.settings import AugmentationConfig, Positive, Probability
+
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+@config
+class PolySchedule:
+    """lr * (1 - progress)^power after a linear warm-up; progress runs over the budget, iterations or seconds."""
+
+    name: Literal["poly"] = "poly"
+    power: NonNegative = 0.9
+    # Part of the budget over which the learning rate rises linearly.
+    warmup_fraction: Probability = 0.0
+    # Where the warm-up starts and where the decay ends, as parts of the learning rate.
+    warmup_ratio: Probability = 1e-3
+    floor_ratio: Probability = 0.0
+
+
+@config
+class ConstantSchedule:
+    """The learning rate as it is."""
+
+    name: Literal["constant"] = "constant"
+
+
+Schedule = Annotated[PolySchedule | ConstantSchedule, Field(discriminator="name")]
+
+
+@config
+class SGDConfig:
+    """Stochastic gradient descent with momentum: the CNN recipe of the segmentation literature."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: Annotated[float, Field(gt=0)]
+    momentum: Probability = 0.9
+    weight_decay: NonNegative = 1e-4
+    nesterov: bool = False
+    # The learning rate of decoder, classifier and method helpers is this many times the encoder's.
+    decoder_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    schedule: Schedule = Field(default_factory=PolySchedule)
+
+
+@config
+class AdamWConfig:
+    """AdamW without decay on norms and biases: the ViT recipe."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)]
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    weight_decay: NonNegative = 0.01
+    # The learning rate of decoder, classifier and method helpers is this many times the encoder's.
+    decoder_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    schedule: Schedule = Field(default_factory=PolySchedule)
+
+
+@config
+class AdamConfig:
+    """Adam, as APD uses it for the teacher's head: constant learning rate unless told otherwise."""
+
+    name: Literal["adam"] = "adam"
+    lr: Annotated[float, Field(gt=0)]
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    weight_decay: NonNegative = 0.0
+    decoder_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    schedule: Schedule = Field(default_factory=ConstantSchedule)
+
+
+OptimizerConfig = Annotated[SGDConfig | AdamWConfig | AdamConfig, Field(discriminator="name")]
+
+
+@config
+class TrainConfig:
+    """One training loop: budget, batch, augmentation, precision, and how often it speaks, validates and saves."""
+
+    # The budget: this many iterations (optimiser steps), or this many seconds of training. One of the two.
+    iterations: Positive | None
+    seconds: Annotated[float, Field(gt=0)] | None
+    # Images an optimiser step, over all processes and accumulation pieces.
+    batch_size: Positive
+    # Forward passes an optimiser step; batch_size must be divisible by this and by the number of processes.
+    accumulate: Positive
+    augmentation: AugmentationConfig
+    # fp32, or autocast to bf16 or fp16 on a GPU.
+    precision: Literal["fp32", "bf16", "fp16"]
+    channels_last: bool
+    # torch.compile the students and the teacher.
+    compile: bool
+    # Largest gradient norm; null is off.
+    max_grad_norm: Annotated[float, Field(gt=0)] | None
+    # Data loading processes; 0 loads in the training process.
+    workers: Annotated[int, Field(ge=0)]
+    # Iterations between two log entries, two validations and two checkpoints.
+    log_every: Positive
+    validate_every: Positive
+    checkpoint_every: Positive
+    # Which weights are kept: those of the last iteration, or of the best validation.
+    select: Literal["last", "best"]
+
+    @pydantic.model_validator(mode="after")
+    def _one_budget(self) -> "TrainConfig":
+        if (self.iterations is None) == (self.seconds is None):
+            raise ValueError("give the budget either as iterations or as seconds, and null for the other")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+        return self
+
+
+@config
+class InferenceConfig:
+    """How a network is applied to a stored image; the headline protocol is the whole image, one scale, no flip."""
+
+    # Images a forward pass.
+    batch_size: Positive
+    # The network sees the image resized by this factor; its logits are resized to the label.
+    input_scale: Annotated[float, Field(gt=0)]
+    # Height and width of a sliding window, null for the whole image.
+    window: tuple[Positive, Positive] | None
+    # Distance of two windows, as a part of the window.
+    window_stride: Annotated[float, Field(gt=0, le=1)]

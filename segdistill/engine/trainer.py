@@ -1,0 +1,377 @@
+"""The one training loop. It knows no loss, no method and no tracker: a learner gives named terms, a tracker takes numbers.
+
+Laws (tests/contracts/test_loop_laws.py): one batch of 8 = four of 2 accumulated = two processes of 4; interrupted and
+resumed = never interrupted, bit for bit on one CPU process.
+"""
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from segdistill.config import parse
+from segdistill.data.loader import Share, training_batches
+from segdistill.data.shards import ShardDataset
+from segdistill.engine import checkpoint
+from segdistill.engine.distributed import Processes
+from segdistill.engine.evaluate import Evaluation, evaluate
+from segdistill.engine.learner import Learner
+from segdistill.engine.optim import build_optimizer, set_learning_rates, student_optimizer
+from segdistill.engine.progress import TrainingBar
+from segdistill.engine.settings import InferenceConfig, OptimizerConfig, Schedule, TrainConfig
+from segdistill.engine.tracker import Tracker
+from segdistill.errors import Interrupted, UserError
+
+logger = logging.getLogger(__name__)
+
+# Iterations between two agreements of all processes on the clock and on a wish to stop.
+AGREE_EVERY = 10
+CHECKPOINT = "resume.safetensors"
+
+
+@dataclass
+class Result:
+    """What a training run leaves besides the weights, which are in the learner's students."""
+
+    iterations: int
+    seconds: float
+    images_per_second: float
+    evaluations: dict[str, Evaluation]
+    curves: dict[str, list[dict[str, float]]]
+    evaluation_seconds: float = 0.0
+    data_seconds: float = 0.0
+
+
+@dataclass
+class Progress:
+    """The counters of a run; all of them are in the checkpoint."""
+
+    iteration: int = 0
+    seconds: float = 0.0  # of training, without validation and saving
+    data_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)  # validation mIoU of the kept weights, by student
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of each term since the last log entry
+    since_log: int = 0
+
+
+class Trainer:
+    """Trains a learner's students on one data set with one budget.
+
+    Args:
+        learner: the students, methods and teacher.
+        train_set: what is learned from.
+        val_set: what is validated on.
+        config: the loop.
+        optimizers: one config a student, by its name.
+        inference: how students are validated.
+        seed: of data order, augmentation and dropout.
+        work: folder of the resume checkpoint.
+        fingerprint: names everything that defines this run; a checkpoint of another one is not resumed.
+        trackers: one a student, by its name.
+        processes: this process and its peers.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        train_set: ShardDataset,
+        val_set: ShardDataset,
+        config: TrainConfig,
+        optimizers: Mapping[str, OptimizerConfig],
+        *,
+        inference: InferenceConfig,
+        seed: int,
+        work: Path,
+        fingerprint: str,
+        trackers: Mapping[str, Tracker],
+        processes: Processes,
+    ) -> None:
+        self.config, self.inference, self.seed = config, inference, seed
+        self.train_set, self.val_set = train_set, val_set
+        self.work, self.fingerprint, self.trackers, self.processes = work, fingerprint, trackers, processes
+        self.share = Share(config.batch_size, config.accumulate, processes.rank, processes.world_size)
+        if config.batch_size % (config.accumulate * processes.world_size):
+            raise UserError(
+                f"batch_size: {config.batch_size} is not divisible by accumulate {config.accumulate} "
+                f"times {processes.world_size} processes"
+            )
+        device = processes.device
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.learner = learner.to(device, memory_format=layout)  # type: ignore[call-overload]
+        if processes.world_size > 1 and device.type == "cuda":
+            self.learner = nn.SyncBatchNorm.convert_sync_batchnorm(learner)
+        self.optimizers, self.schedules = self._optimizers(optimizers)
+        self.wrapped = self._wrap(self.learner)
+        enabled = config.precision != "fp32"
+        self.autocast_dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
+        self.autocast = enabled
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.progress = Progress(curves={name: [] for name in learner.students})
+        self.kept: dict[str, dict[str, Tensor]] = {}
+
+    # -- set-up -------------------------------------------------------------------------------------------------------
+
+    def _optimizers(
+        self, configs: Mapping[str, OptimizerConfig]
+    ) -> tuple[dict[str, torch.optim.Optimizer], dict[str, Schedule]]:
+        optimizers, schedules = {}, {}
+        methods: dict[str, Any] = dict(self.learner.methods.items())
+        for name, student in self.learner.students.items():
+            optimizers[name] = student_optimizer(configs[name], student, methods.values(), name)  # type: ignore[arg-type]
+            schedules[name] = configs[name].schedule
+        for label, method in methods.items():
+            for helper, (parameters, settings) in method.own_optimizers().items():
+                own: OptimizerConfig = parse(OptimizerConfig, settings, f"{label}.{helper}")  # type: ignore[arg-type]
+                optimizers[f"{label}.{helper}"] = build_optimizer(own, [(parameters, 1.0)])
+                schedules[f"{label}.{helper}"] = own.schedule
+        return optimizers, schedules
+
+    def _wrap(self, learner: Learner) -> nn.Module:
+        module: nn.Module = torch.compile(learner) if self.config.compile else learner  # type: ignore[assignment]
+        if self.processes.world_size == 1:
+            return module
+        ids = [self.processes.device.index] if self.processes.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Result:
+        """Trains to the end of the budget, from the checkpoint if there is one.
+
+        Raises:
+            Interrupted: SIGTERM came; the state is saved.
+        """
+        config, progress = self.config, self.progress
+        torch.manual_seed(self.seed + self.processes.rank)
+        self._resume()
+        device, started = self.processes.device, time.monotonic()
+        before = progress.seconds
+        batches = training_batches(
+            self.train_set,
+            config.augmentation,
+            seed=self.seed,
+            share=self.share,
+            first_iteration=progress.iteration,
+            workers=config.workers,
+        )
+        self.wrapped.train()
+        with _stop_on_sigterm() as stop, TrainingBar(config, self.processes.is_main) as bar:
+            while not self._finished():
+                for optimizer_name, optimizer in self.optimizers.items():
+                    set_learning_rates(optimizer, self.schedules[optimizer_name], self.fraction)
+                    optimizer.zero_grad(set_to_none=True)
+                for piece in range(config.accumulate):
+                    asked = time.monotonic()
+                    images, target = next(batches)
+                    progress.data_seconds += time.monotonic() - asked
+                    last = piece == config.accumulate - 1
+                    terms = self._backward(
+                        images.to(device, non_blocking=True), target.to(device, non_blocking=True), last
+                    )
+                    for key, term in terms.items():
+                        progress.sums[key] = progress.sums.get(key, 0.0) + term.detach()
+                self._step()
+                progress.iteration += 1
+                progress.since_log += 1
+                progress.seconds = before + time.monotonic() - started
+                bar.update(self.fraction, progress.iteration)
+                if progress.iteration % AGREE_EVERY == 0:
+                    self._agree(stop)
+                finished = self._finished()
+                if progress.iteration % config.log_every == 0 or finished:
+                    bar.describe(self._log(), self._speed())
+                paused = time.monotonic()
+                if progress.iteration % config.validate_every == 0 and not finished:
+                    self._validate()
+                if (progress.iteration % config.checkpoint_every == 0 or stop.is_set()) and not finished:
+                    self._save(stop)
+                started += time.monotonic() - paused
+        evaluations = self._validate()
+        if config.select == "best":
+            evaluations = self._restore_best(evaluations)
+        return Result(
+            progress.iteration,
+            progress.seconds,
+            self._speed(),
+            evaluations,
+            progress.curves,
+            progress.evaluation_seconds,
+            progress.data_seconds,
+        )
+
+    @property
+    def fraction(self) -> float:
+        """How much of the budget is used, 0..1."""
+        if self.config.iterations is not None:
+            return self.progress.iteration / self.config.iterations
+        assert self.config.seconds is not None
+        return min(1.0, self.progress.seconds / self.config.seconds)
+
+    def _finished(self) -> bool:
+        if self.config.iterations is not None:
+            return self.progress.iteration >= self.config.iterations
+        # All processes must leave in the same iteration, so the clock counts only where they agree on it.
+        agreed = self.processes.world_size == 1 or self.progress.iteration % AGREE_EVERY == 0
+        return agreed and self.fraction >= 1.0
+
+    def _backward(self, images: Tensor, target: Tensor, last: bool) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch; gradients travel between processes with the last one only."""
+        share = contextlib.nullcontext() if last or self.processes.world_size == 1 else self.wrapped.no_sync()
+        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        with share:
+            with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast):
+                terms = self.wrapped(images.float().div_(255).contiguous(memory_format=layout), target.long())
+            loss = self.learner.total(terms) / self.config.accumulate
+            self.scaler.scale(loss).backward()
+        return terms
+
+    def _step(self) -> None:
+        limit = self.config.max_grad_norm
+        for optimizer in self.optimizers.values():
+            if limit is not None:
+                self.scaler.unscale_(optimizer)
+                parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                torch.nn.utils.clip_grad_norm_(parameters, limit)
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def _agree(self, stop: threading.Event) -> None:
+        """Makes all processes see the slowest clock and anybody's wish to stop."""
+        if self.processes.world_size == 1:
+            return
+        seen = torch.tensor([self.progress.seconds, float(stop.is_set())], device=self.processes.device)
+        seconds, wish = self.processes.maximum(seen).tolist()
+        self.progress.seconds = seconds
+        if wish:
+            stop.set()
+
+    # -- what is said and kept ------------------------------------------------------------------------------------------
+
+    def _speed(self) -> float:
+        return self.progress.iteration * self.config.batch_size / max(self.progress.seconds, 1e-9)
+
+    def _log(self) -> float:
+        """Mean terms since the last entry; the only place of the loop that waits for the device."""
+        sums, pieces = self.progress.sums, self.progress.since_log * self.config.accumulate
+        self.progress.sums, self.progress.since_log = {}, 0
+        keys = sorted(sums)
+        values = torch.stack([sums[key].float() for key in keys]) / pieces
+        means = dict(zip(keys, (self.processes.sum(values) / self.processes.world_size).tolist(), strict=True))
+        total = 0.0
+        for name, tracker in self.trackers.items():
+            mine = {key.split("/", 1)[1]: value for key, value in means.items() if key.startswith(f"{name}/")}
+            loss = sum(self.learner.factors[f"{name}/{term}"] * value for term, value in mine.items())
+            total += loss
+            entry = {f"train/loss/{term}": value for term, value in mine.items()} | {"train/loss/total": loss}
+            rate = self.optimizers[name].param_groups[0]["lr"]
+            entry |= {"train/lr": rate, "perf/images_per_second": self._speed()}
+            self.progress.curves[name].append({"step": self.progress.iteration, "train/loss/total": loss})
+            if self.processes.is_main:
+                tracker.metrics(entry, self.progress.iteration)
+        return total
+
+    def _validate(self) -> dict[str, Evaluation]:
+        """Every student on the validation split; keeps the best weights where the config asks for them."""
+        started, step = time.monotonic(), self.progress.iteration
+        evaluations = {}
+        for name, student in self.learner.students.items():
+            found = evaluations[name] = evaluate(
+                student, self.val_set, self.inference, num_classes=student.info.num_classes, processes=self.processes
+            )
+            self.progress.curves[name].append({"step": step, "val/miou": found.miou})
+            if self.processes.is_main:
+                self.trackers[name].metrics({"val/miou": found.miou, "val/pixel_accuracy": found.accuracy}, step)
+            logger.info("iteration %d, %s: validation mIoU %.2f %%", step, name, 100 * found.miou)
+            if self.config.select == "best" and found.miou > self.progress.best.get(name, -1.0):
+                self.progress.best[name] = found.miou
+                self.kept[name] = {key: value.detach().clone() for key, value in student.state_dict().items()}
+        self.progress.evaluation_seconds += time.monotonic() - started
+        return evaluations
+
+    def _restore_best(self, evaluations: dict[str, Evaluation]) -> dict[str, Evaluation]:
+        for name, student in self.learner.students.items():
+            if self.progress.best[name] > evaluations[name].miou:
+                student.load_state_dict(self.kept[name])
+                evaluations[name] = evaluate(
+                    student,
+                    self.val_set,
+                    self.inference,
+                    num_classes=student.info.num_classes,
+                    processes=self.processes,
+                )
+        return evaluations
+
+    def _save(self, stop: threading.Event) -> None:
+        """Writes the checkpoint; after a SIGTERM that every process knows of, ends the run."""
+        agreed = self.processes.world_size == 1 or self.progress.iteration % AGREE_EVERY == 0
+        if stop.is_set() and not agreed:
+            return
+        if self.processes.is_main:
+            checkpoint.save(self.work / CHECKPOINT, self.state())
+        self.processes.barrier()
+        if stop.is_set():
+            raise Interrupted(f"stopped at iteration {self.progress.iteration}; the same command continues from there")
+
+    def state(self) -> dict[str, Any]:
+        """All that a resume needs; the teacher is not in it."""
+        device = self.processes.device
+        return {
+            "fingerprint": self.fingerprint,
+            "learner": self.learner.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "scaler": self.scaler.state_dict(),
+            "progress": vars(self.progress),
+            "kept": self.kept,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
+
+    def _resume(self) -> None:
+        state = checkpoint.load(self.work / CHECKPOINT, self.processes.device)
+        if state is None:
+            return
+        if state["fingerprint"] != self.fingerprint:
+            logger.info("%s is from another configuration: starting anew", self.work / CHECKPOINT)
+            return
+        self.learner.load_state_dict(state["learner"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.scaler.load_state_dict(state["scaler"])
+        for name, value in state["progress"].items():
+            setattr(self.progress, name, value)
+        self.kept = state["kept"]
+        if self.processes.is_main:  # the other ranks keep the stream their own seed began
+            torch.set_rng_state(state["rng"].cpu())
+            if state["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.processes.device)
+        logger.info("resumed at iteration %d", self.progress.iteration)
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; the former handler comes back afterwards."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    former = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, former)

@@ -1,0 +1,177 @@
+"""How a stage is run from the command line or a component: parameters in, tracker, clock, and a true exit."""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import logging
+import os
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from segdistill.config import parse
+from segdistill.engine.tracker import JsonLinesTracker, NullTracker, Tracker
+from segdistill.errors import UserError, nearest
+from segdistill.stages import Job, Stage, check_sections, jobs
+
+TIMINGS = Path("artifacts/timings")
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a run belongs: the facts that every run is tagged with."""
+
+    data_md5: str
+    git_commit: str
+    pipeline_run: str
+
+    def tags(self, stage: Stage, job: Job | None) -> dict[str, str]:
+        """The tags of one stage's runs."""
+        tags = {
+            "data_md5": self.data_md5,
+            "git_commit": self.git_commit,
+            "stage": stage.name,
+            "pipeline_run": self.pipeline_run,
+        }
+        return tags | ({"experiment": job.experiment, "seed": str(job.seed)} if job else {})
+
+
+def context(params_path: Path) -> Context:
+    """The facts of this working copy.
+
+    A pipeline run is one state of data, parameters and commit, so that a run that was stopped and continued is one run;
+    ``SEGDISTILL_PIPELINE_RUN`` names it where an orchestrator knows better.
+    """
+    data_file = Path("data.dvc")
+    recorded = data_file.read_text() if data_file.exists() else ""
+    md5 = re.search(r"md5:\s*(\S+)", recorded)
+    commit = _git("rev-parse", "HEAD") or "unknown"
+    state = sha256((recorded + params_path.read_text() + commit).encode()).hexdigest()[:8]
+    named = os.environ.get("SEGDISTILL_PIPELINE_RUN", f"{commit[:8]}-{state}")
+    return Context(md5.group(1) if md5 else "unknown", commit, named)
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def open_tracker(kind: str, here: Context, stage: Stage, job: Job | None) -> Tracker:
+    """The tracker of the pipeline run; stages log to children of it.
+
+    Args:
+        kind: "mlflow", "jsonl", "none", or "auto" for MLflow where it is installed and JSON lines where not.
+    """
+    if kind == "auto":
+        kind = "mlflow" if importlib.util.find_spec("mlflow") else "jsonl"
+    if kind == "mlflow":
+        from segdistill.adapters.mlflow_tracking import open_pipeline_run
+
+        return open_pipeline_run(here.pipeline_run, here.tags(stage, job), data=Path("data"))
+    if kind == "jsonl":
+        tracker = JsonLinesTracker(Path("artifacts/tracking") / here.pipeline_run / f"{_label(stage, job)}.jsonl")
+        tracker.tags(here.tags(stage, job))
+        return tracker
+    return NullTracker()
+
+
+def check_params(params: Mapping[str, Any]) -> None:
+    """Checks the whole params file but the methods' own keys, which need torch: a slip must not wait for its stage.
+
+    Raises:
+        UserError: the first mistake, by its dotted path.
+    """
+    from segdistill.stages import STAGES
+    from segdistill.stages.distill import ExperimentConfig
+
+    check_sections(params)
+    jobs(params)
+    for stage in STAGES:
+        parse(_module(stage).Config, params[stage.params[0]], stage.params[0])
+    for name, experiment in params["experiments"].items():
+        parse(ExperimentConfig, experiment, f"experiments.{name}")
+
+
+def run_stage(
+    stage: Stage,
+    params: Mapping[str, Any],
+    *,
+    paths: Mapping[str, Path],
+    job: Job | None,
+    tracker: Tracker,
+    started: float,
+) -> None:
+    """Runs one stage and records where its seconds went.
+
+    Args:
+        paths: replacements of the declared inputs and outputs, by name.
+        started: when the process began, in seconds since the epoch; what no activity claims is start-up.
+    """
+    module = _module(stage)
+    matrix = jobs(params)
+    arguments: dict[str, Any] = dict(resolve(stage, job, matrix, paths))
+    arguments |= {"run": list(params["run"]), "seeds": list(params["seeds"]), "tracker": tracker}
+    if stage.per_job:
+        assert job is not None
+        arguments |= {"experiment": job.experiment, "seed": job.seed}
+        from segdistill.stages.distill import ExperimentConfig
+
+        where = f"experiments.{job.experiment}"
+        arguments["settings"] = parse(ExperimentConfig, params["experiments"][job.experiment], where)
+    accepted = inspect.signature(module.run).parameters
+    config = parse(module.Config, params[stage.params[0]], stage.params[0])
+    status = "FAILED"
+    try:
+        seconds = module.run(config, **{key: value for key, value in arguments.items() if key in accepted})
+        status = "FINISHED"
+    finally:
+        tracker.close(status)
+    spent = dict(seconds or {})
+    spent["start-up"] = max(0.0, time.time() - started - sum(spent.values()))
+    TIMINGS.mkdir(parents=True, exist_ok=True)
+    record = {"stage": stage.name, "job": str(job) if job else None, "seconds": spent, "ended": time.time()}
+    (TIMINGS / f"{_label(stage, job)}.json").write_text(json.dumps(record) + "\n")
+
+
+def resolve(stage: Stage, job: Job | None, matrix: list[Job], given: Mapping[str, Path]) -> dict[str, Any]:
+    """Input and output paths of a stage, the declared ones unless given; lists where a stage reads every job."""
+    for name in given:
+        if name not in {**stage.inputs, **stage.outputs, **stage.metrics}:
+            raise UserError(f"{name}: {stage.name} has no such path{nearest(name, [*stage.inputs, *stage.outputs])}")
+    paths: dict[str, Any] = {}
+    for name, template in {**stage.inputs, **stage.outputs, **stage.metrics}.items():
+        if "{job}" in template:
+            root = given.get(name)
+            paths[name] = [root / str(one) if root else Path(template.format(job=one)) for one in matrix]
+        else:
+            filled = template.format(experiment=job.experiment, seed=job.seed) if job else template
+            paths[name] = given.get(name, Path(filled))
+    for name in stage.inputs:
+        for path in paths[name] if isinstance(paths[name], list) else [paths[name]]:
+            if not path.exists():
+                raise UserError(
+                    f"{path}: {stage.name} needs it as '{name}', and it does not exist; run what makes it first"
+                )
+    return paths
+
+
+def _label(stage: Stage, job: Job | None) -> str:
+    return f"{stage.name}-{job}" if job else stage.name
+
+
+def _module(stage: Stage) -> Any:
+    return importlib.import_module(f"segdistill.stages.{stage.module}")
+
+
+def quiet_libraries() -> None:
+    """Our own news at INFO, other libraries' only from WARNING on."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("segdistill").setLevel(logging.INFO)

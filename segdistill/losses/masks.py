@@ -1,0 +1,26 @@
+"""Which pixels count, and the mean over them, without ever asking the device how many there are."""
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = 255
+"""The label of a pixel that has none, everywhere inside the project."""
+
+
+def valid_mask(target: Tensor) -> Tensor:
+    """True where a pixel has a label; any shape, bool."""
+    return target != IGNORE_INDEX
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of ``values`` where ``mask`` is true; over everything if it is None.
+
+    An empty mask gives a zero that is still joined to the graph. The count is clamped rather than tested: a test would
+    make the host wait for the device, and under DDP a rank that leaves the graph out hangs the others.
+
+    Shape:
+        values, mask: equal shapes; returns a scalar.
+    """
+    if mask is None:
+        return values.mean()
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)

@@ -1,0 +1,21 @@
+"""The loss against the labels."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from segdistill.losses.align import resize_logits, size_of
+from segdistill.losses.masks import IGNORE_INDEX, valid_mask
+from segdistill.losses.precision import in_float32
+
+
+@in_float32
+def cross_entropy(logits: Tensor, target: Tensor, *, align_corners: bool = False) -> Tensor:
+    """Cross-entropy at label size: the mean over the valid pixels of the batch, 0 with a graph if there are none.
+
+    Shape:
+        logits: [B, K, h, w], resized to the labels here.
+        target: [B, H, W] int64.
+    """
+    logits = resize_logits(logits, size_of(target), align_corners=align_corners)  # [B, K, H, W]
+    total = F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / valid_mask(target).sum().clamp_min(1)

@@ -1,0 +1,272 @@
+"""Adaptive perspective distillation: the teacher's view of the data set, and its view of this batch."""
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from segdistill.config import config
+from segdistill.errors import UserError
+from segdistill.losses import (
+    Scope,
+    class_members,
+    cross_entropy,
+    in_float32,
+    local_perspective,
+    masked_mean,
+    pixel_kl,
+    present_classes,
+    resize_features,
+    resize_labels,
+    resize_logits,
+    size_of,
+    valid_mask,
+)
+from segdistill.methods.method import NonNegative, OfflineMethod, Positive
+from segdistill.models.outputs import ModelInfo, Outputs
+
+Head = Literal["mlp", "identity"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+# The logit of a class without prototype. Finite, because 0 * inf is not 0; exp of it is exactly 0.
+ABSENT = -1e9
+
+
+@config
+class APDConfig:
+    """Adaptive perspective distillation; the defaults are the released code's."""
+
+    name: Literal["apd"] = "apd"
+    weight: NonNegative = 1.0
+    """Factor of the three terms that train the student; 0 switches the method off."""
+    global_weight: NonNegative = 10.0
+    """Weight of the divergence between the logits, as published; 0 is off."""
+    local_weight: NonNegative = 10.0
+    """Weight of the divergence between the prototype classifiers, as published; 0 is off."""
+    prototype_weight: NonNegative = 10.0
+    """Weight of the alignment of the prototypes, as published; 0 is off."""
+    teacher_head_weight: NonNegative = 1.0
+    """Factor of the teacher head's own loss; 0 leaves the head as it was drawn."""
+    reduction: Literal["element_mean", "per_pixel"] = "element_mean"
+    """What global_weight and local_weight multiply: the mean over pixels and classes (as published), or over pixels."""
+    temperature: Positive = 1.0
+    """Of the global divergence; divides both logits, squared it multiplies the loss."""
+    cosine_scale: Positive = 10.0
+    """Multiplies the cosines of the local classifier (the released code calls it a temperature)."""
+    scope: Scope = "batch"
+    """Whose pixels make a prototype: the process's batch (released code) or each image's own (abstract)."""
+    student_head: Head = "mlp"
+    """What maps the student's last feature into the space of its prototypes."""
+    teacher_head: Head = "mlp"
+    """The same for the teacher."""
+    hidden_channels: PositiveInt = 512
+    """Width between the two layers of an mlp head."""
+    out_channels: PositiveInt = 512
+    """Width of the prototypes behind an mlp head."""
+    normalize: bool = True
+    """Give every pixel's vector unit length before averaging; prototypes always have it."""
+    mask_ignore_global: bool = False
+    """Leave pixels without a label out of the global divergence; the released code does not."""
+    mask_ignore_local: bool = False
+    """Leave pixels without a label out of the local divergence; the released code does not."""
+    upsample: bool = True
+    """Take the global divergence at label size; false: at the teacher's logit size, far cheaper."""
+    align_corners: bool = True
+    """How logits and features are resized."""
+    teacher_head_lr: Positive = 1e-5
+    """Constant learning rate of the teacher head's Adam."""
+    teacher_head_betas: tuple[Beta, Beta] = (0.9, 0.99)
+    """Betas of the teacher head's Adam."""
+
+
+@in_float32
+def local_kl(
+    student_logits: Tensor, teacher_logits: Tensor, present: Tensor, valid: Tensor | None, *, element_mean: bool
+) -> Tensor:
+    """Mean over pixels of KL(teacher || student) among the n present classes, divided by n for ``element_mean``.
+
+    With prototypes per image, each image has its own n, and images without any label are left out.
+
+    Shape:
+        student_logits, teacher_logits: [B, K, h, w]; present: [G, K] bool; valid: [B, h, w] bool.
+    """
+    absent = ~present[:, :, None, None]
+    student = student_logits.masked_fill(absent, ABSENT).log_softmax(1)
+    teacher = teacher_logits.detach().masked_fill(absent, ABSENT).log_softmax(1)
+    divergence = (teacher.exp() * (teacher - student)).sum(1)  # [B, h, w]
+    count = present.sum(1)[:, None, None]  # [G, 1, 1]
+    if element_mean:
+        divergence = divergence / count.clamp_min(1)
+    labelled = (count > 0).expand_as(divergence)
+    return masked_mean(divergence, labelled if valid is None else labelled & valid)
+
+
+@in_float32
+def prototype_distance(student: Tensor, teacher: Tensor, present: Tensor) -> Tensor:
+    """0.5 * mean over present classes of 1 - <p_student, p_teacher>; per image, then averaged, if they are per image.
+
+    Shape:
+        student, teacher: [G, K, C] unit vectors; present: [G, K] bool.
+    """
+    distance = torch.where(present, 1 - (student * teacher.detach()).sum(-1), 0.0)  # [G, K]
+    count = present.sum(1)
+    return 0.5 * masked_mean(distance.sum(1) / count.clamp_min(1), count > 0)
+
+
+class AdaptivePerspective(OfflineMethod):
+    """Adaptive perspective distillation (APD), complete.
+
+    Formula:
+        With F the last features (the student's resized to the teacher's), U = unit(head(F)), p_c = unit(mean of U over
+        the pixels labelled c), Q = softmax over the n classes present of cosine_scale * <U, p_c>, P = softmax(logits):
+
+        global        T^2 * mean over pixels of KL(P_teacher || P_student), logits at label size
+        local         mean over pixels of KL(Q_teacher || Q_student), divided by n
+        prototype     0.5 * mean over present classes of 1 - <p_student, p_teacher>
+        teacher_head  cross-entropy of the teacher's own cosine logits at label size, absent classes with logit 0
+
+        The first three train the student and its head. The fourth trains the teacher's head alone, with an Adam of its
+        own: the head's features come in detached and its outputs leave detached, so that one backward pass of the sum
+        gives each side exactly the gradient of the released code's two passes.
+
+    Weights:
+        The released code weighs global and local with 10 and takes the mean over pixels *and classes*. The global term
+        here is a mean over pixels, so its factor is 10 / K (0.53 at K = 19, 0.067 at K = 150). n changes with the
+        batch and cannot go into a factor, so the local term itself is divided by n and keeps the factor 10.
+        ``reduction: per_pixel`` leaves out both divisions: the same weight is then K and n times as strong. ``weight``
+        scales the student's terms, not the teacher head's.
+
+    Masks:
+        As in the released code, ignored pixels shape no prototype but are distilled (``mask_ignore_*`` leaves them
+        out), and a batch without any label gives zeros.
+
+    Inferred:
+        The paper's text was not available: this is the released code. Its exceptions turned to zeros are not copied.
+        Without ``normalize`` only the pixels' vectors keep their length; where the paper would do otherwise is unknown.
+
+    Reference:
+        Tian et al.: Adaptive Perspective Distillation for Semantic Segmentation, IEEE TPAMI 45(2), 2023,
+        doi:10.1109/TPAMI.2022.3159581.
+    """
+
+    Config = APDConfig
+    config: APDConfig
+
+    def __init__(self, config: APDConfig, student: ModelInfo, teacher: ModelInfo) -> None:
+        super().__init__(config, student, teacher)
+        self.num_classes = student.num_classes
+        self.student_head: nn.Module | None = None
+        self.teacher_head: nn.Module | None = None
+        if not self._local:
+            return
+        if "prototype" in self.weights:
+            _require_one_width(config, student, teacher)
+        self.student_head = _head(config.student_head, student.last_channels, config)
+        self.teacher_head = _head(config.teacher_head, teacher.last_channels, config)
+        self.teacher_head.requires_grad_("teacher_head" in self.weights)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        config = self.config
+        share = self.num_classes if config.reduction == "element_mean" else 1
+        factors = {
+            "global": config.weight * config.global_weight / share,
+            "local": config.weight * config.local_weight,
+            "prototype": config.weight * config.prototype_weight,
+        }
+        if config.teacher_head == "mlp" and (factors["local"] or factors["prototype"]):
+            factors["teacher_head"] = config.teacher_head_weight
+        return {term: factor for term, factor in factors.items() if factor}
+
+    @property
+    def _local(self) -> bool:
+        return not {"local", "prototype"}.isdisjoint(self.weights)
+
+    def own_optimizers(self) -> dict[str, tuple[list[nn.Parameter], Any]]:
+        if self.teacher_head is None or "teacher_head" not in self.weights:
+            return {}
+        betas = list(self.config.teacher_head_betas)
+        settings = {"name": "adam", "lr": self.config.teacher_head_lr, "betas": betas, "weight_decay": 0.0}
+        return {"teacher_head": (list(self.teacher_head.parameters()), settings)}
+
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = {}
+        if "global" in self.weights:
+            terms["global"] = self._global(student, teacher, target)
+        if self._local:
+            terms.update(self._local_terms(student.last_feature, teacher.last_feature.detach(), target))
+        return terms
+
+    def _global(self, student: Outputs, teacher: Outputs, target: Tensor) -> Tensor:
+        config = self.config
+        size = size_of(target if config.upsample else teacher.logits)
+        student_logits, teacher_logits = (
+            resize_logits(outputs.logits, size, align_corners=config.align_corners) for outputs in (student, teacher)
+        )
+        valid = valid_mask(resize_labels(target, size))
+        mask = valid if config.mask_ignore_global else valid.any().expand_as(valid)
+        return pixel_kl(student_logits, teacher_logits, mask, temperature=config.temperature)
+
+    def _local_terms(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
+        config, size = self.config, size_of(teacher)
+        labels = resize_labels(target, size)
+        members = class_members(labels, self.num_classes)
+        present = present_classes(members, config.scope)
+        ours, theirs = (
+            local_perspective(
+                _run(head, feature),
+                members,
+                scope=config.scope,
+                cosine_scale=config.cosine_scale,
+                normalize=config.normalize,
+            )
+            for head, feature in (
+                (self.student_head, resize_features(student, size, align_corners=config.align_corners)),
+                (self.teacher_head, teacher),
+            )
+        )
+        terms = {}
+        if "local" in self.weights:
+            valid = valid_mask(labels) if config.mask_ignore_local else None
+            element_mean = config.reduction == "element_mean"
+            terms["local"] = local_kl(ours.logits, theirs.logits, present, valid, element_mean=element_mean)
+        if "prototype" in self.weights:
+            terms["prototype"] = prototype_distance(ours.prototypes, theirs.prototypes, present)
+        if "teacher_head" in self.weights:
+            terms["teacher_head"] = cross_entropy(theirs.logits, target, align_corners=config.align_corners)
+        return terms
+
+
+def _head(kind: Head, in_channels: int, config: APDConfig) -> nn.Module:
+    if kind == "identity":
+        return nn.Identity()
+    return nn.Sequential(
+        nn.Conv2d(in_channels, config.hidden_channels, kernel_size=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(config.hidden_channels, config.out_channels, kernel_size=1),
+    )
+
+
+def _run(head: nn.Module | None, feature: Tensor) -> Tensor:
+    # A head is a piece of network: autocast may narrow it. Without autocast, the features take the weights' precision.
+    assert head is not None
+    weight = next(head.parameters(), None)
+    return head(feature if weight is None else feature.to(weight.dtype))
+
+
+def _require_one_width(config: APDConfig, student: ModelInfo, teacher: ModelInfo) -> None:
+    widths = {
+        f"student_head ({config.student_head})": _width(config.student_head, student, config),
+        f"teacher_head ({config.teacher_head})": _width(config.teacher_head, teacher, config),
+    }
+    if len(set(widths.values())) > 1:
+        shown = " and ".join(f"{width} behind the {head}" for head, width in widths.items())
+        raise UserError(
+            f"apd: prototypes can be compared only at one width, not {shown}; "
+            "use mlp heads, set out_channels to an identity head's width, or prototype_weight: 0"
+        )
+
+
+def _width(head: Head, model: ModelInfo, config: APDConfig) -> int:
+    return model.last_channels if head == "identity" else config.out_channels

@@ -1,0 +1,77 @@
+"""Deep mutual learning: co-trained students imitate each other's predictions."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from segdistill.config import config
+from segdistill.errors import UserError
+from segdistill.losses import finest, pixel_kl, resize_labels, resize_logits, size_of, valid_mask
+from segdistill.methods.method import NonNegative, OnlineMethod, Positive
+from segdistill.models.outputs import ModelInfo, Outputs
+
+
+@config
+class DMLConfig:
+    """Mutual distillation of the logits of two or more students."""
+
+    name: Literal["dml"] = "dml"
+    weight: NonNegative = 1.0
+    """Factor of every student's mean divergence from its peers."""
+    temperature: Positive = 1.0
+    """Divides all logits; the squared temperature multiplies the loss. OKDDip's comparison uses 3."""
+    mask_ignore: bool = True
+    """Leave out the pixels without a label."""
+    upsample: bool = False
+    """Compare at label size and not at the size of the finest peer's logits."""
+    align_corners: bool = False
+    """How logits are resized where sizes differ."""
+
+
+class MutualLearning(OnlineMethod):
+    """Deep mutual learning (DML) of K >= 2 students.
+
+    Formula:
+        L_k = T^2 / (K - 1) * sum over peers l != k of mean over valid pixels of KL(p_l || p_k), p = softmax(z / T).
+        p_l is detached, so L_k trains student k alone. All logits are first resized to the finest student's size.
+
+    Inferred:
+        The original algorithm updates the students one after the other, each time with fresh predictions; here, as
+        is common, all of them are updated at once from one forward pass.
+
+    Reference:
+        Zhang, Xiang, Hospedales, Lu: Deep Mutual Learning, CVPR 2018, arXiv:1706.00384. The mean over valid
+        pixels is our reduction of its per-image loss, so weight 1 and T = 1 carry over.
+    """
+
+    Config = DMLConfig
+    config: DMLConfig
+
+    def __init__(self, config: DMLConfig, peers: Mapping[str, ModelInfo]) -> None:
+        super().__init__(config, peers)
+        if len(peers) < 2:
+            raise UserError(f"dml needs at least two students that teach each other, not {list(peers)}")
+        self.peers = tuple(peers)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {"kl": self.config.weight} if self.config.weight else {}
+
+    def forward(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, Tensor]:
+        if not self.weights:
+            return {}
+        size = size_of(target) if self.config.upsample else finest(size_of(peers[peer].logits) for peer in self.peers)
+        valid = valid_mask(resize_labels(target, size)) if self.config.mask_ignore else None
+        logits = {
+            peer: resize_logits(peers[peer].logits, size, align_corners=self.config.align_corners)
+            for peer in self.peers
+        }
+        return {f"{peer}/kl": self._divergence(peer, logits, valid) for peer in self.peers}
+
+    def _divergence(self, sink: str, logits: Mapping[str, Tensor], valid: Tensor | None) -> Tensor:
+        sources = [peer for peer in self.peers if peer != sink]
+        total = sum(
+            pixel_kl(logits[sink], logits[source], valid, temperature=self.config.temperature) for source in sources
+        )
+        return total / len(sources)  # type: ignore[return-value]

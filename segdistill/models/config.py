@@ -1,0 +1,31 @@
+"""What a segmenter is made of. Importable without torch, so that a stage's config costs nothing to read."""
+
+import dataclasses
+from typing import Any, Literal
+
+from segdistill.config import config
+
+Architecture = Literal["DeepLabV3", "DeepLabV3Plus", "PSPNet", "FPN", "Segformer", "UPerNet", "DPT"]
+
+
+@config
+class ModelConfig:
+    """A decoder over an encoder, both by their names in segmentation-models-pytorch and timm."""
+
+    architecture: Architecture
+    """The decoder, a class of segmentation-models-pytorch; DPT is the one for plain vision transformers."""
+
+    encoder: str
+    """One of segmentation-models-pytorch's own (resnet18, mit_b0), or a timm model with or without "tu-" in front."""
+
+    output_stride: Literal[8, 16, 32]
+    """Image pixels per cell of the deepest encoder stage; below 32 the encoder is dilated. For DPT, the patch size."""
+
+    encoder_weights: str = "none"
+    """"none" (random), "imagenet" (the encoder's own, downloaded), or the path of a local .safetensors file."""
+
+    decoder: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Extra keywords of the decoder's class, such as decoder_channels."""
+
+    aux: bool = False
+    """Add an auxiliary FCN head on the third encoder stage, which gives ``aux_logits``."""

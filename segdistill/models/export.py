@@ -1,0 +1,169 @@
+"""Models as files: safetensors + JSON. Nothing that needs unpickling is written, and nothing pickled is read."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import segdistill
+from segdistill.config import parse, to_dict
+from segdistill.errors import UserError, nearest
+from segdistill.models.config import ModelConfig
+from segdistill.models.segmenter import Segmenter, build_segmenter, logits_at
+from segdistill.models.weights import read_safetensors
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class ExportedSegmenter(nn.Module):
+    """What is served: images to logits of the same size, without auxiliary head and taps."""
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Float32 logits at the size of the images.
+
+        Shape:
+            images: [B, 3, H, W], float RGB in 0..1. Returns [B, K, H, W].
+        """
+        stride = self.segmenter.info.logits_stride
+        return logits_at(self.segmenter.logits(images), images.shape[-2:], stride)
+
+
+def save_model(folder: Path, name: str, segmenter: Segmenter, metadata: Mapping[str, Any]) -> None:
+    """Writes ``<name>.safetensors`` and ``<name>.json``, each under a temporary name first.
+
+    Args:
+        folder: made if absent.
+        metadata: anything JSON can hold: ``classes`` (a list of name and color), scores, provenance. The facts that
+            this function knows itself (model, num_classes, params, ...) win over entries of the same name.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{name}: not a name for a model; allowed: letters, digits, '_', '-' and '.'")
+    classes = metadata.get("classes")
+    if classes is not None and len(classes) != segmenter.info.num_classes:
+        raise ValueError(f"{len(classes)} classes in metadata, {segmenter.info.num_classes} in the model")
+    # One layout on disk, whatever the memory format or device in training.
+    weights = to_safetensors(
+        {key: tensor.detach().cpu().contiguous() for key, tensor in segmenter.state_dict().items()}
+    )
+    document = {
+        **to_dict(dict(metadata)),
+        "name": name,
+        "model": to_dict(segmenter.config),
+        "num_classes": segmenter.info.num_classes,
+        "params": count_parameters(segmenter),
+        "segdistill": segdistill.__version__,
+        "sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / f"{name}.safetensors", weights)
+    _write(folder / f"{name}.json", text.encode())
+
+
+def load_model(folder: Path, name: str, device: torch.device | str = "cpu") -> tuple[Segmenter, dict[str, Any]]:
+    """Reads what :func:`save_model` wrote; no network, no random numbers drawn.
+
+    Returns:
+        The segmenter in eval mode on ``device``, and the whole JSON document.
+
+    Raises:
+        UserError: a file is absent, damaged or not of this pair, or a key is missing, unexpected or of another shape.
+    """
+    path, document_path = folder / f"{name}.safetensors", folder / f"{name}.json"
+    for needed in (document_path, path):
+        if not needed.is_file():
+            raise UserError(f"{needed}: no such file; models in {folder}{nearest(name, model_names(folder))}")
+    document = _read_document(document_path)
+    config = parse(ModelConfig, document["model"], f"{document_path}: model")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != document["sha256"]:
+        raise UserError(
+            f"{path}: not the weights that {document_path.name} describes (sha256 differs); save the model again"
+        )
+    with torch.random.fork_rng(devices=[]):  # a loaded teacher must not change the student's initialisation
+        segmenter = build_segmenter(dataclasses.replace(config, encoder_weights="none"), document["num_classes"])
+    segmenter.config = config  # what the weights began from stays known
+    load_weights(segmenter, path)
+    return segmenter.to(device).eval(), document
+
+
+def load_weights(segmenter: Segmenter, path: Path) -> None:
+    """Fills a whole segmenter from a safetensors file, strictly.
+
+    Raises:
+        UserError: the first missing, unexpected or mismatched key.
+    """
+    given, wanted = read_safetensors(path), segmenter.state_dict()
+    for key, tensor in wanted.items():
+        if key not in given:
+            raise UserError(f"{path}: key '{key}' is missing; a partly loaded model is no model")
+        theirs = given[key]
+        if (theirs.shape, theirs.dtype) != (tensor.shape, tensor.dtype):
+            raise UserError(
+                f"{path}: key '{key}' is {theirs.dtype} {list(theirs.shape)},"
+                f" the model needs {tensor.dtype} {list(tensor.shape)}"
+            )
+    for key in given:
+        if key not in wanted:
+            raise UserError(f"{path}: key '{key}' is unexpected; the model has no such parameter")
+    segmenter.load_state_dict(given, strict=True)
+
+
+def model_names(folder: Path) -> list[str]:
+    """Names of the complete pairs in a folder, sorted."""
+    weights = {path.stem for path in folder.glob("*.safetensors")}
+    return sorted(path.stem for path in folder.glob("*.json") if path.stem in weights)
+
+
+def count_parameters(segmenter: Segmenter) -> int:
+    """Parameters that serving needs: all but the auxiliary head's."""
+    head = segmenter.aux_head
+    aux = 0 if head is None else sum(parameter.numel() for parameter in head.parameters())
+    return sum(parameter.numel() for parameter in segmenter.parameters()) - aux
+
+
+def count_macs(segmenter: Segmenter, size: tuple[int, int]) -> int:
+    """Multiply-accumulates of serving one image of ``size`` (H, W); convolutions and matrix products are counted."""
+    training = segmenter.training
+    image = torch.zeros(1, 3, *size, device=segmenter.mean.device)
+    # Attention by its plain products, since fused kernels are not counted on every device.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        ExportedSegmenter(segmenter).eval()(image)
+    segmenter.train(training)
+    return int(counter.get_total_flops()) // 2
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    needed: dict[str, type] = {"model": dict, "num_classes": int, "sha256": str}
+    for key, kind in needed.items():
+        if not isinstance(document, dict) or not isinstance(document.get(key), kind):
+            raise UserError(
+                f"{path}: no '{key}' of type {kind.__name__} in it; this is not a saved model's description"
+            )
+    return document
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,126 @@
+"""Encoder weights: from timm's and segmentation-models-pytorch's own downloads, or from a local safetensors file."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from segdistill.errors import UserError
+
+HUB_TIMEOUT_SECONDS = 5.0
+
+# Heads in the files of segmentation-models-pytorch's own encoders, which mirror torchvision's and others' names.
+_NATIVE_HEADS = ("fc.", "classifier.", "head.", "last_linear.")
+
+
+@contextlib.contextmanager
+def imagenet_download(encoder: str) -> Iterator[None]:
+    """Makes a download inside fail in seconds, as a UserError, if the hub does not answer; cached files still load."""
+    from huggingface_hub import constants
+
+    was_offline = constants.HF_HUB_OFFLINE
+    reachable = not was_offline and _hub_answers(constants.ENDPOINT)
+    try:
+        # The client reads this at each request; it would otherwise retry a dead network for most of a minute.
+        constants.HF_HUB_OFFLINE = not reachable
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause = reason if reachable else "the network does not answer and no earlier download is cached"
+        raise UserError(
+            f"model.encoder_weights: the ImageNet weights of encoder '{encoder}' could not be had ({cause});"
+            " give the path of a local .safetensors file, or 'none'"
+        ) from None
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+
+
+def _hub_answers(endpoint: str) -> bool:
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(endpoint, timeout=HUB_TIMEOUT_SECONDS)
+    except Exception:  # whatever the client of the day raises: refused, timed out, not resolved, bad proxy
+        return False
+    return True
+
+
+def local_weights_path(value: str) -> Path:
+    """The file that ``encoder_weights`` names.
+
+    Raises:
+        UserError: not a .safetensors file, or absent.
+    """
+    path = Path(value)
+    allowed = "allowed: none, imagenet, or the path of a .safetensors file"
+    if path.suffix != ".safetensors":
+        raise UserError(f"model.encoder_weights: '{value}' is not a .safetensors file; {allowed}")
+    if not path.is_file():
+        raise UserError(f"model.encoder_weights: {value}: no such file; {allowed}")
+    return path
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, on the CPU.
+
+    Raises:
+        UserError: the file is no safetensors file, or is cut short.
+    """
+    try:
+        return load_file(path, device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def load_encoder_file(encoder: nn.Module, name: str, path: Path) -> None:
+    """Fills an encoder from a file with the encoder library's own keys.
+
+    Nothing may be missing. What the encoder has no place for must be the classifier's side of the same model.
+
+    Args:
+        encoder: an encoder of segmentation-models-pytorch.
+        name: its resolved name.
+    """
+    is_timm = name.startswith("tu-")
+    module = encoder.get_submodule("model") if is_timm else encoder
+    wanted = module.state_dict()
+    given = {_flat(key): (key, tensor) for key, tensor in read_safetensors(path).items()}
+
+    needed = {_flat(key) for key in wanted}
+    whole_model = _timm_keys(name.removeprefix("tu-")) if is_timm else set()
+    for flat, (key, _) in given.items():
+        allowed = flat in needed or flat in whole_model or (not is_timm and key.startswith(_NATIVE_HEADS))
+        if not allowed and not key.endswith("num_batches_tracked"):
+            raise UserError(f"{path}: key '{key}' is not in encoder '{name.removeprefix('tu-')}': wrong weights")
+    loaded: dict[str, Tensor] = {}
+    for key, tensor in wanted.items():
+        if key.endswith("num_batches_tracked") and _flat(key) not in given:
+            loaded[key] = tensor  # a counter that older files leave out
+            continue
+        if _flat(key) not in given:
+            raise UserError(f"{path}: key '{key}' of encoder '{name.removeprefix('tu-')}' is missing: wrong weights")
+        theirs = given[_flat(key)][1]
+        if theirs.shape != tensor.shape:
+            raise UserError(
+                f"{path}: key '{key}' has shape {tuple(theirs.shape)}, encoder '{name.removeprefix('tu-')}'"
+                f" needs {tuple(tensor.shape)}: wrong weights"
+            )
+        loaded[key] = theirs
+    nn.Module.load_state_dict(module, loaded, strict=True)
+
+
+def _flat(key: str) -> str:
+    # timm's feature extractors name a submodule "stages_0" where the whole model says "stages.0".
+    return key.replace(".", "_")
+
+
+def _timm_keys(name: str) -> set[str]:
+    with torch.device("meta"):
+        return {_flat(key) for key in timm.create_model(name).state_dict()}

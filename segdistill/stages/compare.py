@@ -1,0 +1,268 @@
+"""Mean and spread over seeds, what a difference to the undistilled student is worth, and one page that shows it."""
+
+import csv
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from segdistill.config import config as config_class
+from segdistill.config import parse, to_dict
+from segdistill.engine.tracker import Tracker
+from segdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from segdistill.stages._comparison import Comparison, Row
+    from segdistill.stages._comparison_inputs import Curve, Measured
+
+TEACHER = "teacher"
+
+
+@config_class
+class Config:
+    """Section ``compare`` of params.yaml."""
+
+    # Share of the bootstrap differences inside the interval.
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    # How often the test images are drawn anew.
+    resamples: Annotated[int, Field(ge=100)]
+    # Of the generator that draws them.
+    bootstrap_seed: Annotated[int, Field(ge=0)]
+    # Test images shown in the report; evaluate must have kept at least as many.
+    overlays: Annotated[int, Field(ge=0)]
+
+
+def run(
+    config: Config,
+    *,
+    run: list[str],
+    seeds: list[int],
+    experiments: Mapping[str, Any],
+    prepared: Path,
+    teacher: Path,
+    teacher_evaluation: Path,
+    students: list[Path],
+    evaluations: list[Path],
+    report: Path,
+    metrics: Path,
+    tracker: Tracker,
+) -> dict[str, float]:
+    """Writes the folder ``report`` and the small file ``metrics``; returns seconds by activity.
+
+    Args:
+        config: section ``compare``.
+        run: the experiments; with ``seeds`` the list of jobs, seed fastest. No other folder is looked at.
+        seeds: the seeds.
+        experiments: the experiments' configurations as in params.yaml, which name each student's reference.
+        prepared: the prepared data set.
+        teacher: the teacher's folder.
+        teacher_evaluation: the teacher's evaluation.
+        students: each job's trained students.
+        evaluations: each job's evaluation.
+        report: results.json, report.md, report.html and plots/ for DVC.
+        metrics: flat numbers for ``dvc metrics``.
+        tracker: of the pipeline's run.
+    """
+    from segdistill.data.shards import read_dataset_info
+    from segdistill.stages._comparison_inputs import check_same_images, read_job
+
+    started = time.monotonic()
+    jobs = [(experiment, seed) for experiment in run for seed in seeds]
+    if not len(jobs) == len(students) == len(evaluations):
+        raise UserError(f"compare: {len(jobs)} jobs, but {len(students)} students and {len(evaluations)} evaluations")
+    if TEACHER in run:
+        raise UserError(f"run: '{TEACHER}' is the teacher's own name in a report; give the experiment another one")
+    info = read_dataset_info(prepared)
+    names = [item.name for item in info.classes]
+    taught = read_job(teacher, teacher_evaluation, TEACHER, None, [TEACHER], names)[0]
+    measured: list[Measured] = []
+    for (experiment, seed), model, evaluation in zip(jobs, students, evaluations, strict=True):
+        expected = list((experiments.get(experiment) or {}).get("students", {}))
+        measured += read_job(model, evaluation, experiment, seed, expected, names)
+    check_same_images([taught, *measured])
+    comparison = _compare(config, run, seeds, experiments, prepared, taught, measured)
+    _write(config, comparison, taught, measured, prepared, report)
+    summary = metrics_of(comparison)
+    _write_text(metrics, json.dumps(summary, indent=2) + "\n")
+    tracker.metrics(_tracked(comparison))
+    tracker.artifact(report, "comparison")
+    return {"evaluation": time.monotonic() - started}
+
+
+def metrics_of(comparison: "Comparison") -> dict[str, Any]:
+    """What ``dvc metrics show`` prints: shares, four decimals."""
+    summary: dict[str, Any] = {TEACHER: {"test_miou": round(comparison.teacher.test_miou.mean, 4)}}
+    for row in comparison.rows:
+        entry = {"test_miou": round(row.test_miou.mean, 4)}
+        if row.gain is not None:
+            entry |= {
+                "difference": round(row.gain.mean, 4),
+                "low": round(row.gain.low, 4),
+                "high": round(row.gain.high, 4),
+            }
+        summary.setdefault(row.experiment, {})[row.student] = entry
+    return summary
+
+
+def table(results: Mapping[str, Any]) -> "Table":
+    """The comparison for a terminal.
+
+    Args:
+        results: the content of ``results.json``.
+    """
+    from rich.table import Table
+
+    from segdistill.stages import _text as text
+    from segdistill.stages._comparison import Comparison
+
+    comparison = parse(Comparison, dict(results), "results.json")
+    number = len(comparison.protocol.seeds)
+    shown = Table(
+        title="Test mIoU in percent, differences in percentage points",
+        title_justify="left",
+        caption=_escape(text.caption(comparison.protocol)),
+        caption_justify="left",
+    )
+    shown.add_column("experiment")
+    shown.add_column("student")
+    shown.add_column(f"test mIoU ({number} seed{'s' * (number > 1)})", justify="right")
+    shown.add_column("to undistilled", justify="right")
+    shown.add_column("params (M)", justify="right")
+    shown.add_column("images/s", justify="right")
+    for row in (comparison.teacher, *comparison.rows):
+        style = "bold" if row.gain is not None and row.gain.is_evidence else ""
+        difference = text.gain(row)
+        shown.add_row(
+            row.experiment,
+            "–" if row is comparison.teacher else row.student,
+            text.spread(row.test_miou),
+            f"[{style}]{_escape(difference)}[/]" if style else _escape(difference),
+            text.millions(row.params),
+            text.rate(row.images_per_second),
+            end_section=row is comparison.teacher,
+        )
+    return shown
+
+
+def print_table(results: Mapping[str, Any], console: "Console") -> None:
+    """Prints :func:`table`."""
+    console.print(table(results))
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _compare(
+    config: Config,
+    run: Sequence[str],
+    seeds: Sequence[int],
+    experiments: Mapping[str, Any],
+    prepared: Path,
+    taught: "Measured",
+    measured: Sequence["Measured"],
+) -> "Comparison":
+    from segdistill.data.shards import read_dataset_info
+    from segdistill.stages._comparison import Comparison, Protocol, best_row, compare_runs, warnings
+    from segdistill.stages._comparison_inputs import read_json
+
+    info = read_dataset_info(prepared)
+    names = [item.name for item in info.classes]
+    bootstrap = {"confidence": config.confidence, "resamples": config.resamples, "seed": config.bootstrap_seed}
+    row, rows = compare_runs(taught, measured, run, experiments, names, bootstrap)
+    selections = {item.training.get("config", {}).get("train", {}).get("select") for item in measured}
+    size = taught.test.get("input_size")
+    protocol = Protocol(
+        seeds=tuple(seeds),
+        iterations=tuple(sorted({item.iterations for row in rows for item in row.seeds if item.iterations})),
+        classes=tuple(names),
+        splits=dict(info.splits),
+        input_size=(size[0], size[1]) if size else None,
+        selection=selections.pop() if len(selections) == 1 else None,
+        confidence=config.confidence,
+        resamples=config.resamples,
+        bootstrap_seed=config.bootstrap_seed,
+        dataset_md5=read_json(prepared / "dataset.json").get("source_md5"),
+    )
+    return Comparison(row, tuple(rows), best_row(rows), protocol, tuple(warnings(rows)))
+
+
+def _write(
+    config: Config,
+    comparison: "Comparison",
+    taught: "Measured",
+    measured: Sequence["Measured"],
+    prepared: Path,
+    report: Path,
+) -> None:
+    """Everything in ``report``, which appears complete or not at all."""
+    import numpy as np
+
+    from segdistill.data.shards import read_dataset_info
+    from segdistill.stages import _charts, _overlays, _report
+    from segdistill.stages._pictures import confusion_map
+
+    partial = report.with_name(report.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    plots = partial / "plots"
+    plots.mkdir(parents=True)
+    best = np.sum([item.confusion for item in measured if (item.experiment, item.student) == comparison.best], axis=0)
+    lines = [item.curve for item in (taught, *measured)]
+    colors = [item.color for item in read_dataset_info(prepared).classes]
+    pictures = _overlays.read(prepared, taught, measured, config.overlays)
+    charts = _charts.draw_all(comparison, lines)
+    _write_text(partial / "results.json", json.dumps(to_dict(comparison), indent=2, allow_nan=False) + "\n")
+    _write_text(partial / "report.md", _report.markdown(comparison))
+    _write_text(partial / "report.html", _report.page(comparison, best, charts, pictures, colors))
+    _write_curves(plots / "curves.csv", lines)
+    _write_per_class(plots / "per_class_iou.csv", [comparison.teacher, *comparison.rows])
+    confusion_map(best, comparison.protocol.classes, plots / "confusion.png")
+    for name, figure in charts.items():
+        _charts.png(figure, plots / f"{name}.png")
+    shutil.rmtree(report, ignore_errors=True)
+    partial.replace(report)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _write_curves(path: Path, curves: Sequence["Curve"]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["experiment", "student", "seed", "step", "val_miou"])
+        for curve in curves:
+            seed = "" if curve.seed is None else curve.seed
+            for step, value in zip(curve.steps, curve.values, strict=True):
+                writer.writerow([curve.experiment, curve.student, seed, step, f"{value:.6f}"])
+
+
+def _write_per_class(path: Path, rows: Sequence["Row"]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["experiment", "student", "class", "iou", "difference"])
+        for row in rows:
+            for name, value in row.per_class_iou.items():
+                difference = row.gain.per_class[name] if row.gain else None
+                cells = ("" if number is None else f"{number:.6f}" for number in (value, difference))
+                writer.writerow([row.experiment, row.student, name, *cells])
+
+
+def _tracked(comparison: "Comparison") -> dict[str, float]:
+    """Names a tracker takes: ``compare/<experiment>.<student>/<number>``."""
+    values = {f"compare/{TEACHER}/test_miou": comparison.teacher.test_miou.mean}
+    for experiment, entries in metrics_of(comparison).items():
+        if experiment != TEACHER:
+            for student, numbers in entries.items():
+                values |= {f"compare/{experiment}.{student}/{key}": value for key, value in numbers.items()}
+    return values

@@ -1,0 +1,76 @@
+"""The stage ``prepare``: a checked data set of any layout -> Arrow shards with train ids, and a manifest."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from segdistill.config import config
+from segdistill.engine.tracker import Tracker
+from segdistill.errors import UserError
+
+
+@config
+class Config:
+    """Section ``prepare`` of params.yaml."""
+
+    # How the data set is laid out: folder or camvid.
+    layout: str
+    # Samples in one shard file; a killed run continues after the last finished shard.
+    shard_samples: Annotated[int, Field(ge=1)]
+    # Shrink larger images to this longer side, with their masks; null keeps every image as it is.
+    max_side: Annotated[int, Field(ge=16)] | None
+    # Processes; 0 uses all cores. The result does not depend on it.
+    workers: Annotated[int, Field(ge=0)]
+
+
+def run(config: Config, *, data: Path, report: Path, prepared: Path, tracker: Tracker) -> None:
+    """Writes ``prepared``; until that is complete the work lies in ``<prepared>.partial``, from where it continues.
+
+    Args:
+        config: the stage's parameters.
+        data: the data set.
+        report: what the stage ``validate`` wrote about it.
+        prepared: the folder to write.
+        tracker: gets the number of samples and bytes.
+
+    Raises:
+        UserError: the report says that the data set must not be used, or a sample cannot be.
+    """
+    from segdistill.data.folders import disk_errors, replace_folder
+    from segdistill.data.layouts import SPLITS, open_layout
+    from segdistill.data.parallel import progress
+    from segdistill.data.sharding import plan_shards, write_index, write_shards
+
+    _check_report(report, config.layout)
+    layout = open_layout(config.layout, data)
+    partial = prepared.with_name(f"{prepared.name}.partial")
+    with disk_errors(prepared, f"finished shards wait in {partial}, and the same command continues from there"):
+        shards = plan_shards(layout, config.shard_samples)
+        written = write_shards(layout, shards, partial, max_side=config.max_side, workers=config.workers)
+        total = sum(len(shard.samples) for shard in shards)
+        for _ in progress(written, "prepare", total, lambda shard: len(shard.samples)):
+            pass
+        write_index(layout, shards, partial)
+        size = sum(path.stat().st_size for path in (partial / "shards").iterdir())
+        shutil.rmtree(partial / "keys")
+        replace_folder(partial, prepared)
+    samples = {split: sum(len(shard.samples) for shard in shards if shard.split == split) for split in SPLITS}
+    tracker.metrics({"data/bytes": size, **{f"data/samples/{split}": count for split, count in samples.items()}})
+
+
+def _check_report(report: Path, layout: str) -> None:
+    path = report / "summary.json"
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        success, checked = summary["success"], summary["layout"]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run the stage 'validate' first") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise UserError(f"{path}: damaged; run the stage 'validate' again") from None
+    if not success:
+        raise UserError(f"{path}: the data set failed its validation; mend the files named there, then validate again")
+    if checked != layout:
+        raise UserError(f"prepare.layout: '{layout}', but {path} is about the layout '{checked}'; make them equal")

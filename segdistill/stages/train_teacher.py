@@ -1,0 +1,90 @@
+"""Trains the teacher, or imports one, and records the validation score that every distillation checks."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from segdistill.config import config as config_class
+from segdistill.config import flatten, to_dict
+from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
+from segdistill.engine.tracker import Tracker
+from segdistill.errors import UserError
+from segdistill.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from segdistill.engine.distributed import Processes
+
+NAME = "teacher"
+
+
+@config_class
+class Config:
+    """Section ``train_teacher`` of params.yaml."""
+
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    # How the teacher is validated.
+    inference: InferenceConfig
+    seed: Annotated[int, Field(ge=0)]
+    # A folder with teacher.safetensors and teacher.json to use instead of training; null trains.
+    import_from: Path | None
+
+
+def run(config: Config, *, prepared: Path, teacher: Path, tracker: Tracker, device: str = "auto") -> dict[str, float]:
+    """Writes ``teacher``: weights, ``metrics.json`` and curves; returns seconds by activity."""
+    import torch
+
+    from segdistill.engine.distributed import processes as join
+    from segdistill.engine.learner import Learner
+    from segdistill.models.segmenter import build_segmenter
+    from segdistill.stages._training import dataset, train_and_save
+
+    child = tracker.child(NAME)
+    child.params(flatten(to_dict(config)))
+    child.tags({"student": NAME, "seed": str(config.seed)})
+    facts = {"config": to_dict(config)}
+    with join(device) as processes:
+        info, _, _ = dataset(prepared)
+        if config.import_from is not None:
+            seconds = _import(config.import_from, config, prepared, teacher, child, processes)
+        else:
+            torch.manual_seed(config.seed)
+            network = build_segmenter(config.model, info.num_classes)
+            seconds = train_and_save(
+                Learner({NAME: network}), config.train, {NAME: config.optimizer}, prepared=prepared, output=teacher,
+                seed=config.seed, inference=config.inference, facts=facts, trackers={NAME: child}, processes=processes,
+            )  # fmt: skip
+    child.close()
+    return seconds
+
+
+def _import(
+    folder: Path, config: Config, prepared: Path, teacher: Path, tracker: Tracker, processes: "Processes"
+) -> dict[str, float]:
+    """Takes a trained teacher as it is, and measures its validation score here."""
+    import time
+
+    from segdistill.engine.evaluate import evaluate
+    from segdistill.engine.learner import Learner
+    from segdistill.engine.trainer import Result
+    from segdistill.models.export import load_model
+    from segdistill.stages._training import dataset, write
+
+    started = time.monotonic()
+    info, _, val_set = dataset(prepared)
+    network, _ = load_model(folder, NAME)
+    if network.info.num_classes != info.num_classes:
+        raise UserError(
+            f"{folder}: the teacher knows {network.info.num_classes} classes, the data set has {info.num_classes}"
+        )
+    network.to(processes.device)
+    found = evaluate(network, val_set, config.inference, num_classes=info.num_classes, processes=processes)
+    if processes.is_main:
+        tracker.metrics({"val/miou": found.miou, "val/pixel_accuracy": found.accuracy}, 0)
+        result = Result(0, 0.0, 0.0, {NAME: found}, {NAME: []})
+        facts = {"config": to_dict(config)}
+        write(teacher, Learner({NAME: network}), result, info, seed=config.seed, facts=facts, trackers={NAME: tracker})
+    processes.barrier()
+    return {"evaluation": time.monotonic() - started}

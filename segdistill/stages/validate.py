@@ -1,0 +1,146 @@
+"""The stage ``validate``: every file of the data set is looked at before anything is built on it."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from segdistill.config import config
+from segdistill.engine.tracker import Tracker
+from segdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from segdistill.stages._rules import Tables
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+SHOWN = 50  # sentences of one rule in summary.md; summary.json has them all
+
+
+@config
+class MinSamples:
+    """Samples that each split must have; an empty split is always an error."""
+
+    train: AtLeastOne
+    val: AtLeastOne
+    test: AtLeastOne
+
+
+@config
+class Config:
+    """Section ``validate`` of params.yaml."""
+
+    # How the data set is laid out: folder or camvid.
+    layout: str
+    # Fewer samples than this in a split stop the pipeline.
+    min_samples: MinSamples
+    # A larger mean share of ignored pixels in any split stops the pipeline.
+    max_ignore_fraction: Share
+    # A class with a smaller share of the labelled train pixels is warned about.
+    min_class_share: Share
+    # Processes; 0 uses all cores.
+    workers: Annotated[int, Field(ge=0)]
+
+
+def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
+    """Writes ``report``: ``summary.json``, ``summary.md`` and ``data_docs/index.html``.
+
+    Args:
+        config: the stage's parameters.
+        data: the data set.
+        report: the folder to write; it is complete even when the data set fails.
+        tracker: gets the number of samples, failures and warnings.
+
+    Raises:
+        UserError: a critical expectation failed; the sentence names the first file and its fault.
+    """
+    from segdistill.adapters import gx
+    from segdistill.data.checks import inspect
+    from segdistill.data.folders import new_folder
+    from segdistill.data.layouts import SPLITS, open_layout
+    from segdistill.data.parallel import progress
+    from segdistill.stages import _rules
+
+    layout = open_layout(config.layout, data)
+    samples = [sample for split in SPLITS for sample in layout.samples(split)]
+    if not samples:
+        raise UserError(f"{data}: no sample in any split of the layout '{config.layout}'")
+    facts = list(progress(inspect(layout, samples, workers=config.workers), "validate", len(samples)))
+    tables, rules = _rules.tables(layout, facts, config), _rules.rules(config)
+    with new_folder(report) as partial:
+        verdicts = gx.validate(tables, [rule.expectation for rule in rules], partial / "data_docs")
+        found = [_finding(rule, verdict, tables, data) for rule, verdict in zip(rules, verdicts, strict=True)]
+        summary = _summarise(config.layout, tables, [finding for finding in found if finding])
+        (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (partial / "summary.md").write_text(_markdown(summary, data), encoding="utf-8")
+    counts = {kind: sum(len(finding["sentences"]) for finding in summary[kind]) for kind in ("failures", "warnings")}
+    sizes = {f"data/samples/{split}": count for split, count in summary["samples"].items()}
+    tracker.metrics({**sizes, **{f"data/{kind}": count for kind, count in counts.items()}})
+    tracker.artifact(report / "summary.md", "validation")
+    for finding in summary["warnings"]:
+        for sentence in finding["sentences"][:SHOWN]:
+            logging.getLogger(__name__).warning("warning: %s", sentence)
+    if not summary["success"]:
+        raise UserError(_verdict_sentence(summary["failures"], report))
+
+
+def _finding(rule: Any, verdict: Any, tables: "Tables", data: Path) -> dict[str, Any] | None:
+    """What a rule found, ready for JSON, or None if it holds."""
+    if verdict.success:
+        return None
+    rows = [tables[rule.expectation.table][number] for number in verdict.rows]
+    subjects = [rule.subject(row) for row in rows]
+    if rule.expectation.table != "classes":
+        subjects = [(data / subject).as_posix() for subject in subjects]
+    return {
+        "rule": rule.title,
+        "severity": rule.expectation.severity,
+        "table": rule.expectation.table,
+        "expectation": rule.expectation.kind,
+        "names": subjects,
+        "sentences": [f"{subject}: {rule.problem(row)}" for subject, row in zip(subjects, rows, strict=True)],
+    }
+
+
+def _summarise(layout: str, tables: "Tables", findings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    failures = [finding for finding in findings if finding["severity"] == "critical"]
+    return {
+        "success": not failures,
+        "layout": layout,
+        "samples": {row["split"]: row["samples"] for row in tables["splits"]},
+        "ignore_fraction": {row["split"]: row["ignore_fraction"] for row in tables["splits"]},
+        "failures": failures,
+        "warnings": [finding for finding in findings if finding["severity"] == "warning"],
+        "classes": tables["classes"],
+    }
+
+
+def _verdict_sentence(failures: Sequence[dict[str, Any]], report: Path) -> str:
+    more = len({name for finding in failures for name in finding["names"]}) - 1
+    one = "1 more file fails" if more == 1 else f"{more} more files fail"
+    return f"{failures[0]['sentences'][0]}; {f'{one}, ' if more else ''}see {report / 'summary.md'}"
+
+
+def _markdown(summary: dict[str, Any], data: Path) -> str:
+    outcome = "passed" if summary["success"] else "FAILED"
+    lines = [f"# Validation of {data}: {outcome}", ""]
+    lines += ["| split | samples | ignored pixels |", "| --- | ---: | ---: |"]
+    for split, count in summary["samples"].items():
+        ignored = summary["ignore_fraction"][split]
+        lines.append(f"| {split} | {count} | {'' if ignored is None else f'{ignored:.1%}'} |")
+    lines += ["", "| class | train images | val images | test images | share of train pixels |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |"]
+    for row in summary["classes"]:
+        images = " | ".join(str(row[f"{split}_images"]) for split in summary["samples"])
+        lines.append(f"| {row['name']} | {images} | {row['train_share'] or 0:.2%} |")
+    for kind in ("failures", "warnings"):
+        lines += ["", f"## {kind.capitalize()}", ""] + ([] if summary[kind] else ["None."])
+        for finding in summary[kind]:
+            lines.append(f"**{finding['rule']}**: {len(finding['sentences'])} found in the table `{finding['table']}`.")
+            lines += ["", *(f"* {sentence}" for sentence in finding["sentences"][:SHOWN])]
+            hidden = len(finding["sentences"]) - SHOWN
+            lines += [f"* and {hidden} more: see summary.json"] * (hidden > 0) + [""]
+    return "\n".join([*lines, "", "Every expectation and its values: data_docs/index.html", ""])

@@ -1,0 +1,199 @@
+"""Laws of the training loop, with SGD, since Adam hides a wrong loss scale."""
+
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+
+from segdistill.engine import checkpoint
+from segdistill.engine.distributed import Processes
+from segdistill.errors import UserError
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+# Children of a server that has imported torch but computed nothing: a clean process each, without the seconds of import.
+CLEAN = multiprocessing.get_context("forkserver")
+CLEAN.set_forkserver_preload(["tiny", "torch._dynamo"])
+
+
+def start(*arguments: Any, environment: dict[str, str] | None = None) -> Any:
+    process = CLEAN.Process(target=tiny.child, args=(list(map(str, arguments)), environment or {}))
+    process.start()
+    return process
+
+
+def finished(process: Any) -> int:
+    process.join(timeout=120)
+    assert process.exitcode is not None, "still running"
+    return process.exitcode  # type: ignore[no-any-return]
+
+
+def two(*arguments: Any) -> list[Any]:
+    """Two gloo processes, in the environment that torchrun would set."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start(*arguments, environment=shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+
+
+def result(path: Path) -> dict[str, Any]:
+    state = checkpoint.load(path)
+    assert state is not None
+    return state
+
+
+def assert_equal(left: dict[str, Any], right: dict[str, Any]) -> None:
+    """Bit for bit: weights and logged losses."""
+    assert left["curves"] == right["curves"]
+    assert left["weights"].keys() == right["weights"].keys()
+    for name, value in left["weights"].items():
+        assert torch.equal(value, right["weights"][name]), name
+
+
+def trained(work: Path, **changes: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    trainer = tiny.make_trainer(work, ALONE, **changes)
+    trainer.run()
+    return trainer, tiny.weights(trainer)
+
+
+@pytest.mark.parametrize("method", ["none", "dml"])
+def test_one_batch_of_eight_equals_four_of_two_accumulated(tmp_path: Path, method: str) -> None:
+    _, whole = trained(tmp_path / "a", method=method)
+    _, pieces = trained(tmp_path / "b", method=method, accumulate=4)
+    before = tiny.weights(tiny.make_trainer(tmp_path / "c", ALONE, method=method))
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if method == "dml" else {"rtol": 1e-5, "atol": 1e-6}
+    for name, value in whole.items():
+        assert not torch.equal(value, before[name]), f"{name} was not trained"
+        torch.testing.assert_close(pieces[name], value, **tolerance)
+
+
+def test_one_batch_of_eight_equals_two_processes_of_four(tmp_path: Path) -> None:
+    _, whole = trained(tmp_path / "a")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, tiny.__file__, tmp_path / "work", tmp_path / "out"], check=True, timeout=300)
+    for name, value in result(tmp_path / "out")["weights"].items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["apd", "dml"])
+def test_killed_and_resumed_equals_never_interrupted_bit_for_bit(tmp_path: Path, method: str) -> None:
+    options = [f"method={method}", "dropout=0.3", "iterations=11", "select=best"]
+    assert finished(start(tmp_path / "whole", tmp_path / "whole.out", *options)) == 0
+    first, second = sorted(random.sample(range(3, 11), 2))
+    for deadly in (first, second):
+        died = finished(start(tmp_path / "work", tmp_path / "out", *options, f"die_at={deadly}"))
+        assert died == -signal.SIGKILL
+        assert not (tmp_path / "out").exists()
+    assert finished(start(tmp_path / "work", tmp_path / "out", *options)) == 0
+    assert_equal(result(tmp_path / "out"), result(tmp_path / "whole.out"))
+
+
+def test_killed_while_a_checkpoint_is_written_resumes_from_the_one_before(tmp_path: Path) -> None:
+    options = ["iterations=7"]
+    assert finished(start(tmp_path / "whole", tmp_path / "whole.out", *options)) == 0
+    assert finished(start(tmp_path / "work", tmp_path / "out", *options, "die_in_save=4")) == -signal.SIGKILL
+    assert result(tmp_path / "work" / "resume.safetensors")["progress"]["iteration"] == 2
+    assert finished(start(tmp_path / "work", tmp_path / "out", *options)) == 0
+    assert_equal(result(tmp_path / "out"), result(tmp_path / "whole.out"))
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(600):
+        if path.exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path} never came")
+
+
+def test_sigterm_saves_and_exits_with_the_code_for_retry(tmp_path: Path) -> None:
+    options = ["iterations=25", "checkpoint_every=1000"]
+    running = start(tmp_path / "work", tmp_path / "out", *options, "slow=0.1", f"started={tmp_path / 'started'}")
+    wait_for(tmp_path / "started")
+    os.kill(running.pid, signal.SIGTERM)
+    assert finished(running) == 75
+    assert 1 <= result(tmp_path / "work" / "resume.safetensors")["progress"]["iteration"] < 25
+    assert finished(start(tmp_path / "work", tmp_path / "out", *options)) == 0
+    assert finished(start(tmp_path / "whole", tmp_path / "whole.out", *options)) == 0
+    assert_equal(result(tmp_path / "out"), result(tmp_path / "whole.out"))
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_in_the_same_iteration(tmp_path: Path) -> None:
+    options = ["iterations=60", "checkpoint_every=1000", "slow=0.05", f"started={tmp_path / 'started'}"]
+    running = two(tmp_path / "work", tmp_path / "out", *options)
+    wait_for(tmp_path / "started")
+    os.kill(running[1].pid, signal.SIGTERM)
+    assert [finished(process) for process in running] == [75, 75]
+    assert result(tmp_path / "work" / "resume.safetensors")["progress"]["iteration"] % 10 == 0
+
+
+def test_the_teacher_is_unchanged_and_in_no_checkpoint(tmp_path: Path) -> None:
+    trainer = tiny.make_trainer(tmp_path, ALONE, method="apd")
+    before = {name: value.clone() for name, value in trainer.learner.teacher.state_dict().items()}
+    head = trainer.learner.methods["apd"].teacher_head[0].weight.detach().clone()
+    trainer.run()
+    for name, value in trainer.learner.teacher.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert not trainer.learner.teacher.segmenter.training
+    assert not torch.equal(trainer.learner.methods["apd"].teacher_head[0].weight, head), "APD trains the teacher's head"
+    names = trainer.state()["learner"].keys()
+    assert {name.split(".")[0] for name in names} == {"students", "methods"}
+    own = trainer.optimizers["apd.teacher_head"]
+    assert {id(p) for g in own.param_groups for p in g["params"]}.isdisjoint(
+        id(p) for g in trainer.optimizers["cnn"].param_groups for p in g["params"]
+    )
+
+
+def test_a_checkpoint_of_another_configuration_is_not_resumed(tmp_path: Path) -> None:
+    _, whole = trained(tmp_path / "whole", iterations=6)
+    other = tiny.make_trainer(tmp_path / "work", ALONE, iterations=6)
+    other.fingerprint = "another"
+    other.run()
+    _, fresh = trained(tmp_path / "work", iterations=6)
+    for name, value in whole.items():
+        assert torch.equal(value, fresh[name]), name
+
+
+def test_a_wall_clock_budget_ends_in_time(tmp_path: Path) -> None:
+    trainer = tiny.make_trainer(tmp_path, ALONE, iterations=None, seconds=2.0)
+    outcome = trainer.run()
+    assert outcome.iterations > 1
+    assert 2.0 <= outcome.seconds < 20
+
+
+def test_best_weights_are_those_of_the_best_validation(tmp_path: Path) -> None:
+    trainer = tiny.make_trainer(tmp_path, ALONE, iterations=12, validate_every=2, select="best")
+    outcome = trainer.run()
+    seen = [point["val/miou"] for point in outcome.curves["cnn"] if "val/miou" in point]
+    assert outcome.evaluations["cnn"].miou == max(seen)
+
+
+def test_clipping_bounds_the_gradient_norm(tmp_path: Path) -> None:
+    trainer = tiny.make_trainer(tmp_path, ALONE, max_grad_norm=1e-9, iterations=3)
+    before = tiny.weights(trainer)
+    trainer.optimizers["cnn"].param_groups[0]["weight_decay"] = 0.0
+    for group in trainer.optimizers["cnn"].param_groups:
+        group["weight_decay"] = 0.0
+    trainer.run()
+    for name, value in tiny.weights(trainer).items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=1e-8)
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="batch_size 8 is not divisible by accumulate 3"):
+        tiny.make_trainer(tmp_path, ALONE, accumulate=3)
+    with pytest.raises(UserError, match="iterations or as seconds"):
+        tiny.make_trainer(tmp_path, ALONE, seconds=3.0)

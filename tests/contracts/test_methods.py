@@ -1,0 +1,412 @@
+"""One contract for every method in the table. Where a method departs from it on purpose, a table here says so."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from segdistill.config import parse, to_dict
+from segdistill.errors import UserError
+from segdistill.losses import IGNORE_INDEX
+from segdistill.methods import METHODS, build_offline, build_online, load, parse_method
+from segdistill.methods.method import Method
+from segdistill.models.outputs import ModelInfo, Outputs
+
+# Settings that take trainable helpers out of the way, so that equal outputs must give the minimum.
+IDENTITY: dict[str, dict[str, Any]] = {"apd": {"student_head": "identity", "teacher_head": "identity"}}
+# Settings under which ignored pixels do not matter, for the methods whose official code does not mask ...
+MASKED: dict[str, dict[str, Any]] = {"apd": {"mask_ignore_global": True, "mask_ignore_local": True}}
+# ... and the terms that see ignored pixels by default, as those codes have it.
+UNMASKED_TERMS: dict[str, set[str]] = {"apd": {"global", "local"}}
+
+EVERY = pytest.mark.parametrize("name", METHODS)
+ONLINE = pytest.mark.parametrize("name", [name for name in METHODS if load(name).kind == "online"])
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The geometry of one network's outputs."""
+
+    logits: tuple[int, int] = (6, 7)
+    last: tuple[int, int] = (6, 7)
+    width: int = 8
+
+
+FIRST, SECOND = Shape(), Shape()
+GEOMETRIES = {
+    "equal": (Shape(), Shape(), (24, 28)),
+    "odd": (Shape((5, 3), (5, 3)), Shape((5, 3), (5, 3)), (37, 21)),
+    "finer student": (Shape((12, 14), (12, 14), 6), Shape((6, 7), (6, 7), 11), (48, 56)),
+    "finer teacher": (Shape((5, 7), (5, 7), 5), Shape((10, 13), (20, 26), 9), (40, 53)),
+    "one pixel": (Shape((1, 1), (1, 1)), Shape((1, 1), (1, 1)), (4, 4)),
+}
+
+
+def info(shape: Shape, num_classes: int) -> ModelInfo:
+    return ModelInfo(num_classes, (4, 6, 8, 10), (4, 8, 16, 32), shape.width, 4, 4, "cnn")
+
+
+def outputs(
+    shape: Shape,
+    num_classes: int,
+    *,
+    batch: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    grad: bool = True,
+) -> Outputs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(channels: int, size: tuple[int, int]) -> Tensor:
+        values = torch.randn(batch, channels, *size, generator=generator).to(dtype)
+        return values.requires_grad_(grad)
+
+    height, width = shape.last
+    stages = [(max(height >> level, 1), max(width >> level, 1)) for level in range(4)]
+    features = tuple(draw(channels, size) for channels, size in zip((4, 6, 8, 10), stages, strict=True))
+    return Outputs(draw(num_classes, shape.logits), features, draw(shape.width, shape.last))
+
+
+def labels(size: tuple[int, int], num_classes: int, *, batch: int = 2, seed: int = 0, ignored: float = 0.2) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(num_classes, (batch, *size), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < ignored] = IGNORE_INDEX
+    return target
+
+
+def build(name: str, first: Shape = FIRST, second: Shape = SECOND, *, num_classes: int = 5, **changes: Any) -> Method:
+    torch.manual_seed(0)
+    method, config = parse_method({"name": name, **changes}, "methods.0")
+    one, other = info(first, num_classes), info(second, num_classes)
+    if method.kind == "offline":
+        return build_offline([config], one, other)[name]
+    return build_online([config], {"first": one, "second": other})[name]
+
+
+def terms(method: Method, first: Outputs, second: Outputs, target: Tensor) -> dict[str, Tensor]:
+    """Raw terms; ``first`` is the student and ``second`` the teacher, or both are peers."""
+    if method.kind == "offline":
+        return method(first, second, target)
+    return method({"first": first, "second": second}, target)
+
+
+def total(method: Method, found: Mapping[str, Tensor]) -> Tensor:
+    return sum(method.weights[key.rpartition("/")[2]] * loss for key, loss in found.items())
+
+
+def tensors(given_outputs: Outputs) -> list[Tensor]:
+    return [given_outputs.logits, *given_outputs.features, given_outputs.last_feature]
+
+
+def moved(given_outputs: Outputs, device: str) -> Outputs:
+    logits, *features, last = (leaf.detach().to(device).requires_grad_() for leaf in tensors(given_outputs))
+    return Outputs(logits, tuple(features), last)
+
+
+def reached(given_outputs: Outputs) -> bool:
+    return any(leaf.grad is not None and bool((leaf.grad != 0).any()) for leaf in tensors(given_outputs))
+
+
+def untouched(given_outputs: Outputs) -> bool:
+    return all(leaf.grad is None for leaf in tensors(given_outputs))
+
+
+def finite(found: Mapping[str, Tensor]) -> bool:
+    return all(bool(loss.isfinite()) for loss in found.values())
+
+
+@EVERY
+def test_the_default_config_is_complete_and_survives_the_round_trip(name: str) -> None:
+    method, config = parse_method({"name": name}, "methods.0")
+    assert config.name == name
+    assert parse(method.Config, to_dict(config), "methods.0") == config
+    assert all(heading in (method.__doc__ or "") for heading in ("Formula:", "Reference:"))
+
+
+@EVERY
+def test_terms_are_finite_float32_scalars_named_as_their_weights(name: str) -> None:
+    method = build(name)
+    found = terms(method, outputs(FIRST, 5), outputs(SECOND, 5, seed=1), labels((24, 28), 5))
+    assert {key.rpartition("/")[2] for key in found} == set(method.weights)
+    if method.kind == "online":
+        assert {key.partition("/")[0] for key in found} == {"first", "second"}
+    for loss in found.values():
+        assert loss.shape == () and loss.dtype == torch.float32 and loss.requires_grad and bool(loss.isfinite())
+
+
+@EVERY
+def test_terms_are_zero_when_student_equals_teacher(name: str) -> None:
+    method = build(name, **IDENTITY.get(name, {}))
+    found = terms(method, outputs(FIRST, 5), outputs(SECOND, 5), labels((24, 28), 5))
+    assert found
+    for loss in found.values():
+        assert abs(loss.item()) < 1e-6
+
+
+@EVERY
+def test_gradient_reaches_students_and_every_trainable_helper_and_never_the_teacher(name: str) -> None:
+    method = build(name)
+    first, second = outputs(FIRST, 5), outputs(SECOND, 5, seed=1)
+    total(method, terms(method, first, second, labels((24, 28), 5))).backward()
+    assert reached(first)
+    if method.kind == "offline":
+        assert untouched(second)
+    else:
+        assert reached(second)
+    for parameter_name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and bool((parameter.grad != 0).any()), parameter_name
+
+
+@ONLINE
+def test_a_term_of_one_peer_trains_that_peer_alone(name: str) -> None:
+    method = build(name)
+    for sink in ("first", "second"):
+        peers = {"first": outputs(FIRST, 5), "second": outputs(SECOND, 5, seed=1)}
+        found = terms(method, peers["first"], peers["second"], labels((24, 28), 5))
+        total(method, {key: loss for key, loss in found.items() if key.startswith(f"{sink}/")}).backward()
+        assert reached(peers.pop(sink))
+        assert untouched(*peers.values())
+
+
+@EVERY
+def test_every_trainable_helper_has_exactly_one_optimiser(name: str) -> None:
+    method = build(name)
+    students = ["student"] if method.kind == "offline" else ["first", "second"]
+    owned = [parameter for student in students for parameter in method.helper_parameters(student)]
+    owned += [parameter for parameters, _ in method.own_optimizers().values() for parameter in parameters]
+    trainable = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    assert sorted(map(id, owned)) == sorted(map(id, trainable))
+
+
+def spoiled(clean: Outputs, ignored: Tensor) -> Outputs:
+    """Other values where there is no label, at the same size in all maps but the encoder's coarser stages."""
+    noise = torch.Generator().manual_seed(99)
+
+    def spoil(maps: Tensor) -> Tensor:
+        if maps.shape[-2:] != ignored.shape[-2:]:
+            return maps
+        return torch.where(ignored[:, None], 5 * torch.randn(maps.shape, generator=noise), maps)
+
+    return Outputs(spoil(clean.logits), tuple(spoil(stage) for stage in clean.features), spoil(clean.last_feature))
+
+
+@EVERY
+@pytest.mark.parametrize("masked", [True, False])
+def test_ignored_pixels_matter_only_where_the_method_says_so(name: str, masked: bool) -> None:
+    method = build(name, **(MASKED.get(name, {}) if masked else {}))
+    first, second = outputs(FIRST, 5), outputs(SECOND, 5, seed=1)
+    target = labels(FIRST.logits, 5)
+    ignored = target == IGNORE_INDEX
+    clean = terms(method, first, second, target)
+    dirty = terms(method, spoiled(first, ignored), spoiled(second, ignored), target)
+    changed = {key for key in clean if abs(clean[key].item() - dirty[key].item()) > 1e-6}
+    assert changed == (set() if masked else UNMASKED_TERMS.get(name, set()))
+
+
+@EVERY
+def test_an_all_ignored_batch_gives_zeros_with_a_graph_to_everything_that_trains(name: str) -> None:
+    method = build(name)
+    first, second = outputs(FIRST, 5), outputs(SECOND, 5, seed=1)
+    found = terms(method, first, second, torch.full((2, 24, 28), IGNORE_INDEX))
+    assert all(loss.item() == 0.0 for loss in found.values())
+    total(method, found).backward()
+    assert any(leaf.grad is not None for leaf in tensors(first))
+    leaves = [*tensors(first), *tensors(second), *method.parameters()]
+    assert all(bool((leaf.grad == 0).all()) for leaf in leaves if leaf.grad is not None)
+    assert all(parameter.grad is not None for parameter in method.parameters() if parameter.requires_grad)
+
+
+@EVERY
+def test_a_batch_with_one_class_gives_finite_terms_and_gradients(name: str) -> None:
+    method = build(name)
+    first, second = outputs(FIRST, 5), outputs(SECOND, 5, seed=1)
+    found = terms(method, first, second, torch.full((2, 24, 28), 3))
+    total(method, found).backward()
+    assert finite(found)
+    assert all(bool(leaf.grad.isfinite().all()) for leaf in tensors(first) if leaf.grad is not None)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs_give_the_float32_loss_of_the_same_numbers(name: str, dtype: torch.dtype) -> None:
+    method, target = build(name), labels((24, 28), 5)
+    first, second = outputs(FIRST, 5, dtype=dtype), outputs(SECOND, 5, seed=1, dtype=dtype)
+    half = terms(method, first, second, target)
+    widened = [
+        Outputs(o.logits.float(), tuple(f.float() for f in o.features), o.last_feature.float()) for o in (first, second)
+    ]
+    full = terms(method, *widened, target)
+    for key, loss in half.items():
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, full[key], rtol=1e-2, atol=1e-4)
+    total(method, half).backward()
+    assert all(bool(leaf.grad.isfinite().all()) for leaf in tensors(first) if leaf.grad is not None)
+
+
+@EVERY
+def test_under_autocast_the_terms_stay_float32_and_close(name: str) -> None:
+    method, target = build(name), labels((24, 28), 5)
+    first, second = outputs(FIRST, 5), outputs(SECOND, 5, seed=1)
+    plain = terms(method, first, second, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = terms(method, first, second, target)
+    for key, loss in mixed.items():
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, plain[key], rtol=5e-2, atol=1e-3)
+
+
+@EVERY
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_any_pair_of_sizes_and_widths_works(name: str, geometry: str, batch: int) -> None:
+    first, second, size = GEOMETRIES[geometry]
+    for one, other in ((first, second), (second, first)):
+        method = build(name, one, other)
+        student, teacher = outputs(one, 5, batch=batch), outputs(other, 5, batch=batch, seed=1)
+        found = terms(method, student, teacher, labels(size, 5, batch=batch))
+        assert finite(found)
+        total(method, found).backward()
+        assert all(bool(leaf.grad.isfinite().all()) for leaf in tensors(student) if leaf.grad is not None)
+
+
+@EVERY
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 3),
+    num_classes=st.integers(2, 12),
+    ignored=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_class_count_and_ignore_pattern_gives_finite_terms(
+    name: str, batch: int, num_classes: int, ignored: float, size: tuple[int, int], seed: int
+) -> None:
+    shape = Shape(size, size, 4)
+    method = build(name, shape, shape, num_classes=num_classes)
+    first, second = (outputs(shape, num_classes, batch=batch, seed=seed + peer) for peer in range(2))
+    target = labels((2 * size[0], 2 * size[1]), num_classes, batch=batch, seed=seed, ignored=ignored)
+    found = terms(method, first, second, target)
+    total(method, found).backward()
+    assert finite(found) and all(loss.item() > -1e-6 for loss in found.values())
+    assert all(bool(leaf.grad.isfinite().all()) for leaf in tensors(first) if leaf.grad is not None)
+
+
+@EVERY
+def test_inputs_are_left_as_they_were(name: str) -> None:
+    method = build(name)
+    first, second, target = outputs(FIRST, 5), outputs(SECOND, 5, seed=1), labels((24, 28), 5)
+    before = [value.detach().clone() for value in (*tensors(first), *tensors(second), target)]
+    total(method, terms(method, first, second, target)).backward()
+    assert all(
+        torch.equal(old, new) for old, new in zip(before, (*tensors(first), *tensors(second), target), strict=True)
+    )
+
+
+@EVERY
+def test_state_survives_a_checkpoint(name: str) -> None:
+    method, target = build(name), labels((24, 28), 5)
+    first, second = outputs(FIRST, 5), outputs(SECOND, 5, seed=1)
+    for _ in range(2):  # whatever a method keeps from step to step
+        terms(method, first, second, target)
+    state = {key: value.clone() for key, value in method.state_dict().items()}
+    restored = build(name)
+    for parameter in restored.parameters():
+        torch.nn.init.zeros_(parameter)
+    restored.load_state_dict(state)
+    expected, found = (terms(each, first, second, target) for each in (method, restored))
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@EVERY
+def test_what_is_switched_off_is_neither_built_nor_returned(name: str) -> None:
+    off = build(name, weight=0.0)
+    first, second, target = outputs(FIRST, 5), outputs(SECOND, 5, seed=1), labels((24, 28), 5)
+    assert off.weights == {} and not list(off.parameters()) and not off.own_optimizers()
+    assert terms(off, first, second, target) == {}
+    for field in to_dict(build(name).config):
+        if field.endswith("_weight"):
+            method = build(name, **{field: 0.0})
+            assert field.removesuffix("_weight") not in method.weights
+            assert {key.rpartition("/")[2] for key in terms(method, first, second, target)} == set(method.weights)
+
+
+@EVERY
+def test_no_term_asks_the_device_for_a_value(name: str) -> None:
+    """A meta tensor has no values, so a branch on one, ``.item()`` or ``nonzero`` raises where a GPU would wait."""
+    method = build(name).to("meta")
+    first, second = moved(outputs(FIRST, 5), "meta"), moved(outputs(SECOND, 5, seed=1), "meta")
+    total(method, terms(method, first, second, labels((24, 28), 5).to("meta"))).backward()
+
+
+@EVERY
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_terms_are_those_of_the_cpu_without_a_synchronisation(name: str) -> None:
+    first, second, target = outputs(FIRST, 5), outputs(SECOND, 5, seed=1), labels((24, 28), 5)
+    method = build(name)
+    expected = terms(method, first, second, target)
+    method.cuda()
+    one, other = moved(first, "cuda"), moved(second, "cuda")
+    target = target.cuda()
+    terms(method, one, other, target)  # libraries load on first use
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = terms(method, one, other, target)
+        total(method, found).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for key, loss in found.items():
+        torch.testing.assert_close(loss.cpu(), expected[key], rtol=1e-3, atol=1e-5)
+
+
+@EVERY
+def test_networks_with_other_classes_are_refused(name: str) -> None:
+    config = parse_method({"name": name}, "methods.0")[1]
+    one, other = info(FIRST, 5), info(FIRST, 6)
+    with pytest.raises(UserError, match="same classes"):
+        if load(name).kind == "offline":
+            build_offline([config], one, other)
+        else:
+            build_online([config], {"first": one, "second": other})
+
+
+@EVERY
+def test_a_method_of_the_other_kind_is_refused_with_the_reason(name: str) -> None:
+    config = parse_method({"name": name}, "methods.0")[1]
+    one = info(FIRST, 5)
+    with pytest.raises(UserError, match=f"method '{name}' takes .* not "):
+        if load(name).kind == "offline":
+            build_online([config], {"first": one, "second": one})
+        else:
+            build_offline([config], one, one)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"name": "kd", "temprature": 2}, r"^x\.0\.temprature: unknown key; did you mean 'temperature'\?$"),
+        ({"name": "kdd"}, r"^x\.0\.name: unknown method 'kdd'; did you mean 'kd'\?$"),
+        ({"name": None}, r"^x\.0\.name: unknown method None; allowed: kd, apd, dml"),
+        ({"weight": 1}, r"^x\.0\.name: missing"),
+        ("kd", r"^x\.0: expected a mapping"),
+        ({"name": "kd", "temperature": 0}, r"^x\.0\.temperature: input should be greater than 0"),
+        ({"name": "dml", "weight": -1}, r"^x\.0\.weight: input should be greater than or equal to 0"),
+        ({"name": "apd", "scope": "picture"}, r"^x\.0\.scope: 'picture' is not allowed; allowed: 'batch' or 'image'$"),
+    ],
+)
+def test_a_mistyped_method_is_named_with_its_path(data: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_method(data, "x.0")
+
+
+def test_methods_of_one_name_combine() -> None:
+    configs = [parse_method({"name": "kd", "temperature": value}, "x")[1] for value in (1.0, 4.0)]
+    methods = build_offline(configs, info(FIRST, 5), info(SECOND, 5))
+    assert list(methods) == ["kd", "kd-2"]
+    assert [method.config.temperature for method in methods.values()] == [1.0, 4.0]

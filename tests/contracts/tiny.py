@@ -1,0 +1,164 @@
+"""A network and a data set small enough to train in a test, and a script around them that can be killed.
+
+``python tiny.py WORK OUT [key=value ...]`` trains and writes the student's weights to OUT; see :func:`main` for the keys.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from segdistill.config import parse
+from segdistill.engine import checkpoint
+from segdistill.engine.distributed import Processes, processes
+from segdistill.engine.learner import Learner
+from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
+from segdistill.engine.tracker import NullTracker, Tracker
+from segdistill.engine.trainer import Trainer
+from segdistill.errors import Interrupted
+from segdistill.methods import build_offline, build_online, parse_method
+from segdistill.models.outputs import ModelInfo, Outputs
+from segdistill.models.teacher import Teacher
+
+CLASSES, SIZE = 3, (16, 24)
+
+
+class TinySegmenter(nn.Module):
+    """Two convolutions at stride 2 and a classifier; optional dropout, no batch statistics."""
+
+    def __init__(self, width: int = 8, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, width, 3, stride=2, padding=1)
+        self.decoder = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Dropout(dropout))
+        self.classifier = nn.Conv2d(width, CLASSES, 1)
+        self.info = ModelInfo(CLASSES, (width,) * 4, (2,) * 4, width, 2, 2, "cnn")
+
+    def forward(self, images: Tensor) -> Outputs:
+        feature = self.encoder(images)
+        last = self.decoder(feature)
+        return Outputs(self.classifier(last), (feature,) * 4, last)
+
+    def logits(self, images: Tensor) -> Tensor:
+        return self(images).logits
+
+    def encoder_parameters(self) -> Any:
+        return self.encoder.parameters()
+
+    def decoder_parameters(self) -> Any:
+        return [*self.decoder.parameters(), *self.classifier.parameters()]
+
+
+class Blobs:
+    """In-memory samples: bright blocks whose brightness is the class; no void."""
+
+    def __init__(self, samples: int = 16, seed: int = 0) -> None:
+        random = np.random.default_rng(seed)
+        coarse = random.integers(0, CLASSES, (samples, SIZE[0] // 4, SIZE[1] // 4), dtype=np.uint8)
+        self.labels = coarse.repeat(4, 1).repeat(4, 2)
+        noise = random.integers(0, 60, (samples, *SIZE, 3), dtype=np.uint8)
+        self.images = (self.labels[..., None] * 80 + noise).astype(np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.images[index], self.labels[index]
+
+    def sample_id(self, index: int) -> str:
+        return f"{index:04d}"
+
+
+def train_config(**changes: Any) -> TrainConfig:
+    augmentation = {"crop_size": SIZE, "scale": (1.0, 1.0), "flip": 0.5, "color_jitter": 0.0}
+    base = {
+        "iterations": 8, "seconds": None, "batch_size": 8, "accumulate": 1, "augmentation": augmentation,
+        "precision": "fp32", "channels_last": False, "compile": False, "max_grad_norm": None, "workers": 0,
+        "log_every": 4, "validate_every": 3, "checkpoint_every": 2, "select": "last",
+    }  # fmt: skip
+    return parse(TrainConfig, base | changes, "train")
+
+
+INFERENCE = parse(InferenceConfig, {"batch_size": 4, "input_scale": 1.0, "window": None, "window_stride": 1.0}, "inference")
+SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}
+ADAMW = {"name": "adamw", "lr": 0.01}
+
+
+def make_trainer(
+    work: Path, here: Processes, *, method: str = "none", dropout: float = 0.0, trackers: Tracker | None = None, **changes: Any
+) -> Trainer:
+    """A trainer of one student, of a student under APD, or of two peers (SGD beside AdamW) under DML."""
+    torch.manual_seed(0)
+    students = {"cnn": TinySegmenter(dropout=dropout)}
+    optimizers = {"cnn": parse(OptimizerConfig, SGD, "optimizer")}
+    teacher, methods = None, {}
+    if method == "apd":
+        teacher = Teacher(TinySegmenter(width=12))
+        settings = {"name": "apd", "hidden_channels": 8, "out_channels": 8, "teacher_head_lr": 0.01}
+        methods = build_offline([parse_method(settings, "methods")[1]], students["cnn"].info, teacher.info)
+    if method == "dml":
+        students["vit"] = TinySegmenter(width=6, dropout=dropout)
+        optimizers["vit"] = parse(OptimizerConfig, ADAMW, "optimizer")
+        infos = {name: student.info for name, student in students.items()}
+        methods = build_online([parse_method({"name": "dml"}, "methods")[1]], infos)
+    return Trainer(
+        Learner(students, dict(methods), teacher), Blobs(), Blobs(4, seed=1), train_config(**changes), optimizers,
+        inference=INFERENCE, seed=3, work=work, fingerprint="tiny", processes=here,
+        trackers=dict.fromkeys(students, trackers or NullTracker()),
+    )  # fmt: skip
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.learner.state_dict().items()}
+
+
+def main(work: str, out: str, *options: str) -> int:
+    """Keys: method, dropout, any key of TrainConfig, die_at (SIGKILL itself before that step), die_in_save, slow, started."""
+    changes: dict[str, Any] = dict(option.split("=") for option in options)
+    die_at, slow = int(changes.pop("die_at", -1)), float(changes.pop("slow", 0))
+    started = changes.pop("started", "")
+    die_in_save = int(changes.pop("die_in_save", -1))
+    method, dropout = changes.pop("method", "none"), float(changes.pop("dropout", 0))
+    torch.set_num_threads(1)
+    with processes("cpu") as here:
+        trainer = make_trainer(Path(work), here, method=method, dropout=dropout, **changes)
+        step = trainer._step
+
+        def dying_step() -> None:
+            if trainer.progress.iteration == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if started:
+                Path(started).touch()
+            time.sleep(slow)
+            step()
+
+        def dying_replace(self: Path, target: Path) -> Path:
+            if trainer.progress.iteration >= die_in_save:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return Path(os.rename(self, target) or target)
+
+        trainer._step = dying_step  # type: ignore[method-assign]
+        if die_in_save >= 0:
+            Path.replace = dying_replace  # type: ignore[method-assign, assignment]
+        try:
+            trainer.run()
+        except Interrupted:
+            return 75
+        if here.is_main:
+            checkpoint.save(Path(out), {"weights": weights(trainer), "curves": trainer.progress.curves})
+    return 0
+
+
+def child(arguments: list[str], environment: dict[str, str]) -> None:
+    """The script, in a process that another one forked."""
+    os.environ.update(environment)
+    sys.exit(main(*arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,354 @@
+"""Registration against a real SQLite registry: the choice, the served model, the alias, and many at once."""
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from segdistill.adapters.mlflow_registry import (
+    CHAMPION,
+    CLAIM,
+    Submission,
+    award,
+    check_served,
+    decide,
+    find_version,
+    holder,
+    register,
+)
+from segdistill.adapters.mlflow_store import default_store, import_mlflow
+from segdistill.adapters.mlflow_tracking import MlflowTracker, open_run
+from segdistill.engine.tracker import NullTracker
+from segdistill.errors import UserError
+from segdistill.models.config import ModelConfig
+from segdistill.models.export import ExportedSegmenter, load_model, save_model
+from segdistill.models.segmenter import build_segmenter
+from segdistill.stages import prepare
+from segdistill.stages import register as stage
+from segdistill.stages.register import Candidate, Config, choose, identity_of_test_data
+
+mlflow = pytest.importorskip("mlflow")
+NAME = "segdistill-student"
+ANY = Config(model_name=NAME, student=None, max_params=None, max_macs=None, min_gain=0.5)
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    torch.set_num_threads(1)  # processes are forked below
+
+
+class Scaled(nn.Module):
+    """The smallest network there is."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1)
+        nn.init.constant_(self.conv.weight, factor)
+        nn.init.constant_(self.conv.bias, 0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images)
+
+
+def tracker(root: Path, name: str = "register") -> MlflowTracker:
+    return open_run(name, root=root, spool=root / "spool", pipeline_run="p", tags={"data_md5": "d", "git_commit": "c"})
+
+
+def submission(weights: str, test_miou: float, *, seed: int = 0, test_data: str = "t") -> Submission:
+    return Submission("kd", seed, "cnn", 0.5, test_miou, test_data, weights, 2, {})
+
+
+# --- the choice
+
+
+def candidate(experiment: str, val_miou: float, *, student: str = "cnn", params: int = 10, macs: int = 10) -> Candidate:
+    return Candidate(experiment, 0, student, Path("none"), val_miou, 1 - val_miou, params, macs)
+
+
+def test_the_choice_is_by_validation_and_never_by_test() -> None:
+    best = choose([candidate("none", 0.4), candidate("kd", 0.6), candidate("apd", 0.5)], ANY)
+    assert (best.experiment, best.test_miou) == ("kd", 0.4)
+
+
+def test_the_choice_stays_within_the_budget_and_the_name() -> None:
+    all_of_them = [
+        candidate("big", 0.9, params=99),
+        candidate("slow", 0.8, macs=99),
+        candidate("vit", 0.7, student="vit"),
+        candidate("fits", 0.6),
+    ]
+    config = Config(model_name=NAME, student="cnn", max_params=50, max_macs=50, min_gain=0)
+    assert choose(all_of_them, config).experiment == "fits"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"student": "cmn"}, "register.student: no student is called 'cmn'; did you mean 'cnn'?"),
+        ({"max_params": 5}, "register.max_params: 5 is below every student left, of which the least has 10"),
+        ({"max_macs": 5}, "register.max_macs: 5 is below every student left, of which the least has 10"),
+    ],
+)
+def test_a_choice_that_leaves_nobody_says_why(change: dict, sentence: str) -> None:
+    given = {"model_name": NAME, "student": None, "max_params": None, "max_macs": None, "min_gain": 0.0}
+    with pytest.raises(UserError) as error:
+        choose([candidate("kd", 0.5)], Config(**{**given, **change}))
+    assert str(error.value) == sentence
+
+
+# --- the rule
+
+
+def version(number: int, test_miou: float, test_data: str = "t"):
+    tags = [
+        mlflow.entities.model_registry.ModelVersionTag("test_miou", repr(test_miou)),
+        mlflow.entities.model_registry.ModelVersionTag("test_data", test_data),
+    ]
+    return mlflow.entities.model_registry.ModelVersion(NAME, str(number), 0, tags=tags)
+
+
+@pytest.mark.parametrize(
+    ("champion", "wins", "words"),
+    [
+        (None, True, "no champion"),
+        (version(2, 0.40), True, "already"),
+        (version(1, 0.394), True, "+0.60 points"),
+        (version(1, 0.396), False, "+0.40 points"),
+        (version(1, 0.41), False, "-1.00 points"),
+        (version(1, 0.1, "other"), False, "by hand"),
+    ],
+)
+def test_the_champion_is_replaced_only_by_the_rule(champion, wins: bool, words: str) -> None:
+    won, reason = decide(version(2, 0.40), champion, min_gain=0.5)
+    assert won is wins
+    assert words in reason
+
+
+# --- the registry
+
+
+def test_the_same_weights_are_one_version_and_the_alias_follows_the_rule(tmp_path: Path) -> None:
+    one = tracker(tmp_path)
+    first = register(Scaled(1), submission("a", 0.40), name=NAME, min_gain=0.5, tracker=one)
+    again = register(Scaled(1), submission("a", 0.40), name=NAME, min_gain=0.5, tracker=one)
+    assert (first.version, first.alias, first.previous_champion) == (1, "champion", None)
+    assert (again.version, again.alias) == (1, "champion")
+    worse = register(Scaled(2), submission("b", 0.403), name=NAME, min_gain=0.5, tracker=one)
+    assert (worse.version, worse.alias, worse.previous_champion) == (2, "challenger", 1)
+    # The same challenger, asked again under a lower bar.
+    raised = register(Scaled(2), submission("b", 0.403), name=NAME, min_gain=0.0, tracker=one)
+    assert (raised.version, raised.alias, raised.previous_champion) == (2, "champion", 1)
+    client = default_store(tmp_path).client()
+    assert {key: int(value) for key, value in client.get_registered_model(NAME).aliases.items()} == {"champion": 2}
+    tags = client.get_model_version(NAME, "2").tags
+    assert (tags["data_md5"], tags["git_commit"], tags["experiment"], tags["seed"]) == ("d", "c", "kd", "0")
+    assert (tags["student"], tags["weights_sha256"], float(tags["test_miou"])) == ("cnn", "b", 0.403)
+    assert tags["run_id"] == raised.run_id
+
+
+def test_a_student_is_registered_from_the_run_that_trained_it(tmp_path: Path) -> None:
+    for pipeline, score in (("old", 0.5), ("other", 0.25)):
+        run = open_run("kd-s0", root=tmp_path, spool=tmp_path / "spool", pipeline_run=pipeline)
+        run.metrics({"val/miou": score}, 10)
+        run.close()
+        if score == 0.5:
+            trained = run.run_id
+    found = register(Scaled(), submission("a", 0.4), name=NAME, min_gain=0, tracker=tracker(tmp_path))
+    assert found.run_id == trained
+    client = default_store(tmp_path).client()
+    assert client.get_run(found.run_id).info.status == "FINISHED"
+    models = client.search_logged_models([client.get_run(found.run_id).info.experiment_id])
+    assert [model.source_run_id for model in models] == [trained]
+
+
+def test_a_version_that_serves_other_logits_is_refused(tmp_path: Path) -> None:
+    class Wandering(Scaled):
+        """Not the same twice, as a graph that was traced in training mode would be."""
+
+        calls = 0
+
+        def forward(self, images: Tensor) -> Tensor:
+            Wandering.calls += 1
+            return self.conv(images) * float(Wandering.calls)
+
+    with pytest.raises(UserError, match="served logits at 64x96 differ from the network's"):
+        register(Wandering(), submission("a", 0.4), name=NAME, min_gain=0, tracker=tracker(tmp_path))
+    client = default_store(tmp_path).client()
+    assert find_version(client, NAME, "a") is None
+    assert holder(client, NAME, CHAMPION) is None
+
+
+SCORES = (0.3, 0.7, 0.1, 0.5, 0.8, 0.2, 0.6, 0.4)
+
+
+def _register_one(root: Path, number: int) -> None:
+    score = SCORES[number]
+    run = tracker(root, f"register-{number}")
+    register(Scaled(number), submission(f"w{number}", score), name=NAME, min_gain=0.0, tracker=run)
+    os._exit(0)
+
+
+def _fork(work, root: Path, numbers: range) -> None:
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=work, args=(root, number)) for number in numbers]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(240)
+    assert [worker.exitcode for worker in workers] == [0] * len(workers)
+
+
+def test_eight_processes_that_register_at_once_leave_the_best_as_champion(tmp_path: Path) -> None:
+    import_mlflow()
+    import torch.export  # forked with what they need; nobody has met this store yet
+
+    torch.export.export(Scaled(), (torch.rand(2, 3, 8, 8),))
+    _fork(_register_one, tmp_path, range(8))
+    client = default_store(tmp_path).client()
+    champion = holder(client, NAME, CHAMPION)
+    assert champion is not None
+    assert champion.tags["weights_sha256"] == "w4"
+    versions = client.search_model_versions(f"name = '{NAME}'")
+    assert sorted(int(item.version) for item in versions) == list(range(1, 9))
+    assert {item.tags["weights_sha256"] for item in versions} == {f"w{number}" for number in range(8)}
+    mlflow.set_tracking_uri(default_store(tmp_path).uri)
+    mlflow.set_registry_uri(default_store(tmp_path).uri)
+    check_served(Scaled(4), f"models:/{NAME}@champion", sizes=[(17, 9)])
+
+
+def _award_one(root: Path, number: int) -> None:
+    client = default_store(root).client()
+    award(client, NAME, client.get_model_version(NAME, str(number + 1)), 0.0, pause=0.5)
+    os._exit(0)
+
+
+def test_machines_without_a_common_lock_agree_on_the_best(tmp_path: Path) -> None:
+    # Made by a process of its own: this one forks, so it must not hold a connection to the store.
+    def prepare_versions(root: Path, _: int) -> None:
+        client = default_store(root).client()
+        client.create_registered_model(NAME)
+        for score in SCORES:
+            client.create_model_version(NAME, source=str(root), tags={"test_miou": repr(score), "test_data": "t"})
+        os._exit(0)
+
+    import_mlflow()
+    _fork(prepare_versions, tmp_path, range(1))
+    _fork(_award_one, tmp_path, range(8))
+    client = default_store(tmp_path).client()
+    champion = holder(client, NAME, CHAMPION)
+    assert champion is not None
+    assert float(champion.tags["test_miou"]) == max(SCORES)
+    assert CLAIM in champion.tags
+
+
+def test_an_old_claim_does_not_undo_what_a_person_decided(tmp_path: Path) -> None:
+    client = default_store(tmp_path).client()
+    client.create_registered_model(NAME)
+    for score in (0.3, 0.6, 0.4):
+        made = client.create_model_version(
+            NAME, source=str(tmp_path), tags={"test_miou": repr(score), "test_data": "t"}
+        )
+        if made.version != 3:
+            award(client, NAME, client.get_model_version(NAME, str(made.version)), 0.0, pause=0.0)
+    client.set_registered_model_alias(NAME, CHAMPION, "1")  # a person rolled back to a weaker version
+    alias, previous, _ = award(client, NAME, client.get_model_version(NAME, "3"), 0.0, pause=0.01)
+    assert (alias, previous) == ("champion", 1)
+
+
+# --- the stage
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny data set through the real stage."""
+    root = tmp_path_factory.mktemp("data")
+    data, generator = root / "data", np.random.default_rng(0)
+    for split, count in (("train", 2), ("val", 1), ("test", 3)):
+        for kind in ("images", "masks"):
+            (data / kind / split).mkdir(parents=True)
+        for number in range(count):
+            pixels = generator.integers(0, 255, (24, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(data / "images" / split / f"{split}{number}.png")
+            labels = generator.integers(0, 2, (24, 32), dtype=np.uint8)
+            Image.fromarray(labels).save(data / "masks" / split / f"{split}{number}.png")
+    classes = [{"name": "road", "color": [0, 0, 0]}, {"name": "sky", "color": [9, 9, 9]}]
+    (data / "classes.json").write_text(json.dumps({"classes": classes, "ignore_index": 255}))
+    (root / "report").mkdir()
+    (root / "report" / "summary.json").write_text(json.dumps({"success": True, "layout": "folder"}))
+    for samples in (2, 100):
+        config = prepare.Config(layout="folder", shard_samples=samples, max_side=None, workers=1)
+        prepare.run(config, data=data, report=root / "report", prepared=root / f"by-{samples}", tracker=NullTracker())
+    return root / "by-2"
+
+
+def test_the_identity_of_the_test_data_does_not_depend_on_the_shards_but_on_each_label(prepared: Path) -> None:
+    from segdistill.data.shards import INFO_FILE
+
+    whole = prepared.with_name("by-100")
+    assert identity_of_test_data(prepared) == identity_of_test_data(whole)
+    info = json.loads((whole / INFO_FILE).read_text())
+    info["classes"][0]["name"] = "street"
+    (whole / INFO_FILE).write_text(json.dumps(info))
+    assert identity_of_test_data(prepared) != identity_of_test_data(whole)
+
+
+def results(rows: list[dict]) -> str:
+    return json.dumps({"rows": rows})
+
+
+def row(experiment: str, test_miou: float, student: str = "cnn") -> dict:
+    seeds = [{"seed": seed, "test_miou": test_miou + seed / 100} for seed in (0, 1)]
+    return {"experiment": experiment, "student": student, "seeds": seeds, "params": 10, "macs": 10}
+
+
+def test_a_comparison_of_other_jobs_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(results([row("none", 0.3)]))
+    folder = tmp_path / "kd-s0"
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps({"students": {"cnn": {"val/miou": 0.3}}}))
+    with pytest.raises(UserError, match=r"results.json: nothing about kd \(cnn\) with seed 0; run compare again"):
+        stage.read_candidates(["kd"], [0], [folder], tmp_path)
+
+
+def test_the_stage_registers_a_student_that_serves_any_image_size(tmp_path: Path, prepared: Path) -> None:
+    model = ModelConfig(
+        architecture="DeepLabV3Plus", encoder="tu-mobilenetv3_small_050", output_stride=16,
+        decoder={"decoder_channels": 64},
+    )  # fmt: skip
+    folders = []
+    for experiment, seed, score in (("none", 0, 0.31), ("none", 1, 0.30), ("kd", 0, 0.33), ("kd", 1, 0.35)):
+        torch.manual_seed(seed)
+        folders.append(tmp_path / f"{experiment}-s{seed}")
+        save_model(folders[-1], "cnn", build_segmenter(model, 2), {})
+        (folders[-1] / "metrics.json").write_text(json.dumps({"students": {"cnn": {"val/miou": score}}}))
+    (tmp_path / "results.json").write_text(results([row("none", 0.3), row("kd", 0.4)]))
+    registration, one = tmp_path / "registration", tracker(tmp_path)
+    stage.run(
+        ANY, run=["none", "kd"], seeds=[0, 1], comparison=tmp_path, prepared=prepared, students=folders,
+        registration=registration, tracker=one,
+    )  # fmt: skip
+    one.close()
+
+    found = json.loads((registration / "registration.json").read_text())
+    assert (found["name"], found["version"], found["alias"]) == (NAME, 1, "champion")
+    assert (found["experiment"], found["seed"], found["student"]) == ("kd", 1, "cnn")
+    assert (found["val_miou"], found["test_miou"], found["previous_champion"]) == (0.35, 0.41, None)
+    assert found["model_uri"] == f"models:/{NAME}/1"
+    segmenter, _ = load_model(registration / "model", "cnn")
+
+    # As `mlflow models serve` would, with unpickling forbidden, at a size that nobody exported.
+    logged = [path for path in (tmp_path / "mlartifacts").rglob("*") if path.is_file()]
+    assert not [path for path in logged if path.suffix in (".pth", ".pkl")]
+    assert [path.name for path in logged if path.parent.name == "data"] == ["model.pt2"]
+    served = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
+    images = np.random.default_rng(1).random((1, 3, 51, 83), dtype=np.float32)
+    with torch.no_grad():
+        expected = ExportedSegmenter(segmenter).eval()(torch.from_numpy(images))
+    torch.testing.assert_close(torch.from_numpy(served.predict(images)), expected, atol=1e-4, rtol=1e-4)

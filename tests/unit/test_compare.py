@@ -1,0 +1,506 @@
+import csv
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+from PIL import Image
+from rich.console import Console
+from sklearn.metrics import jaccard_score
+
+from segdistill.config import parse, to_dict
+from segdistill.data.shards import shard_schema
+from segdistill.engine.tracker import JsonLinesTracker, NullTracker
+from segdistill.errors import UserError
+from segdistill.metrics import paired_difference
+from segdistill.stages import compare
+from segdistill.stages._comparison import Comparison, find_reference
+
+CLASSES = {"sky": [70, 130, 180], "road & rail": [128, 64, 128], "car": [0, 0, 142], "bicyclist": [119, 11, 32]}
+CNN, VIT = {"model": {"encoder": "mobilenet"}}, {"model": {"encoder": "mit_b0"}}
+EXPERIMENTS: dict[str, Any] = {
+    "none": {"students": {"cnn": CNN}, "methods": []},
+    "none_vit": {"students": {"vit": VIT}, "methods": []},
+    "kd": {"students": {"cnn": CNN}, "methods": [{"name": "kd", "weight": 1.0}]},
+    "dml": {"students": {"cnn": CNN, "vit": VIT}, "methods": [{"name": "dml"}]},
+}
+ACCURACY = {"teacher": 0.95, "none": 0.70, "none_vit": 0.75, "kd": 0.85, "dml": 0.74}
+PARAMS = {"teacher": 12_000_000, "cnn": 900_000, "vit": 3_700_000}
+CONFIG = compare.Config(confidence=0.95, resamples=200, bootstrap_seed=0, overlays=2)
+
+
+class Inputs:
+    """A folder with everything compare reads, written as prepare, distill and evaluate write it."""
+
+    def __init__(self, root: Path, *, images: int = 12, size: tuple[int, int] = (24, 32)) -> None:
+        self.root, self.prepared = root, root / "artifacts/prepared"
+        generator = np.random.default_rng(0)
+        blocks = generator.integers(0, len(CLASSES), size=(images, size[0] // 4, size[1] // 4))
+        self.truth = blocks.repeat(4, axis=1).repeat(4, axis=2).astype(np.uint8)
+        self.truth[:, :2] = 255
+        self.ids = [f"scene-{index:03d}" for index in range(images)]
+        self.predictions: dict[str, np.ndarray] = {}
+        self._write_prepared(generator)
+        self.write_job("teacher", None, ["teacher"])
+
+    def write_job(self, experiment: str, seed: int | None, names: list[str], accuracy: float | None = None) -> None:
+        job = experiment if seed is None else f"{experiment}-s{seed}"
+        model, evaluation = self.model(job), self.evaluation(job)
+        (model / "curves").mkdir(parents=True, exist_ok=True)
+        evaluation.mkdir(parents=True, exist_ok=True)
+        trained, evaluated = {}, {}
+        for name in names:
+            generator = np.random.default_rng([len(job), *job.encode(), *name.encode()])
+            chance = ACCURACY[experiment] if accuracy is None else accuracy
+            wrong = generator.random(self.truth.shape) > chance
+            guesses = generator.integers(0, len(CLASSES), size=self.truth.shape)
+            prediction = np.where(wrong | (self.truth == 255), guesses, self.truth).astype(np.uint8)
+            self.predictions[f"{job}/{name}"] = prediction
+            evaluated[name] = self._write_evaluation(evaluation, name, prediction)
+            trained[name] = {"val/miou": chance - 0.02, "val/pixel_accuracy": chance, "params": PARAMS[name]}
+            rows = [f"{step},{2 / step:.3f},{chance * (1 - 10 / step):.4f}" for step in (20, 40, 80)]
+            text = "\n".join(["step,train/loss/total,val/miou", "10,1.2,", *rows])
+            (model / "curves" / f"{name}.csv").write_text(text + "\n")
+        facts = {"students": trained, "iterations": 80, "seconds": 75.0, "images_per_second": 20.0}
+        (model / "metrics.json").write_text(json.dumps(facts))
+        report = {"models": evaluated, "split": "test", "samples": len(self.ids)}
+        (evaluation / "evaluation.json").write_text(json.dumps(report))
+
+    def model(self, job: str) -> Path:
+        return self.root / ("artifacts/teacher" if job == "teacher" else f"artifacts/students/{job}")
+
+    def evaluation(self, job: str) -> Path:
+        return self.root / f"reports/evaluation/{job}"
+
+    def score(self, job: str, name: str) -> float:
+        valid = self.truth != 255
+        truth, guess = self.truth[valid], self.predictions[f"{job}/{name}"][valid]
+        return float(jaccard_score(truth, guess, average="macro"))
+
+    def compare(
+        self, run: list[str], seeds: list[int], *, config: compare.Config = CONFIG, tracker: Any = None, **changes: Any
+    ) -> Comparison:
+        jobs = [f"{experiment}-s{seed}" for experiment in run for seed in seeds]
+        arguments: dict[str, Any] = {
+            "run": run,
+            "seeds": seeds,
+            "experiments": EXPERIMENTS,
+            "prepared": self.prepared,
+            "teacher": self.model("teacher"),
+            "teacher_evaluation": self.evaluation("teacher"),
+            "students": [self.model(job) for job in jobs],
+            "evaluations": [self.evaluation(job) for job in jobs],
+            "report": self.report,
+            "metrics": self.root / "reports/metrics.json",
+            "tracker": tracker or NullTracker(),
+        }
+        compare.run(config, **(arguments | changes))
+        return parse(Comparison, self.results(), "results.json")
+
+    @property
+    def report(self) -> Path:
+        return self.root / "reports/comparison"
+
+    def results(self) -> dict[str, Any]:
+        return json.loads((self.report / "results.json").read_text())
+
+    def _write_evaluation(self, folder: Path, name: str, prediction: np.ndarray) -> dict[str, Any]:
+        classes = len(CLASSES)
+        per_image = np.zeros((len(self.ids), classes, classes), dtype=np.int64)
+        for matrix, truth, guess in zip(per_image, self.truth, prediction, strict=True):
+            np.add.at(matrix, (truth[truth != 255], guess[truth != 255]), 1)
+        confusion = per_image.sum(axis=0)
+        np.savez_compressed(folder / f"{name}.npz", confusion=confusion, per_image=per_image, ids=np.array(self.ids))
+        overlays = folder / "overlays" / name
+        overlays.mkdir(parents=True, exist_ok=True)
+        for index in (0, 4, 8, len(self.ids) - 1):
+            Image.fromarray(prediction[index]).save(overlays / f"{self.ids[index]}.png")
+        ious = np.diag(confusion) / (confusion.sum(0) + confusion.sum(1) - np.diag(confusion))
+        return {
+            "test/miou": ious.mean(),
+            "test/pixel_accuracy": np.trace(confusion) / confusion.sum(),
+            "per_class_iou": dict(zip(CLASSES, ious.tolist(), strict=True)),
+            "params": PARAMS[name],
+            "macs": 300 * PARAMS[name],
+            "latency_ms": PARAMS[name] / 1e5,
+            "images_per_second": 1e8 / PARAMS[name],
+            "input_size": list(self.truth.shape[1:]),
+            "flip": None,
+            "multi_scale": None,
+        }
+
+    def _write_prepared(self, generator: np.random.Generator) -> None:
+        colors = np.zeros((256, 3), dtype=np.int64)
+        colors[: len(CLASSES)] = list(CLASSES.values())
+        photographs = colors[self.truth] + generator.integers(0, 60, size=(*self.truth.shape, 3))
+        (self.prepared / "shards").mkdir(parents=True)
+        shard = self.prepared / "shards/test-00000.arrow"
+        with pyarrow.OSFile(str(shard), "wb") as file, pyarrow.ipc.new_file(file, shard_schema()) as writer:
+            for name, image, label in zip(self.ids, photographs.clip(0, 255).astype(np.uint8), self.truth, strict=True):
+                row: dict[str, Any] = {field.name: None for field in shard_schema()}
+                row |= {"id": name, "image": _encoded(image), "image_format": "png", "label": _encoded(label)}
+                writer.write_batch(pyarrow.RecordBatch.from_pylist([row], schema=shard_schema()))
+        shards = [{"file": "shards/test-00000.arrow", "samples": len(self.ids)}]
+        splits = {"train": {"samples": 40, "shards": []}, "val": {"samples": 8, "shards": []}}
+        info = {
+            "classes": [{"name": name, "color": color} for name, color in CLASSES.items()],
+            "ignore_index": 255,
+            "splits": {**splits, "test": {"samples": len(self.ids), "shards": shards}},
+            "source_md5": "0123456789abcdef0123456789abcdef.dir",
+        }
+        (self.prepared / "dataset.json").write_text(json.dumps(info))
+
+
+def _encoded(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def all_jobs(root: Path) -> Inputs:
+    made = Inputs(root)
+    for experiment, settings in EXPERIMENTS.items():
+        for seed in (0, 1):
+            made.write_job(experiment, seed, list(settings["students"]))
+    return made
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Inputs:
+    return all_jobs(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Inputs, Comparison]:
+    """All experiments, compared once for the tests that only look."""
+    made = all_jobs(tmp_path_factory.mktemp("compared"))
+    return made, made.compare(list(EXPERIMENTS), [0, 1])
+
+
+def row_of(comparison: Comparison, experiment: str, student: str = "cnn") -> Any:
+    return next(row for row in comparison.rows if (row.experiment, row.student) == (experiment, student))
+
+
+def test_numbers_are_those_of_a_direct_computation(compared: tuple[Inputs, Comparison]) -> None:
+    inputs, comparison = compared
+    assert comparison.teacher.test_miou.mean == pytest.approx(inputs.score("teacher", "teacher"))
+    for row in comparison.rows:
+        scores = [inputs.score(f"{row.experiment}-s{seed}", row.student) for seed in (0, 1)]
+        assert [item.test_miou for item in row.seeds] == pytest.approx(scores)
+        assert row.test_miou.mean == pytest.approx(np.mean(scores))
+        assert row.test_miou.std == pytest.approx(np.std(scores, ddof=1))
+        assert row.val_miou.mean == pytest.approx(ACCURACY[row.experiment] - 0.02)
+        assert row.params == PARAMS[row.student]
+    shown = [(row.experiment, row.student) for row in comparison.rows]
+    assert shown == [("none", "cnn"), ("none_vit", "vit"), ("kd", "cnn"), ("dml", "cnn"), ("dml", "vit")]
+    assert comparison.best == ("kd", "cnn")
+
+
+def test_differences_and_intervals_are_those_of_the_paired_bootstrap(inputs: Inputs) -> None:
+    comparison = inputs.compare(["none", "kd"], [0, 1])
+    matrices = []
+    for experiment in ("kd", "none"):
+        jobs = [inputs.evaluation(f"{experiment}-s{seed}") / "cnn.npz" for seed in (0, 1)]
+        matrices.append(np.stack([np.load(job)["per_image"] for job in jobs]))
+    expected = paired_difference(*matrices, resamples=200, confidence=0.95, seed=0)
+    gain = row_of(comparison, "kd").gain
+    assert (gain.mean, gain.low, gain.high) == (expected.mean, expected.low, expected.high)
+    assert gain.per_seed == expected.per_seed
+    kd, none = row_of(comparison, "kd"), row_of(comparison, "none")
+    for name in CLASSES:
+        assert gain.per_class[name] == pytest.approx(kd.per_class_iou[name] - none.per_class_iou[name])
+
+
+def test_metrics_file_is_small_and_flat(inputs: Inputs) -> None:
+    comparison = inputs.compare(["none", "kd"], [0, 1])
+    metrics = json.loads((inputs.root / "reports/metrics.json").read_text())
+    gain = row_of(comparison, "kd").gain
+    assert metrics == {
+        "teacher": {"test_miou": round(comparison.teacher.test_miou.mean, 4)},
+        "none": {"cnn": {"test_miou": round(row_of(comparison, "none").test_miou.mean, 4)}},
+        "kd": {
+            "cnn": {
+                "test_miou": round(row_of(comparison, "kd").test_miou.mean, 4),
+                "difference": round(gain.mean, 4),
+                "low": round(gain.low, 4),
+                "high": round(gain.high, 4),
+            }
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("experiment", "student", "expected"),
+    [
+        ("kd", "cnn", "none"),
+        ("dml", "cnn", "none"),
+        ("dml", "vit", "none_vit"),
+        ("none", "cnn", None),
+        ("new", "x", None),
+    ],
+)
+def test_reference_is_the_same_student_alone_without_methods(
+    experiment: str, student: str, expected: str | None
+) -> None:
+    assert find_reference(experiment, student, list(EXPERIMENTS), EXPERIMENTS) == expected
+
+
+def test_reference_must_be_part_of_the_run() -> None:
+    assert find_reference("kd", "cnn", ["kd", "none_vit"], EXPERIMENTS) is None
+
+
+def test_a_student_of_another_configuration_is_no_reference() -> None:
+    other = {**EXPERIMENTS, "none": {"students": {"cnn": VIT}, "methods": []}}
+    assert find_reference("kd", "cnn", list(other), other) is None
+    pair = {**EXPERIMENTS, "none": {"students": {"cnn": CNN, "vit": VIT}, "methods": []}}
+    assert find_reference("kd", "cnn", list(pair), pair) is None
+
+
+def test_a_run_without_reference_says_so_and_claims_nothing(inputs: Inputs) -> None:
+    comparison = inputs.compare(["kd"], [0, 1])
+    assert row_of(comparison, "kd").gain is None
+    assert "no undistilled reference" in comparison.warnings[0]
+    markdown = (inputs.report / "report.md").read_text()
+    assert "nothing can be said" in markdown
+    assert "no reference" in markdown
+
+
+def test_experiments_that_are_not_described_are_compared_without_reference(inputs: Inputs) -> None:
+    comparison = inputs.compare(["none", "kd"], [0], experiments={})
+    assert [(row.experiment, row.student, row.gain) for row in comparison.rows] == [
+        ("none", "cnn", None),
+        ("kd", "cnn", None),
+    ]
+
+
+def test_only_the_runs_of_the_list_are_read(inputs: Inputs) -> None:
+    inputs.write_job("none", 7, ["cnn"])
+    (inputs.evaluation("stale-s0")).mkdir()
+    (inputs.evaluation("stale-s0") / "evaluation.json").write_text("broken")
+    (inputs.evaluation("none-s7") / "evaluation.json").write_text("broken")
+    inputs.compare(["none", "kd"], [0, 1])
+    text = "".join(path.read_text() for path in inputs.report.rglob("*.*") if path.suffix in (".json", ".csv", ".md"))
+    assert "stale" not in text and "dml" not in text
+
+
+def test_a_single_seed_has_no_standard_deviation(inputs: Inputs) -> None:
+    comparison = inputs.compare(["none", "kd"], [0])
+    assert row_of(comparison, "kd").test_miou.std is None
+    assert inputs.results()["rows"][0]["test_miou"]["std"] is None
+    assert "±" not in shown_table(inputs.results())
+    assert "with a single seed there are none" in (inputs.report / "report.html").read_text()
+
+
+def test_page_is_self_contained_and_escapes_names(compared: tuple[Inputs, Comparison]) -> None:
+    inputs, _ = compared
+    page = (inputs.report / "report.html").read_text()
+    sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page) + re.findall(r"url\(['\"]?([^)'\"]*)", page)
+    assert len(sources) > 10
+    assert {source[:5] for source in sources if not source.startswith("#")} == {"data:"}
+    assert "<script" not in page and "<link" not in page and "@import" not in page
+    assert "http" not in page
+    assert "road &amp; rail" in page and "road & rail" not in page
+    assert page.count("<svg") == page.count("</svg>") == 3
+
+
+def test_page_has_the_pictures_of_truth_teacher_and_every_student(compared: tuple[Inputs, Comparison]) -> None:
+    inputs, _ = compared
+    page = (inputs.report / "report.html").read_text()
+    assert page.count('class="scene"') == 2  # config.overlays of the four that evaluate kept
+    labels = ["truth", "teacher", "none · cnn", "none_vit · vit", "kd · cnn", "dml · cnn", "dml · vit"]
+    assert all(page.count(f"<figcaption>{label}<") == 2 for label in labels)
+    assert page.count('class="errors"') == 2 * 6
+
+
+def test_no_picture_is_asked_for_and_none_is_shown(inputs: Inputs) -> None:
+    config = compare.Config(confidence=0.95, resamples=200, bootstrap_seed=0, overlays=0)
+    inputs.compare(["none", "kd"], [0, 1], config=config)
+    assert 'class="scene"' not in (inputs.report / "report.html").read_text()
+
+
+def test_ids_of_the_drawings_do_not_meet(compared: tuple[Inputs, Comparison]) -> None:
+    inputs, _ = compared
+    page = (inputs.report / "report.html").read_text()
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
+
+
+def test_the_same_inputs_give_the_same_bytes(inputs: Inputs) -> None:
+    inputs.compare(["none", "kd"], [0, 1])
+    first = {path.name: path.read_bytes() for path in inputs.report.rglob("*.*")}
+    inputs.compare(["none", "kd"], [0, 1])
+    assert {path.name: path.read_bytes() for path in inputs.report.rglob("*.*")} == first
+
+
+def test_headline_separates_evidence_from_the_undecided(inputs: Inputs) -> None:
+    for seed in (0, 1):  # a student like its reference
+        inputs.write_job("dml", seed, ["cnn", "vit"], accuracy=0.75)
+        inputs.write_job("none", seed, ["cnn"], accuracy=0.75)
+    comparison = inputs.compare(list(EXPERIMENTS), [0, 1])
+    better, undecided = (inputs.report / "report.md").read_text().split("Undecided:")
+    assert row_of(comparison, "kd").gain.excludes_zero
+    assert "kd (cnn)" in better.split("Better than the same student undistilled:")[1]
+    assert not row_of(comparison, "dml", "vit").gain.excludes_zero
+    assert "dml (vit)" in undecided.split("not evidence")[0]
+
+
+def test_a_gain_on_which_the_seeds_disagree_is_not_claimed(inputs: Inputs) -> None:
+    for seed, accuracy in ((0, 0.99), (1, 0.68)):
+        inputs.write_job("kd", seed, ["cnn"], accuracy=accuracy)
+    comparison = inputs.compare(["none", "kd"], [0, 1])
+    gain = row_of(comparison, "kd").gain
+    assert gain.excludes_zero and not gain.is_evidence
+    assert any("seeds disagree" in warning for warning in comparison.warnings)
+    markdown = (inputs.report / "report.md").read_text()
+    assert "No distilled student is shown to be better" in markdown
+    assert "Open, since the seeds disagree about the sign: kd (cnn)" in markdown
+
+
+def test_unequal_budgets_are_said(inputs: Inputs) -> None:
+    path = inputs.model("kd-s0") / "metrics.json"
+    path.write_text(path.read_text().replace('"iterations": 80', '"iterations": 160'))
+    comparison = inputs.compare(["none", "kd"], [0, 1])
+    assert comparison.protocol.iterations == (80, 160)
+    assert any("budgets differ" in warning for warning in comparison.warnings)
+    assert "budgets differ" in (inputs.report / "report.html").read_text()
+
+
+def test_plots_for_dvc_hold_every_measured_step_and_class(compared: tuple[Inputs, Comparison]) -> None:
+    inputs, _ = compared
+    with (inputs.report / "plots/curves.csv").open() as file:
+        curves = list(csv.DictReader(file))
+    assert list(curves[0]) == ["experiment", "student", "seed", "step", "val_miou"]
+    assert len(curves) == 3 * (1 + 2 * 5)
+    with (inputs.report / "plots/per_class_iou.csv").open() as file:
+        per_class = list(csv.DictReader(file))
+    assert len(per_class) == len(CLASSES) * 6
+    for name in ("confusion", "scatter", "curves", "gains"):
+        with Image.open(inputs.report / "plots" / f"{name}.png") as picture:
+            assert min(picture.size) > 100
+
+
+def test_results_can_be_read_back(compared: tuple[Inputs, Comparison]) -> None:
+    inputs, comparison = compared
+    assert json.loads(json.dumps(to_dict(comparison))) == inputs.results()
+
+
+def shown_table(results: dict[str, Any]) -> str:
+    console = Console(width=140, file=io.StringIO(), record=True)
+    compare.print_table(results, console)
+    return console.export_text()
+
+
+def test_terminal_table_has_the_teacher_first_and_all_students(compared: tuple[Inputs, Comparison]) -> None:
+    inputs, comparison = compared
+    lines = shown_table(inputs.results()).splitlines()
+    names = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+    assert names == ["teacher", "none", "none_vit", "kd", "dml", "dml"]
+    kd = next(line for line in lines if line.startswith("│ kd"))
+    gain = row_of(comparison, "kd").gain
+    assert f"{100 * gain.mean:+.2f} [{100 * gain.low:+.2f}, {100 * gain.high:+.2f}]" in kd
+    assert "0.90" in kd
+    assert "not evidence" in " ".join(shown_table(inputs.results()).split())
+
+
+def test_flip_and_multi_scale_are_columns_of_their_own(inputs: Inputs) -> None:
+    for seed in (0, 1):
+        path = inputs.evaluation(f"kd-s{seed}") / "evaluation.json"
+        content = json.loads(path.read_text())
+        content["models"]["cnn"]["flip"] = {"test/miou": 0.9, "test/pixel_accuracy": 0.95}
+        path.write_text(json.dumps(content))
+    comparison = inputs.compare(["none", "kd"], [0, 1])
+    assert row_of(comparison, "kd").views["flip"].mean == pytest.approx(0.9)
+    assert row_of(comparison, "none").views == {}
+    page = (inputs.report / "report.html").read_text()
+    assert "<th>with flip</th>" in page and "multi-scale" not in page
+
+
+def test_a_class_absent_from_truth_and_predictions_is_null(inputs: Inputs) -> None:
+    inputs.truth[inputs.truth == 3] = 255
+    inputs.write_job("teacher", None, ["teacher"])
+    for job in ("none", "kd"):
+        inputs.write_job(job, 0, ["cnn"])
+    for path in (inputs.root / "reports/evaluation").rglob("*.npz"):
+        content = dict(np.load(path))
+        content["per_image"][:, :, 3] = 0
+        content["confusion"] = content["per_image"].sum(axis=0)
+        np.savez(path, **content)
+        report = path.with_name("evaluation.json")
+        facts = json.loads(report.read_text())
+        from segdistill.metrics import mean_iou
+
+        facts["models"][path.stem]["test/miou"] = mean_iou(content["confusion"])
+        report.write_text(json.dumps(facts))
+    comparison = inputs.compare(["none", "kd"], [0])
+    assert row_of(comparison, "kd").per_class_iou["bicyclist"] is None
+    assert row_of(comparison, "kd").gain.per_class["bicyclist"] is None
+
+
+def test_tracker_gets_the_numbers_and_the_report(inputs: Inputs) -> None:
+    path = inputs.root / "log.jsonl"
+    inputs.compare(["none", "kd"], [0, 1], tracker=JsonLinesTracker(path))
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert set(records[0]["values"]) >= {"compare/teacher/test_miou", "compare/kd.cnn/difference"}
+    assert records[1]["kind"] == "artifact"
+
+
+@pytest.mark.parametrize("missing", ["evaluation.json", "cnn.npz", "overlays/cnn/scene-000.png"])
+def test_a_missing_file_is_named_and_the_old_report_stays(inputs: Inputs, missing: str) -> None:
+    inputs.compare(["none", "kd"], [0, 1])
+    before = (inputs.report / "results.json").read_bytes()
+    path = inputs.evaluation("kd-s0") / missing
+    path.unlink()
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        inputs.compare(["none", "kd"], [0, 1])
+    assert (inputs.report / "results.json").read_bytes() == before
+
+
+def test_a_student_that_was_not_evaluated_is_named(inputs: Inputs) -> None:
+    inputs.write_job("dml", 0, ["cnn"])
+    with pytest.raises(UserError, match=r"dml-s0/metrics\.json: nothing about 'vit'; it holds cnn"):
+        inputs.compare(["dml"], [0])
+
+
+def test_counts_of_other_images_cannot_be_compared(inputs: Inputs) -> None:
+    inputs.ids[3] = "scene-999"
+    inputs.write_job("kd", 1, ["cnn"])
+    with pytest.raises(UserError, match=r"kd-s1/cnn\.npz: evaluated on other test images"):
+        inputs.compare(["none", "kd"], [0, 1])
+
+
+def test_a_folder_that_mixes_two_evaluations_is_refused(inputs: Inputs) -> None:
+    path = inputs.evaluation("kd-s1") / "evaluation.json"
+    content = json.loads(path.read_text())
+    content["models"]["cnn"]["test/miou"] += 0.01
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="mixes two evaluations"):
+        inputs.compare(["none", "kd"], [0, 1])
+
+
+def test_pickled_counts_are_never_loaded(inputs: Inputs) -> None:
+    path = inputs.evaluation("kd-s1") / "cnn.npz"
+    content = dict(np.load(path))
+    content["ids"] = np.array(inputs.ids, dtype=object)
+    np.savez(path, **content)
+    with pytest.raises(UserError, match=r"cnn\.npz: not the confusion counts"):
+        inputs.compare(["none", "kd"], [0, 1])
+
+
+def test_an_experiment_may_not_be_called_teacher(inputs: Inputs) -> None:
+    with pytest.raises(UserError, match="the teacher's own name"):
+        inputs.compare(["teacher"], [0])
+
+
+def test_module_is_cheap_to_import() -> None:
+    import subprocess
+
+    heavy = "[name for name in ('torch', 'pyarrow', 'matplotlib', 'numpy') if name in sys.modules]"
+    code = f"import sys, segdistill.stages.compare; print({heavy})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,136 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from _folders import CLASSES, make_folder, save, write_classes
+
+from segdistill.data.layouts import IGNORE_INDEX, UNKNOWN, open_layout
+from segdistill.data.layouts.layout import describe_values
+from segdistill.errors import UserError
+
+SHARED_CAMVID = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "camvid"
+
+
+def make_camvid(root: Path, prefix: str = "") -> Path:
+    """One sample a split, listed as ``<prefix>train/a.png <prefix>trainannot/a.png``."""
+    for number, split in enumerate(("train", "val", "test")):
+        save(root / split / "a.png", np.full((4, 6, 3), number, dtype=np.uint8))
+        save(root / f"{split}annot" / "a.png", np.full((4, 6), 11 - number, dtype=np.uint8))
+        (root / f"{split}.txt").write_text(f"{prefix}{split}/a.png {prefix}{split}annot/a.png\n")
+    return root
+
+
+def message(name: str, root: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        open_layout(name, root)
+    return str(caught.value)
+
+
+def test_an_unknown_layout_is_answered_with_the_nearest_one(tmp_path: Path) -> None:
+    assert message("camvd", tmp_path) == "unknown layout 'camvd'; did you mean 'camvid'?"
+    assert message("xyz", tmp_path) == "unknown layout 'xyz'; allowed: folder, camvid"
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    assert message("folder", tmp_path / "nowhere").startswith(f"{tmp_path / 'nowhere'}: no such folder")
+
+
+def test_folder_lists_its_samples_in_the_order_of_their_names(tmp_path: Path) -> None:
+    layout = open_layout("folder", make_folder(tmp_path, {"train": 12}))
+    samples = list(layout.samples("train"))
+    assert [sample.id for sample in samples] == [f"{number:04d}" for number in range(12)]
+    assert samples[0].image == tmp_path / "images/train/0000.jpg"
+    assert samples[0].mask == tmp_path / "masks/train/0000.png"
+    assert list(layout.samples("val")) == []
+    assert [info.name for info in layout.classes] == list(CLASSES)
+
+
+def test_folder_maps_class_indices_to_themselves_and_marks_the_rest(tmp_path: Path) -> None:
+    write_classes(make_folder(tmp_path), ignore_index=200)
+    table = open_layout("folder", tmp_path).label_map
+    assert table.shape == (256,) and table.dtype == np.uint8
+    assert list(table[:3]) == [0, 1, 2] and table[200] == IGNORE_INDEX
+    assert set(table[3:200]) | set(table[201:]) == {UNKNOWN}
+
+
+def test_a_folder_of_an_unknown_split_is_an_error_with_the_nearest_one(tmp_path: Path) -> None:
+    (make_folder(tmp_path) / "images" / "tests").mkdir()
+    assert message("folder", tmp_path) == f"{tmp_path}/images/tests: unknown split 'tests'; did you mean 'test'?"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "classes.json: "),
+        ('{"classes": [{"name": "a", "color": [0, 0, 256]}]}', "classes.0.color.2: input should be less than"),
+        ('{"classes": [{"name": "a", "colour": [0, 0, 0]}]}', "classes.0.colour: unknown key; did you mean 'color'?"),
+        ('{"classes": [{"name": "a", "color": [0, 0, 0]}]}', "classes: 1 given; allowed: 2 to 254"),
+    ],
+)
+def test_a_wrong_class_list_is_described(tmp_path: Path, content: str, sentence: str) -> None:
+    (make_folder(tmp_path) / "classes.json").write_text(content)
+    found = message("folder", tmp_path)
+    assert found.startswith(f"{tmp_path}/classes.json: ") and sentence in found
+
+
+def test_class_names_and_the_ignore_index_must_not_clash(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    write_classes(tmp_path, ignore_index=2)
+    assert "ignore_index: 2 is also the index of a class; allowed: 3 to 255" in message("folder", tmp_path)
+    write_classes(tmp_path, classes=[{"name": "a", "color": [0, 0, 0]}] * 2)
+    assert "the name 'a' stands there twice" in message("folder", tmp_path)
+    (tmp_path / "classes.json").unlink()
+    assert message("folder", tmp_path).startswith(f"{tmp_path}/classes.json: no such file")
+
+
+def test_strays_are_files_without_a_sample(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "images/train/0001.png").unlink()
+    (tmp_path / "images/train/notes.txt").write_text("x")
+    (tmp_path / "images/train/.DS_Store").write_text("x")
+    layout = open_layout("folder", tmp_path)
+    assert layout.strays("train") == [tmp_path / "images/train/notes.txt", tmp_path / "masks/train/0001.png"]
+    assert layout.strays("val") == []
+
+
+@pytest.mark.parametrize("prefix", ["", "/SegNet/CamVid/"])
+def test_camvid_reads_relative_lists_and_those_of_the_original(tmp_path: Path, prefix: str) -> None:
+    layout = open_layout("camvid", make_camvid(tmp_path, prefix))
+    (sample,) = layout.samples("test")
+    assert (sample.id, sample.split) == ("a", "test")
+    assert sample.image == tmp_path / "test/a.png" and sample.mask == tmp_path / "testannot/a.png"
+    assert sample.image.exists() and sample.mask.exists()
+
+
+def test_camvid_ignores_void(tmp_path: Path) -> None:
+    table = open_layout("camvid", make_camvid(tmp_path)).label_map
+    assert list(table[:11]) == list(range(11)) and table[11] == IGNORE_INDEX and table[12] == table[255] == UNKNOWN
+
+
+@pytest.mark.parametrize("line", ["train/a.png", "a.png b.png", "../x/../secret train/a.png", "a/b c/d e/f"])
+def test_a_camvid_line_that_is_no_pair_is_named_by_its_number(tmp_path: Path, line: str) -> None:
+    path = make_camvid(tmp_path) / "val.txt"
+    path.write_text(f"val/a.png valannot/a.png\n{line}\n")
+    assert message("camvid", tmp_path).startswith(f"{path}, line 2: expected 'FOLDER/IMAGE FOLDER/MASK', found ")
+
+
+def test_camvid_without_a_list_names_the_list(tmp_path: Path) -> None:
+    (make_camvid(tmp_path) / "test.txt").unlink()
+    assert message("camvid", tmp_path).startswith(f"{tmp_path}/test.txt: no such file")
+
+
+@pytest.mark.skipif(not SHARED_CAMVID.is_dir(), reason="the CamVid copy beside the checkout is absent")
+def test_the_real_camvid_has_the_published_split() -> None:
+    layout = open_layout("camvid", SHARED_CAMVID)
+    assert [len(list(layout.samples(split))) for split in ("train", "val", "test")] == [367, 101, 233]
+    assert not any(layout.strays(split) for split in ("train", "val", "test"))
+    assert len(layout.classes) == 11
+
+
+def test_values_are_described_as_ranges() -> None:
+    assert describe_values([0, 1, 2, 255]) == "0-2 and 255"
+    assert describe_values([7]) == "7"
+    assert describe_values([1, 3, 4, 9]) == "1, 3-4 and 9"
+    assert json.dumps(describe_values([])) == '""'

@@ -1,0 +1,292 @@
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from _folders import CLASSES, make_folder, read_mask, save, truncate, write_classes
+from PIL import Image
+
+from segdistill.data import sharding
+from segdistill.data.shards import ShardDataset, open_shard, read_dataset_info
+from segdistill.engine.tracker import JsonLinesTracker, NullTracker
+from segdistill.errors import UserError
+from segdistill.stages.prepare import Config, run
+
+SAMPLES = {"train": 7, "val": 2, "test": 3}
+
+
+def prepare(data: Path, prepared: Path, **changes: Any) -> Path:
+    report = prepared.parent / "report"
+    report.mkdir(parents=True, exist_ok=True)
+    (report / "summary.json").write_text('{"success": true, "layout": "folder"}')
+    settings: dict[str, Any] = {"layout": "folder", "shard_samples": 3, "max_side": None, "workers": 1}
+    run(Config(**settings | changes), data=data, report=report, prepared=prepared, tracker=NullTracker())
+    return prepared
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("source") / "data", SAMPLES)
+
+
+@pytest.fixture(scope="module")
+def prepared(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(data, tmp_path_factory.mktemp("out") / "prepared")
+
+
+def test_every_sample_comes_back_pixel_for_pixel(data: Path, prepared: Path) -> None:
+    for split, count in SAMPLES.items():
+        dataset = ShardDataset(prepared, split)
+        assert len(dataset) == count
+        for index, name in enumerate(f"{number:04d}" for number in range(count)):
+            image, label = dataset[index]
+            (source,) = (data / "images" / split).glob(f"{name}.*")
+            assert dataset.sample_id(index) == name
+            assert image.dtype == label.dtype == np.uint8 and image.flags.writeable
+            assert np.array_equal(image, np.array(Image.open(source).convert("RGB")))
+            assert np.array_equal(label, read_mask(data / "masks" / split / f"{name}.png"))
+
+
+def test_images_stay_encoded_as_in_the_source(data: Path, prepared: Path) -> None:
+    record = open_shard(prepared / "shards/train-00000.arrow").get_batch(0)
+    source = (data / "images/train/0000.jpg").read_bytes()
+    assert record["image"][0].as_py() == source and record["image_format"][0].as_py() == "jpeg"
+    assert record["sha256"][0].as_py() == hashlib.sha256(source).hexdigest()
+
+
+def test_dataset_json_and_manifest_describe_the_shards(prepared: Path) -> None:
+    info = read_dataset_info(prepared)
+    assert info.num_classes == 3 and [entry.name for entry in info.classes] == list(CLASSES)
+    assert info.splits == SAMPLES
+    content = json.loads((prepared / "dataset.json").read_text())
+    assert content["ignore_index"] == 255
+    assert [shard["samples"] for shard in content["splits"]["train"]["shards"]] == [3, 3, 1]
+    manifest = pyarrow.parquet.read_table(prepared / "manifest.parquet").to_pylist()
+    assert len(manifest) == sum(SAMPLES.values())
+    assert manifest[4]["id"] == "0004" and manifest[4]["shard"] == "train-00001.arrow" and manifest[4]["row"] == 1
+    assert manifest[4]["image_file"] == "images/train/0004.png" and manifest[4]["height"] == 8
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers_or_the_place(data: Path, prepared: Path, tmp_path: Path) -> None:
+    assert hashes(prepare(data, tmp_path / "elsewhere", workers=3)) == hashes(prepared)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "report"]
+
+
+def test_a_relative_data_folder_works_with_workers(
+    data: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data.parent)
+    assert hashes(prepare(Path("data"), tmp_path / "prepared", workers=2)) == hashes(prepared)
+
+
+def test_masks_are_mapped_to_train_ids(data: Path, tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "data")
+    write_classes(source, ignore_index=9)
+    for path in sorted(source.glob("masks/*/*.png")):
+        labels = read_mask(path)
+        labels[labels == 255] = 9
+        save(path, labels)
+    _, label = ShardDataset(prepare(source, tmp_path / "prepared"), "train")[0]
+    assert set(np.unique(label)) == {0, 1, 2, 255} and list(label[0, :2]) == [255, 255]
+
+
+def test_max_side_shrinks_larger_samples_only(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "data", {"train": 2}, size=(40, 20))
+    save(source / "images/train/0001.png", np.zeros((8, 12, 3), dtype=np.uint8))
+    save(source / "masks/train/0001.png", np.zeros((8, 12), dtype=np.uint8))
+    dataset = ShardDataset(prepare(source, tmp_path / "prepared", max_side=16), "train")
+    image, label = dataset[0]
+    assert image.shape == (8, 16, 3) and label.shape == (8, 16) and set(np.unique(label)) <= {0, 1, 2, 255}
+    assert dataset[1][0].shape == (8, 12, 3)
+
+
+def _first_pixel(dataset: ShardDataset) -> int:
+    return int(dataset[5][0][0, 0, 0])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_an_open_data_set_survives_forks_and_pickling(prepared: Path, method: str) -> None:
+    dataset = ShardDataset(prepared, "train")
+    expected = _first_pixel(dataset)  # opened here, used there
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.map(_first_pixel, [dataset]) == [expected]
+
+
+def test_an_index_outside_ends_an_iteration(prepared: Path) -> None:
+    dataset = ShardDataset(prepared, "val")
+    assert len(list(dataset)) == 2
+    with pytest.raises(IndexError):
+        dataset[-1]
+
+
+def test_reading_copies_no_more_than_one_sample(prepared: Path) -> None:
+    record = open_shard(prepared / "shards/train-00000.arrow").get_batch(1)
+    assert pyarrow.total_allocated_bytes() < 10_000_000
+    assert record["image"][0].as_buffer().is_mutable is False
+
+
+def test_what_is_not_prepared_data_is_named(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"dataset\.json: no such file; the stage 'prepare' writes it"):
+        read_dataset_info(tmp_path)
+    with pytest.raises(UserError, match="no split 'dev'; it has train, val, test"):
+        ShardDataset(prepared, "dev")
+    (tmp_path / "dataset.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        read_dataset_info(tmp_path)
+
+
+def test_a_damaged_shard_is_named(data: Path, tmp_path: Path) -> None:
+    prepared = prepare(data, tmp_path / "prepared")
+    truncate(prepared / "shards/val-00000.arrow", 0.5)
+    with pytest.raises(UserError, match=r"val-00000\.arrow: missing or damaged"):
+        ShardDataset(prepared, "val")[0]
+
+
+def test_an_unreadable_sample_is_named_and_nothing_looks_complete(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "data", SAMPLES)
+    truncate(source / "images/train/0004.png")
+    with pytest.raises(UserError) as caught:
+        prepare(source, tmp_path / "prepared", workers=2)
+    assert str(caught.value).startswith(f"{source}/images/train/0004.png: damaged or truncated")
+    assert not (tmp_path / "prepared").exists()
+    (source / "images/train/0004.png").unlink()
+    (source / "masks/train/0003.png").unlink()
+    with pytest.raises(UserError, match=r"masks/train/0003\.png: missing"):
+        prepare(source, tmp_path / "prepared")
+
+
+def test_finished_shards_are_not_written_again(
+    data: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    write = sharding.write_shard
+
+    def limited(shard: sharding.Shard, **settings: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(shard.name)
+        write(shard, **settings)
+
+    monkeypatch.setattr(sharding, "write_shard", limited)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data, tmp_path / "prepared")
+    assert written == ["train-00000.arrow", "train-00001.arrow"]
+    monkeypatch.setattr(sharding, "write_shard", lambda shard, **rest: (written.append(shard.name), write(shard, **rest)))
+    assert hashes(prepare(data, tmp_path / "prepared")) == hashes(prepared)
+    assert written[2:] == ["train-00002.arrow", "val-00000.arrow", "test-00000.arrow"]
+
+
+def test_a_changed_input_is_prepared_again_and_a_changed_plan_leaves_no_old_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_folder(tmp_path / "data", SAMPLES)
+    monkeypatch.setattr(sharding, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, tmp_path / "prepared", shard_samples=1)
+    monkeypatch.undo()
+    save(source / "images/train/0001.png", np.full((8, 12, 3), 77, dtype=np.uint8))
+    prepared = prepare(source, tmp_path / "prepared", shard_samples=3)
+    assert len(list((prepared / "shards").iterdir())) == 5 and not (prepared / "keys").exists()
+    assert np.all(ShardDataset(prepared, "train")[1][0] == 77)
+
+
+def test_a_killed_run_leaves_no_orphans_and_is_continued(prepared: Path, tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "data", {"train": 60, "val": 1, "test": 1}, size=(300, 200))
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path; from test_shards import prepare\n"
+        "prepare(Path(sys.argv[2]), Path(sys.argv[3]), workers=2)\n"
+    )
+    script = tmp_path / "go.py"
+    script.write_text("if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in code.splitlines()))
+    command = [sys.executable, str(script), str(Path(__file__).parent), str(source), str(tmp_path / "prepared")]
+    keys = tmp_path / "prepared.partial" / "keys"
+    victim = subprocess.Popen(command)
+    while victim.poll() is None and (not keys.is_dir() or len(list(keys.iterdir())) < 3):
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while _processes_naming(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _processes_naming(tmp_path) == []
+    first = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "prepared.partial/shards").glob("*.arrow")}
+    done = [path.name for path in keys.iterdir()]
+    continued = prepare(source, tmp_path / "prepared")
+    assert len(done) >= 3 and all((continued / "shards" / name).stat().st_mtime_ns == first[name] for name in done)
+    assert hashes(continued) == hashes(prepare(source, tmp_path / "fresh"))
+
+
+def _processes_naming(folder: Path) -> list[int]:
+    """The script in the folder, and its workers, whose fork server was told where the script lies."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            try:
+                if str(folder).encode() in (process / "cmdline").read_bytes():
+                    found.append(int(process.name))
+            except OSError:
+                continue
+    return found
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_what_is_finished(
+    data: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, calls = sharding._encode, []
+
+    def full(*arguments: Any) -> dict[str, Any]:
+        calls.append(1)
+        if len(calls) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return encode(*arguments)
+
+    monkeypatch.setattr(sharding, "_encode", full)
+    with pytest.raises(UserError) as caught:
+        prepare(data, tmp_path / "prepared")
+    assert str(caught.value).startswith(f"{tmp_path}/prepared: no space left on the disk; finished shards wait in ")
+    assert [path.name for path in (tmp_path / "prepared.partial/shards").iterdir()] == ["train-00000.arrow"]
+    monkeypatch.undo()
+    assert hashes(prepare(data, tmp_path / "prepared")) == hashes(prepared)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "no such file; run the stage 'validate' first"),
+        ("{", "damaged; run the stage 'validate' again"),
+        ('{"success": false, "layout": "folder"}', "the data set failed its validation"),
+        ('{"success": true, "layout": "camvid"}', "is about the layout 'camvid'"),
+    ],
+)
+def test_data_that_did_not_pass_is_not_prepared(data: Path, tmp_path: Path, content: str | None, sentence: str) -> None:
+    if content is not None:
+        (tmp_path / "summary.json").write_text(content)
+    config = Config(layout="folder", shard_samples=3, max_side=None, workers=1)
+    with pytest.raises(UserError, match=sentence):
+        run(config, data=data, report=tmp_path, prepared=tmp_path / "prepared", tracker=NullTracker())
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_the_numbers_are_logged(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"success": true, "layout": "folder"}')
+    config = Config(layout="folder", shard_samples=3, max_side=None, workers=1)
+    tracker = JsonLinesTracker(tmp_path / "log.jsonl")
+    run(config, data=data, report=tmp_path, prepared=tmp_path / "prepared", tracker=tracker)
+    (record,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert record["values"]["data/samples/train"] == 7 and record["values"]["data/bytes"] > 0

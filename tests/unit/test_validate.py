@@ -1,0 +1,211 @@
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from _folders import make_folder, read_mask, save, truncate
+from PIL import Image
+
+from segdistill.config import parse
+from segdistill.data.checks import inspect
+from segdistill.data.layouts import open_layout
+from segdistill.engine.tracker import JsonLinesTracker, NullTracker, Tracker
+from segdistill.errors import UserError
+from segdistill.stages.validate import Config, run
+
+pytest.importorskip("great_expectations", reason="the pipeline extra is not installed")
+
+SETTINGS: dict[str, Any] = {
+    "layout": "folder",
+    "min_samples": {"train": 1, "val": 1, "test": 1},
+    "max_ignore_fraction": 0.5,
+    "min_class_share": 0.01,
+    "workers": 1,
+}
+
+
+def validate(data: Path, report: Path, tracker: Tracker | None = None, **changes: Any) -> dict[str, Any]:
+    run(parse(Config, SETTINGS | changes, "validate"), data=data, report=report, tracker=tracker or NullTracker())
+    return json.loads((report / "summary.json").read_text())
+
+
+def failure(data: Path, report: Path, **changes: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        validate(data, report, **changes)
+    return str(caught.value)
+
+
+def sentences(summary: dict[str, Any], kind: str) -> list[str]:
+    return [sentence for finding in summary[kind] for sentence in finding["sentences"]]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return make_folder(tmp_path / "data")
+
+
+def save_16_bit(path: Path) -> None:
+    Image.fromarray(np.full((8, 12), 300, dtype=np.uint16)).save(path)
+
+
+def save_with_label(path: Path, label: int, pixels: int) -> None:
+    labels = read_mask(path)
+    labels.ravel()[-pixels:] = label
+    save(path, labels)
+
+
+# What is done to mask or image `train/0002`, the file that is named, and what is said of it.
+FAULTS: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
+    ("missing mask", lambda image, mask: mask.unlink(), "mask",
+     "missing, but its image images/train/0002.png is there"),
+    ("truncated image", lambda image, mask: truncate(image), "image", "damaged or truncated: "),
+    ("empty image", lambda image, mask: image.write_bytes(b""), "image", "empty file"),
+    ("no image at all", lambda image, mask: image.write_text("hello"), "image",
+     "not a JPEG or PNG file, or its header is damaged"),
+    ("truncated mask", lambda image, mask: truncate(mask), "mask", "damaged or truncated: "),
+    ("JPEG as mask", lambda image, mask: Image.new("L", (12, 8)).save(mask, format="JPEG"), "mask", "not a PNG file"),
+    ("size mismatch", lambda image, mask: save(mask, np.zeros((8, 10), dtype=np.uint8)), "mask",
+     "10x8 pixels, but its image has 12x8"),
+    ("unknown label", lambda image, mask: save_with_label(mask, 12, 34), "mask",
+     "label 12 outside the class list (allowed 0-2 and 255), in 34 pixels"),
+    ("16-bit mask", lambda image, mask: save_16_bit(mask), "mask", "16-bit grey where an index mask is due"),
+    ("RGB mask", lambda image, mask: save(mask, np.zeros((8, 12, 3), dtype=np.uint8)), "mask",
+     "8-bit RGB where an index mask is due"),
+    ("image in two splits", lambda image, mask: shutil.copy(image, image.parents[1] / "val" / "0000.png"), "image",
+     "the same image as images/val/0000.png; an image may be in one split only; 1 more file fails"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fault", "kind", "said"), [fault[1:] for fault in FAULTS], ids=[fault[0] for fault in FAULTS])
+def test_a_fault_is_one_sentence_that_names_the_file(
+    data: Path, tmp_path: Path, fault: Callable[[Path, Path], object], kind: str, said: str
+) -> None:
+    files = {"image": data / "images/train/0002.png", "mask": data / "masks/train/0002.png"}
+    fault(files["image"], files["mask"])
+    report = tmp_path / "report"
+    sentence = failure(data, report)
+    assert sentence.startswith(f"{files[kind]}: {said}")
+    assert sentence.endswith(f", see {report / 'summary.md'}") or sentence.endswith(f"; see {report / 'summary.md'}")
+    summary = json.loads((report / "summary.json").read_text())
+    assert summary["success"] is False and str(files[kind]) in summary["failures"][0]["names"]
+    assert len(summary["failures"]) == 1, "one fault breaks one rule"
+    assert str(files[kind]) in (report / "summary.md").read_text()
+    assert (report / "data_docs/index.html").exists()
+
+
+def test_a_whole_data_set_passes_and_the_numbers_are_logged(data: Path, tmp_path: Path) -> None:
+    tracker = JsonLinesTracker(tmp_path / "log.jsonl")
+    summary = validate(data, tmp_path / "report", tracker)
+    assert summary["success"] is True and summary["failures"] == summary["warnings"] == []
+    assert summary["samples"] == {"train": 4, "val": 2, "test": 2}
+    assert sum(row["train_share"] for row in summary["classes"]) == pytest.approx(1)
+    (logged,) = [record for record in map(json.loads, (tmp_path / "log.jsonl").open()) if record["kind"] == "metrics"]
+    assert logged["values"]["data/samples/train"] == 4 and logged["values"]["data/failures"] == 0
+
+
+def test_the_same_data_gives_the_same_report_and_no_page_calls_home(data: Path, tmp_path: Path) -> None:
+    pages = []
+    for name in ("first", "second"):
+        validate(data, tmp_path / name, workers=1)
+        pages.append({path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")})
+    assert pages[0] == pages[1]
+    html = b"".join(content for path, content in pages[0].items() if path.suffix == ".html")
+    assert b"amazonaws" not in html and str(tmp_path).encode() not in html
+
+
+def test_many_broken_files_are_counted_and_all_are_listed(data: Path, tmp_path: Path) -> None:
+    truncate(data / "images/train/0001.png")
+    (data / "masks/train/0002.png").unlink()
+    save_with_label(data / "masks/val/0000.png", 12, 1)
+    sentence = failure(data, tmp_path / "report")
+    assert sentence.startswith(f"{data}/images/train/0001.png: damaged or truncated")
+    assert sentence.endswith(f"; 2 more files fail, see {tmp_path}/report/summary.md")
+    found = sentences(json.loads((tmp_path / "report/summary.json").read_text()), "failures")
+    assert len(found) == 3 and "label 12 outside the class list (allowed 0-2 and 255), in 1 pixel" in found[2]
+
+
+def test_an_empty_split_stops(data: Path, tmp_path: Path) -> None:
+    shutil.rmtree(data / "images/val")
+    shutil.rmtree(data / "masks/val")
+    assert failure(data, tmp_path / "report").startswith(
+        f"{data}/images/val: no samples in the split 'val'; validate.min_samples.val asks for 1; see "
+    )
+    shutil.rmtree(data / "images")
+    (data / "images").mkdir()
+    assert failure(data, tmp_path / "report") == f"{data}: no sample in any split of the layout 'folder'"
+
+
+def test_too_few_samples_or_too_much_void_stop(data: Path, tmp_path: Path) -> None:
+    sentence = failure(data, tmp_path / "report", min_samples={"train": 5, "val": 1, "test": 1}, max_ignore_fraction=0.01)
+    assert "4 samples in the split 'train'; validate.min_samples.train asks for 5" in sentence
+    found = sentences(json.loads((tmp_path / "report/summary.json").read_text()), "failures")
+    assert f"{data}/masks/val: 2.1% of the pixels are ignored on average; validate.max_ignore_fraction allows 1.0%" in found
+
+
+def test_a_data_set_without_one_whole_file_is_still_described(data: Path, tmp_path: Path) -> None:
+    for path in [*data.glob("images/*/*"), *data.glob("masks/*/*")]:
+        path.write_bytes(b"broken")
+    assert failure(data, tmp_path / "report").endswith(f"; 15 more files fail, see {tmp_path}/report/summary.md")
+
+
+def test_warnings_are_shown_and_do_not_stop(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for path in data.glob("masks/train/*.png"):
+        labels = read_mask(path)
+        labels[labels == 2] = 0
+        save(path, labels)
+    (data / "images/test/0001.png").unlink()
+    shutil.copy(data / "images/train/0001.png", data / "images/train/0002.png")
+    with caplog.at_level(logging.WARNING):
+        summary = validate(data, tmp_path / "report")
+    assert summary["success"] is True
+    expected = [
+        "class 'car': never seen in train; it cannot be learnt",
+        f"{data}/masks/test: 1 file of no sample: masks/test/0001.png (a mask without an image)",
+        f"{data}/images/train/0001.png: one of 2 equal images in train",
+    ]
+    found = sentences(summary, "warnings")
+    assert all(sentence in found and f"warning: {sentence}" in caplog.messages for sentence in expected)
+    assert len(found) == 4  # the other of the two equal images
+
+
+def test_a_rare_class_is_a_warning(data: Path, tmp_path: Path) -> None:
+    summary = validate(data, tmp_path / "report", min_class_share=0.9)
+    assert summary["success"] is True
+    assert sorted(finding["names"] for finding in summary["warnings"]) == [["class 'sky'", "class 'road'", "class 'car'"]]
+
+
+def test_an_unknown_layout_is_answered_with_the_nearest_one(data: Path, tmp_path: Path) -> None:
+    assert failure(data, tmp_path / "report", layout="foldr") == "unknown layout 'foldr'; did you mean 'folder'?"
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: Any, **__: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    sentence = failure(data, tmp_path / "report")
+    assert sentence == f"{tmp_path}/report: no space left on the disk; nothing was left there"
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_facts_are_the_same_in_one_process_and_in_several(data: Path) -> None:
+    truncate(data / "images/train/0001.png")
+    layout = open_layout("folder", data)
+    samples = list(layout.samples("train"))
+    alone, together = (list(inspect(layout, samples, workers=workers)) for workers in (1, 2))
+    assert alone == together and [fact.sample_id for fact in alone] == ["0000", "0001", "0002", "0003"]
+    assert alone[1].image_problem and alone[1].mask_problem is None
+    assert sum(alone[0].class_pixels or ()) == 12 * 8 - 2
+    assert alone[0].ignore_fraction == pytest.approx(2 / 96)
+
+
+def test_a_config_value_outside_its_range_is_named() -> None:
+    with pytest.raises(UserError, match=r"validate\.min_samples\.val: input should be greater than or equal to 1"):
+        parse(Config, SETTINGS | {"min_samples": {"train": 1, "val": 0, "test": 1}}, "validate")
