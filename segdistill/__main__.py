@@ -119,7 +119,8 @@ def _stage(arguments: argparse.Namespace) -> None:
         key.removeprefix("path_"): path for key, path in vars(arguments).items() if key.startswith("path_") and path
     }
     tracker = execution.open_tracker(arguments.tracker, execution.context(arguments.params), stage, job)
-    execution.run_stage(stage, params, paths=paths, job=job, tracker=tracker, started=started)
+    chosen = execution.sections(stage, params, job)
+    execution.run_stage(stage, chosen, paths=paths, job=job, tracker=tracker, started=started)
     if stage.name == "register":
         from segdistill.stages.summary import show
 

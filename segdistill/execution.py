@@ -17,8 +17,8 @@ from typing import Any
 
 from segdistill.config import parse
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker, Tracker
-from segdistill.errors import UserError, nearest
-from segdistill.stages import Job, Stage, check_sections, jobs
+from segdistill.errors import Interrupted, UserError, nearest
+from segdistill.stages import STAGES, Job, Stage, check_sections, jobs
 
 TIMINGS = Path("artifacts/timings")
 
@@ -89,7 +89,6 @@ def check_params(params: Mapping[str, Any]) -> None:
     Raises:
         UserError: the first mistake, by its dotted path.
     """
-    from segdistill.stages import STAGES
     from segdistill.stages.distill import ExperimentConfig
 
     check_sections(params)
@@ -100,11 +99,25 @@ def check_params(params: Mapping[str, Any]) -> None:
         parse(ExperimentConfig, experiment, f"experiments.{name}")
 
 
+def sections(stage: Stage, params: Mapping[str, Any], job: Job | None) -> dict[str, Any]:
+    """The part of a params file that a stage declares, by dotted key: all that it may know of it."""
+    chosen: dict[str, Any] = {}
+    for template in stage.params:
+        key = template.format(experiment=job.experiment if job else "")
+        value: Any = params
+        for part in key.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                raise UserError(f"{key}: missing; {stage.name} needs it")
+            value = value[part]
+        chosen[key] = value
+    return chosen
+
+
 def run_stage(
     stage: Stage,
-    params: Mapping[str, Any],
+    chosen: Mapping[str, Any],
     *,
-    paths: Mapping[str, Path],
+    paths: Mapping[str, Path | list[Path]],
     job: Job | None,
     tracker: Tracker,
     started: float,
@@ -112,54 +125,71 @@ def run_stage(
     """Runs one stage and records where its seconds went.
 
     Args:
+        stage: what to run.
+        chosen: its :func:`sections`.
         paths: replacements of the declared inputs and outputs, by name.
+        job: the cell of the matrix, for a stage that runs once per job.
+        tracker: of the pipeline run; closed with the stage's true status.
         started: when the process began, in seconds since the epoch; what no activity claims is start-up.
     """
     module = _module(stage)
-    matrix = jobs(params)
-    arguments: dict[str, Any] = dict(resolve(stage, job, matrix, paths))
-    arguments |= {"run": list(params["run"]), "seeds": list(params["seeds"]), "tracker": tracker}
-    if stage.per_job:
-        assert job is not None
-        arguments |= {"experiment": job.experiment, "seed": job.seed}
-        from segdistill.stages.distill import ExperimentConfig
-
-        where = f"experiments.{job.experiment}"
-        arguments["settings"] = parse(ExperimentConfig, params["experiments"][job.experiment], where)
-    accepted = inspect.signature(module.run).parameters
-    config = parse(module.Config, params[stage.params[0]], stage.params[0])
     status = "FAILED"
     try:
+        own, *others = stage.params
+        config = parse(module.Config, chosen[own], own)
+        arguments: dict[str, Any] = {"tracker": tracker}
+        if job is not None:
+            arguments |= {"experiment": job.experiment, "seed": job.seed}
+        for key in others:
+            filled = key.format(experiment=job.experiment if job else "")
+            if key.startswith("experiments."):
+                arguments["settings"] = parse(module.ExperimentConfig, chosen[filled], filled)
+            else:
+                arguments[key] = list(chosen[filled])
+        arguments |= resolve(stage, job, chosen, paths)
+        accepted = inspect.signature(module.run).parameters
         seconds = module.run(config, **{key: value for key, value in arguments.items() if key in accepted})
         status = "FINISHED"
+    except (Interrupted, KeyboardInterrupt):
+        status = "KILLED"
+        raise
     finally:
         tracker.close(status)
-    spent = dict(seconds or {})
-    spent["start-up"] = max(0.0, time.time() - started - sum(spent.values()))
+    _record_seconds(stage, job, dict(seconds or {}), time.time() - started)
+
+
+def _record_seconds(stage: Stage, job: Job | None, spent: dict[str, float], whole: float) -> None:
+    spent["start-up"] = max(0.0, whole - sum(spent.values()))
     TIMINGS.mkdir(parents=True, exist_ok=True)
     record = {"stage": stage.name, "job": str(job) if job else None, "seconds": spent, "ended": time.time()}
     (TIMINGS / f"{_label(stage, job)}.json").write_text(json.dumps(record) + "\n")
 
 
-def resolve(stage: Stage, job: Job | None, matrix: list[Job], given: Mapping[str, Path]) -> dict[str, Any]:
-    """Input and output paths of a stage, the declared ones unless given; lists where a stage reads every job."""
+def resolve(
+    stage: Stage, job: Job | None, chosen: Mapping[str, Any], given: Mapping[str, Path | list[Path]]
+) -> dict[str, Any]:
+    """Input and output paths of a stage, the declared ones unless given; lists where a stage reads every job.
+
+    Raises:
+        UserError: a name that the stage has not, or an input that is not there.
+    """
+    declared = {**stage.inputs, **stage.outputs, **stage.metrics}
     for name in given:
-        if name not in {**stage.inputs, **stage.outputs, **stage.metrics}:
-            raise UserError(f"{name}: {stage.name} has no such path{nearest(name, [*stage.inputs, *stage.outputs])}")
+        if name not in declared:
+            raise UserError(f"{name}: {stage.name} has no such path{nearest(name, declared)}")
     paths: dict[str, Any] = {}
-    for name, template in {**stage.inputs, **stage.outputs, **stage.metrics}.items():
-        if "{job}" in template:
-            root = given.get(name)
-            paths[name] = [root / str(one) if root else Path(template.format(job=one)) for one in matrix]
+    for name, template in declared.items():
+        if name in given:
+            paths[name] = given[name]
+        elif "{job}" in template:
+            cells = [Job(experiment, seed) for experiment in chosen["run"] for seed in chosen["seeds"]]
+            paths[name] = [Path(template.format(job=cell)) for cell in cells]
         else:
-            filled = template.format(experiment=job.experiment, seed=job.seed) if job else template
-            paths[name] = given.get(name, Path(filled))
+            paths[name] = Path(template.format(experiment=job.experiment, seed=job.seed) if job else template)
     for name in stage.inputs:
         for path in paths[name] if isinstance(paths[name], list) else [paths[name]]:
             if not path.exists():
-                raise UserError(
-                    f"{path}: {stage.name} needs it as '{name}', and it does not exist; run what makes it first"
-                )
+                raise UserError(f"{path}: {stage.name} needs it as '{name}'; run what makes it first: dvc repro")
     return paths
 
 

@@ -52,7 +52,10 @@ PRELOAD = (
     "safetensors.torch",
     "mlflow.pytorch",
     "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.model_registry.sqlalchemy_store",
 )
+# Stages that need none of it: they run cold, and the server begins its imports beside them.
+LIGHT = ("validate",)
 # Variables that differ between the stages of a run and that no library reads at its import; all others are in the key.
 LATE_VARIABLES = ("DVC_", "SEGDISTILL_", "PWD", "OLDPWD", "SHLVL", "COLUMNS", "LINES", "MAKELEVEL")
 SHELLS = ("sh", "dash", "bash", "zsh", "ksh", "fish", "busybox", "env", "nice", "timeout", "time", "nohup")
@@ -65,9 +68,12 @@ def run(argv: Sequence[str], *, target: str = "segdistill", preload: Sequence[st
     """Runs ``python -m <target> <argv>`` in a fork of the server, which is started if there is none.
 
     Returns:
-        The exit code, or None if there is no warm way and nothing was run. If the command died of a signal, this
-        process ends itself by the same one.
+        The exit code, or None if there is no warm way, or no use in it, and nothing was run. If the command died of a
+        signal, this process ends itself by the same one.
     """
+    if argv and argv[0] in LIGHT:
+        ensure_started(target=target, preload=preload)
+        return None
     try:
         connection = _connect(target, preload)
         if connection is None:

@@ -99,6 +99,7 @@ def gains(comparison: Comparison) -> tuple[Drawing, float] | None:
         axes.grid(axis="x")
         axes.set_xlabel("difference in test mIoU to the same student undistilled, percentage points")
         axes.spines["left"].set_visible(False)
+        _fix_layout(figure)
 
     return draw, 0.8 + 0.42 * len(rows)
 
@@ -131,8 +132,8 @@ def cost(comparison: Comparison) -> tuple[Drawing, float]:
             axes.set_xlabel(unit + " (log scale)")
             _plain_log_ticks(axes)
             labels.append((axes, points))
-        _place_labels(figure, labels)
         panels[0].set_ylabel("test mIoU, %")
+        _place_labels(figure, labels)
 
     return draw, 4.2
 
@@ -236,9 +237,15 @@ def _plain_log_ticks(axes: Any) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
 
+def _fix_layout(figure: Any) -> None:
+    """Lays the figure out once and for all: labels need coordinates that stay, and each layout costs a drawing."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
 def _place_labels(figure: Any, labels: Sequence[tuple[Any, Sequence[tuple[float, float, str]]]]) -> None:
     """Writes labels (x, y, text) right of their points, in each of the axes they belong to."""
-    figure.draw_without_rendering()  # fixes the layout, without which there are no display coordinates
+    _fix_layout(figure)
     for axes, points in labels:
         groups: list[list[Any]] = []
         for point in sorted((*(axes.transData.transform(p[:2]) * 72 / figure.dpi), *p) for p in points):

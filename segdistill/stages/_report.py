@@ -150,7 +150,8 @@ def _gains(comparison: Comparison, charts: Mapping[str, Any]) -> str:
 def _chart(title: str, note: str, figure: Any) -> str:
     if figure is None:
         return ""
-    return f'<section><h2>{title}</h2><p class="quiet">{note}</p><div class="scroll">{_charts.svg(figure, title)}</div></section>'
+    drawn = f'<div class="scroll">{_charts.svg(figure, title)}</div>'
+    return f'<section><h2>{title}</h2><p class="quiet">{note}</p>{drawn}</section>'
 
 
 def _table(comparison: Comparison) -> str:

@@ -68,7 +68,7 @@ def run(
         prepared: the data set, whose test split says which scores compare.
         students: the folder of every job, in the order of the matrix.
         registration: the folder to write.
-        tracker: says which MLflow store, and takes the chosen scores.
+        tracker: says which MLflow store and pipeline run.
 
     Raises:
         UserError: no student is within the budget, a file is missing, or the registered model serves other logits.

@@ -142,10 +142,10 @@ def test_sigterm_to_one_of_two_processes_stops_both_in_the_same_iteration(tmp_pa
 
 def test_the_teacher_is_unchanged_and_in_no_checkpoint(tmp_path: Path) -> None:
     trainer = tiny.make_trainer(tmp_path, ALONE, method="apd")
-    before = {name: value.clone() for name, value in trainer.learner.teacher.state_dict().items()}
+    before = {name: value.clone() for name, value in trainer.learner.teacher.segmenter.state_dict().items()}
     head = trainer.learner.methods["apd"].teacher_head[0].weight.detach().clone()
     trainer.run()
-    for name, value in trainer.learner.teacher.state_dict().items():
+    for name, value in trainer.learner.teacher.segmenter.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert not trainer.learner.teacher.segmenter.training
     assert not torch.equal(trainer.learner.methods["apd"].teacher_head[0].weight, head), "APD trains the teacher's head"

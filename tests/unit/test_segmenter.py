@@ -2,6 +2,8 @@
 
 import contextlib
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,11 @@ def _one_thread_and_seed() -> Any:
 def build(architecture: str, encoder: str, stride: int, decoder: dict[str, Any], **more: Any) -> Segmenter:
     settings = {"architecture": architecture, "encoder": encoder, "output_stride": stride, "decoder": decoder, **more}
     return build_segmenter(parse(ModelConfig, settings, "model"), CLASSES)
+
+
+def test_a_model_config_is_importable_without_torch() -> None:
+    code = "import sys, segdistill.models.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @every_case

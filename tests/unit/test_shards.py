@@ -186,7 +186,9 @@ def test_finished_shards_are_not_written_again(
     with pytest.raises(KeyboardInterrupt):
         prepare(data, tmp_path / "prepared")
     assert written == ["train-00000.arrow", "train-00001.arrow"]
-    monkeypatch.setattr(sharding, "write_shard", lambda shard, **rest: (written.append(shard.name), write(shard, **rest)))
+    monkeypatch.setattr(
+        sharding, "write_shard", lambda shard, **rest: (written.append(shard.name), write(shard, **rest))
+    )
     assert hashes(prepare(data, tmp_path / "prepared")) == hashes(prepared)
     assert written[2:] == ["train-00002.arrow", "val-00000.arrow", "test-00000.arrow"]
 

@@ -21,9 +21,11 @@ CIRCLE = _circle()  # 16 points
 class Panel:
     """A plane in the street to draw on, in metres: u along it, v up (or ahead, on the ground)."""
 
-    def __init__(self, canvas: Canvas, facing: Facing, plane: tuple[float, float, float], label: int | None) -> None:
+    def __init__(self, canvas: Canvas, facing: Facing, plane: tuple[float, float, float]) -> None:
         self.canvas, self.camera, self.facing, self.plane = canvas, canvas.camera, facing, plane
-        self.label = label  # when set, everything drawn here has it: a person on a poster belongs to the wall
+        self.label: int | None = (
+            None  # when set, everything drawn here has it: a person on a poster belongs to the wall
+        )
 
     def at(self, u: float, v: float) -> tuple[float, float]:
         """The canvas point of (u, v)."""
@@ -71,8 +73,8 @@ class Panel:
 class Front(Panel):
     """A plane that looks at the camera, z metres ahead; u = 0 is x metres to the right."""
 
-    def __init__(self, canvas: Canvas, x: float, z: float, label: int | None = None) -> None:
-        super().__init__(canvas, Facing.CAMERA, (0.0, 0.0, 1.0 / z), label)
+    def __init__(self, canvas: Canvas, x: float, z: float) -> None:
+        super().__init__(canvas, Facing.CAMERA, (0.0, 0.0, 1.0 / z))
         self.x, self.z = x, z
 
     def at(self, u: float, v: float) -> tuple[float, float]:
@@ -82,10 +84,10 @@ class Front(Panel):
 class Wall(Panel):
     """A plane along the street, x metres to the side; u = 0 is z metres ahead."""
 
-    def __init__(self, canvas: Canvas, x: float, z: float, label: int | None = None) -> None:
+    def __init__(self, canvas: Canvas, x: float, z: float) -> None:
         facing = Facing.RIGHT if x < 0 else Facing.LEFT
         plane = (1.0 / (canvas.camera.focal * x), 0.0, 0.0) if abs(x) > 0.3 else (0.0, 0.0, 1.0 / z)
-        super().__init__(canvas, facing, plane, label)
+        super().__init__(canvas, facing, plane)
         self.x, self.z = x, z
 
     def at(self, u: float, v: float) -> tuple[float, float]:
@@ -96,7 +98,7 @@ class Ground(Panel):
     """The ground: u = x, v = z."""
 
     def __init__(self, canvas: Canvas) -> None:
-        super().__init__(canvas, Facing.UP, (0.0, 1.0 / (canvas.camera.focal * canvas.camera.eye), 0.0), None)
+        super().__init__(canvas, Facing.UP, (0.0, 1.0 / (canvas.camera.focal * canvas.camera.eye), 0.0))
 
     def at(self, u: float, v: float) -> tuple[float, float]:
         return self.camera.see(u, 0.0, max(v, NEAR))
