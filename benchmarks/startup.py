@@ -2,9 +2,9 @@
 
     python benchmarks/startup.py [--runs 3]
 
-Prints Markdown. A row is the wall-clock time of a whole process that imports what the command needs and ends; the cold and
-the warm run of a row alternate, so that both meet the same machine. The server's own imports are paid once for a whole
-``dvc repro`` and have a row of their own.
+Prints Markdown. A row is the wall-clock time of a whole process that imports what a command needs, and ends; the cold
+and the warm run of a row alternate, so that both meet the same machine. The imports of the server are paid once for a
+whole ``dvc repro`` and have a line of their own.
 """
 
 import argparse

@@ -13,8 +13,8 @@ from segdistill.models.teacher import Teacher
 class Learner(nn.Module):
     """One forward gives every raw term, named ``<student>/<term>``; the weights stand in :attr:`factors`.
 
-    Students and methods are submodules, so that one DDP wraps them together. The teacher keeps its network to itself: it
-    is frozen, has no gradient to share and belongs in no checkpoint.
+    Students and methods are submodules, so that one DDP wraps them together. The teacher keeps its network to itself:
+    it is frozen, has no gradient to share and belongs in no checkpoint.
 
     Args:
         students: name -> segmenter; one with offline methods, several with online ones.

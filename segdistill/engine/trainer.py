@@ -1,4 +1,4 @@
-"""The one training loop. It knows no loss, no method and no tracker: a learner gives named terms, a tracker takes numbers.
+"""The one training loop. It knows no loss and no method: a learner gives named terms, a tracker takes numbers.
 
 Laws (tests/contracts/test_loop_laws.py): one batch of 8 = four of 2 accumulated = two processes of 4; interrupted and
 resumed = never interrupted, bit for bit on one CPU process.
@@ -257,7 +257,7 @@ class Trainer:
         if wish:
             stop.set()
 
-    # -- what is said and kept ------------------------------------------------------------------------------------------
+    # -- what is said and kept ----------------------------------------------------------------------------------------
 
     def _speed(self) -> float:
         return self.progress.iteration * self.config.batch_size / max(self.progress.seconds, 1e-9)

@@ -98,8 +98,7 @@ def local_kl(
     count = present.sum(1)[:, None, None]  # [G, 1, 1]
     if element_mean:
         divergence = divergence / count.clamp_min(1)
-    labelled = (count > 0).expand_as(divergence)
-    return masked_mean(divergence, labelled if valid is None else labelled & valid)
+    return masked_mean(divergence, (count > 0).expand_as(divergence) if valid is None else valid)
 
 
 @in_float32

@@ -1,9 +1,10 @@
 """The whole graph on one page, as data.
 
-The command line comes from this table. ``dvc.yaml``, the components and the pipeline are written by hand, because they are
-what a newcomer reads first; ``tests/contracts/test_graph.py`` proves that they name the same stages, inputs, outputs and
-parameters. A stage's module has a ``Config`` and a ``run(config, ..., tracker)`` that takes the inputs and outputs below as
-keyword paths and writes its outputs, and only those. Modules are imported when their stage runs, never here.
+The command line comes from this table. ``dvc.yaml``, the components and the pipeline are written by hand, because they
+are what a newcomer reads first; ``tests/contracts/test_graph.py`` proves that they name the same stages, inputs,
+outputs and parameters. A stage's module has a ``Config`` and a ``run(config, ..., tracker)`` that takes the inputs and
+outputs below as keyword paths and writes its outputs, and only those. Modules are imported when their stage runs, never
+here.
 """
 
 from collections.abc import Mapping

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from segdistill.stages._comparison import Comparison, Row
-    from segdistill.stages._comparison_inputs import Curve, Measured
+    from segdistill.stages.comparison.inputs import Curve, Measured
+    from segdistill.stages.comparison.results import Comparison, Row
 
 TEACHER = "teacher"
 
@@ -44,7 +44,6 @@ def run(
     *,
     run: list[str],
     seeds: list[int],
-    experiments: Mapping[str, Any],
     prepared: Path,
     teacher: Path,
     teacher_evaluation: Path,
@@ -60,18 +59,18 @@ def run(
         config: section ``compare``.
         run: the experiments; with ``seeds`` the list of jobs, seed fastest. No other folder is looked at.
         seeds: the seeds.
-        experiments: the experiments' configurations as in params.yaml, which name each student's reference.
         prepared: the prepared data set.
         teacher: the teacher's folder.
         teacher_evaluation: the teacher's evaluation.
-        students: each job's trained students.
+        students: each job's trained students; their metrics.json tells the experiment's settings, and by them each
+            student's reference.
         evaluations: each job's evaluation.
         report: results.json, report.md, report.html and plots/ for DVC.
         metrics: flat numbers for ``dvc metrics``.
         tracker: of the pipeline's run.
     """
     from segdistill.data.shards import read_dataset_info
-    from segdistill.stages._comparison_inputs import check_same_images, read_job
+    from segdistill.stages.comparison.inputs import check_same_images, read_job, read_json
 
     started = time.monotonic()
     jobs = [(experiment, seed) for experiment in run for seed in seeds]
@@ -82,9 +81,13 @@ def run(
     info = read_dataset_info(prepared)
     names = [item.name for item in info.classes]
     taught = read_job(teacher, teacher_evaluation, TEACHER, None, [TEACHER], names)[0]
+    told = {
+        experiment: read_json(model / "metrics.json") for (experiment, _), model in zip(jobs, students, strict=True)
+    }
+    experiments = {experiment: facts.get("settings", {}) for experiment, facts in told.items()}
     measured: list[Measured] = []
     for (experiment, seed), model, evaluation in zip(jobs, students, evaluations, strict=True):
-        expected = list((experiments.get(experiment) or {}).get("students", {}))
+        expected = list(experiments[experiment].get("students", {}))
         measured += read_job(model, evaluation, experiment, seed, expected, names)
     check_same_images([taught, *measured])
     comparison = _compare(config, run, seeds, experiments, prepared, taught, measured)
@@ -119,8 +122,8 @@ def table(results: Mapping[str, Any]) -> "Table":
     """
     from rich.table import Table
 
-    from segdistill.stages import _text as text
-    from segdistill.stages._comparison import Comparison
+    from segdistill.stages.comparison import text
+    from segdistill.stages.comparison.results import Comparison
 
     comparison = parse(Comparison, dict(results), "results.json")
     number = len(comparison.protocol.seeds)
@@ -170,8 +173,8 @@ def _compare(
     measured: Sequence["Measured"],
 ) -> "Comparison":
     from segdistill.data.shards import read_dataset_info
-    from segdistill.stages._comparison import Comparison, Protocol, best_row, compare_runs, warnings
-    from segdistill.stages._comparison_inputs import read_json
+    from segdistill.stages.comparison.inputs import read_json
+    from segdistill.stages.comparison.results import Comparison, Protocol, best_row, compare_runs, warnings
 
     info = read_dataset_info(prepared)
     names = [item.name for item in info.classes]
@@ -206,8 +209,9 @@ def _write(
     import numpy as np
 
     from segdistill.data.shards import read_dataset_info
-    from segdistill.stages import _charts, _overlays, _report
     from segdistill.stages._pictures import confusion_map
+    from segdistill.stages.comparison import charts as drawing
+    from segdistill.stages.comparison import overlays, page
 
     partial = report.with_name(report.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -216,16 +220,16 @@ def _write(
     best = np.sum([item.confusion for item in measured if (item.experiment, item.student) == comparison.best], axis=0)
     lines = [item.curve for item in (taught, *measured)]
     colors = [item.color for item in read_dataset_info(prepared).classes]
-    pictures = _overlays.read(prepared, taught, measured, config.overlays)
-    charts = _charts.draw_all(comparison, lines)
+    pictures = overlays.read(prepared, taught, measured, config.overlays)
+    charts = drawing.draw_all(comparison, lines)
     _write_text(partial / "results.json", json.dumps(to_dict(comparison), indent=2, allow_nan=False) + "\n")
-    _write_text(partial / "report.md", _report.markdown(comparison))
-    _write_text(partial / "report.html", _report.page(comparison, best, charts, pictures, colors))
+    _write_text(partial / "report.md", page.markdown(comparison))
+    _write_text(partial / "report.html", page.page(comparison, best, charts, pictures, colors))
     _write_curves(plots / "curves.csv", lines)
     _write_per_class(plots / "per_class_iou.csv", [comparison.teacher, *comparison.rows])
     confusion_map(best, comparison.protocol.classes, plots / "confusion.png")
     for name, figure in charts.items():
-        _charts.png(figure, plots / f"{name}.png")
+        drawing.png(figure, plots / f"{name}.png")
     shutil.rmtree(report, ignore_errors=True)
     partial.replace(report)
 

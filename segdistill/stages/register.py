@@ -119,7 +119,7 @@ def read_candidates(
     Raises:
         UserError: a job's file is absent, or the comparison is not of these jobs.
     """
-    from segdistill.stages._comparison_inputs import read_json
+    from segdistill.stages.comparison.inputs import read_json
 
     results = comparison / "results.json"
     compared: dict[tuple[str, int, str], tuple[dict[str, Any], dict[str, Any]]] = {}
@@ -175,7 +175,7 @@ def identity_of_test_data(prepared: Path) -> str:
     import hashlib
 
     from segdistill.data.shards import INFO_FILE, open_shard, read_dataset_info
-    from segdistill.stages._comparison_inputs import read_json
+    from segdistill.stages.comparison.inputs import read_json
 
     names = [entry.name for entry in read_dataset_info(prepared).classes]
     found = hashlib.sha256(json.dumps(names).encode())

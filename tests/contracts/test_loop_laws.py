@@ -24,7 +24,7 @@ from segdistill.errors import UserError
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 
-# Children of a server that has imported torch but computed nothing: a clean process each, without the seconds of import.
+# Children of a server that has imported torch and computed nothing: clean processes, without the seconds of import.
 CLEAN = multiprocessing.get_context("forkserver")
 CLEAN.set_forkserver_preload(["tiny", "torch._dynamo"])
 

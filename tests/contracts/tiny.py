@@ -1,6 +1,6 @@
 """A network and a data set small enough to train in a test, and a script around them that can be killed.
 
-``python tiny.py WORK OUT [key=value ...]`` trains and writes the student's weights to OUT; see :func:`main` for the keys.
+``python tiny.py WORK OUT [key=value ...]`` trains and writes the student's weights to OUT; :func:`main` has the keys.
 """
 
 import os
@@ -84,13 +84,21 @@ def train_config(**changes: Any) -> TrainConfig:
     return parse(TrainConfig, base | changes, "train")
 
 
-INFERENCE = parse(InferenceConfig, {"batch_size": 4, "input_scale": 1.0, "window": None, "window_stride": 1.0}, "inference")
+INFERENCE = parse(
+    InferenceConfig, {"batch_size": 4, "input_scale": 1.0, "window": None, "window_stride": 1.0}, "inference"
+)
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}
 ADAMW = {"name": "adamw", "lr": 0.01}
 
 
 def make_trainer(
-    work: Path, here: Processes, *, method: str = "none", dropout: float = 0.0, trackers: Tracker | None = None, **changes: Any
+    work: Path,
+    here: Processes,
+    *,
+    method: str = "none",
+    dropout: float = 0.0,
+    trackers: Tracker | None = None,
+    **changes: Any,
 ) -> Trainer:
     """A trainer of one student, of a student under APD, or of two peers (SGD beside AdamW) under DML."""
     torch.manual_seed(0)
@@ -118,7 +126,7 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def main(work: str, out: str, *options: str) -> int:
-    """Keys: method, dropout, any key of TrainConfig, die_at (SIGKILL itself before that step), die_in_save, slow, started."""
+    """Keys: method, dropout, any key of TrainConfig, die_at (a step: SIGKILL), die_in_save, slow, started."""
     changes: dict[str, Any] = dict(option.split("=") for option in options)
     die_at, slow = int(changes.pop("die_at", -1)), float(changes.pop("slow", 0))
     started = changes.pop("started", "")
@@ -140,7 +148,7 @@ def main(work: str, out: str, *options: str) -> int:
         def dying_replace(self: Path, target: Path) -> Path:
             if trainer.progress.iteration >= die_in_save:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return Path(os.rename(self, target) or target)
+            return self.rename(target)
 
         trainer._step = dying_step  # type: ignore[method-assign]
         if die_in_save >= 0:

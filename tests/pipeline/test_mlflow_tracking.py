@@ -134,6 +134,7 @@ def test_without_resume_the_same_name_is_another_run(root: Path) -> None:
 
 
 def _first_contact(root: Path, number: int) -> None:
+    default_store(root).client()  # not hidden by the tracker's patience
     one = tracker(root, f"kd-s{number}")
     one.metrics({"val/miou": number / 10}, 1)
     one.close()

@@ -178,7 +178,9 @@ def test_autocast_is_off_inside_a_loss() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = losses.local_perspective(features, members, **arguments)
         assert (features.flatten(2) @ features.flatten(2).mT).dtype == torch.bfloat16  # autocast is on out here
-    assert torch.equal(outside.logits, inside.logits)
+    exact = losses.local_perspective(features.double(), members, **arguments)
+    assert torch.equal(outside.logits, inside.logits) and inside.logits.dtype == torch.float32
+    torch.testing.assert_close(inside.logits.double(), exact.logits, rtol=1e-5, atol=1e-5)
 
 
 def test_in_float32_keeps_float64_and_what_is_no_tensor() -> None:

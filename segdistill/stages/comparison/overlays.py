@@ -12,7 +12,7 @@ from PIL import Image
 
 from segdistill.data.shards import ShardDataset, read_dataset_info
 from segdistill.errors import UserError
-from segdistill.stages._comparison_inputs import Measured
+from segdistill.stages.comparison.inputs import Measured
 
 IGNORED = 255
 MAX_WIDTH = 512  # pixels; a street scene of 2048 columns says as much at a quarter of them

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from segdistill.stages import _charts
-from segdistill.stages import _text as text
-from segdistill.stages._comparison import Comparison, Row
-from segdistill.stages._overlays import Scene
+from segdistill.stages.comparison import charts, text
+from segdistill.stages.comparison.overlays import Scene
+from segdistill.stages.comparison.results import Comparison, Row
 
 NUMBERS_UP_TO = 30  # classes; a larger confusion matrix shows colours only
 
@@ -17,7 +16,7 @@ NUMBERS_UP_TO = 30  # classes; a larger confusion matrix shows colours only
 def classes(comparison: Comparison, confusion: Any, colors: Sequence[tuple[int, int, int]]) -> str:
     """IoU of every class for every row, and its difference to the undistilled student."""
     rows = (comparison.teacher, *comparison.rows)
-    palette = _charts.Palette(comparison)
+    palette = charts.Palette(comparison)
     share = confusion.sum(axis=1) / max(confusion.sum(), 1)
     head = "".join(f"<th>{escape(palette.label(row))}</th>" for row in rows)
     body = []

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from segdistill.stages import _charts, _report_details
-from segdistill.stages import _text as text
-from segdistill.stages._comparison import Comparison, Row
-from segdistill.stages._overlays import Scene
-from segdistill.stages._report_style import CSS
+from segdistill.stages.comparison import charts as drawing
+from segdistill.stages.comparison import details, text
+from segdistill.stages.comparison.overlays import Scene
+from segdistill.stages.comparison.results import Comparison, Row
+from segdistill.stages.comparison.style import CSS
 
 VIEWS = {"flip": "with flip", "multi_scale": "multi-scale"}
 
@@ -91,9 +91,9 @@ def page(
             "Thick: mean over seeds; thin: each seed. Dashed grey: without distillation.",
             charts.get("curves"),
         ),
-        _report_details.classes(comparison, confusion, colors),
-        _report_details.confusion(comparison, confusion),
-        _report_details.pictures(comparison, scenes, colors),
+        details.classes(comparison, confusion, colors),
+        details.confusion(comparison, confusion),
+        details.pictures(comparison, scenes, colors),
         _protocol(comparison),
     ]
     return (
@@ -150,7 +150,7 @@ def _gains(comparison: Comparison, charts: Mapping[str, Any]) -> str:
 def _chart(title: str, note: str, figure: Any) -> str:
     if figure is None:
         return ""
-    drawn = f'<div class="scroll">{_charts.svg(figure, title)}</div>'
+    drawn = f'<div class="scroll">{drawing.svg(figure, title)}</div>'
     return f'<section><h2>{title}</h2><p class="quiet">{note}</p>{drawn}</section>'
 
 
@@ -159,7 +159,7 @@ def _table(comparison: Comparison) -> str:
     head = ["experiment", "student", "test mIoU, %", "to undistilled", *(VIEWS[view] for view in views)]
     head += ["val mIoU, %", "params, M", "GMACs", "latency, ms", "images/s", "training"]
     cells = "".join(f"<th{' class=text' if index < 2 else ''}>{name}</th>" for index, name in enumerate(head))
-    palette = _charts.Palette(comparison)
+    palette = drawing.Palette(comparison)
     body = "".join(_table_row(row, comparison, palette, views) for row in (comparison.teacher, *comparison.rows))
     return (
         '<section><h2>All numbers</h2><div class="scroll"><table class="main">'
@@ -168,10 +168,10 @@ def _table(comparison: Comparison) -> str:
     )
 
 
-def _table_row(row: Row, comparison: Comparison, palette: _charts.Palette, views: Sequence[str]) -> str:
+def _table_row(row: Row, comparison: Comparison, palette: drawing.Palette, views: Sequence[str]) -> str:
     is_teacher = row is comparison.teacher
     kind = "teacher" if is_teacher else "best" if (row.experiment, row.student) == comparison.best else ""
-    color = _charts.VARIABLES[palette.color(row.experiment)]
+    color = drawing.VARIABLES[palette.color(row.experiment)]
     each = ", ".join(text.percent(item.test_miou) for item in row.seeds) if len(row.seeds) > 1 else ""
     small = f'<span class="small">{each}</span>' if each else ""
     cells = [

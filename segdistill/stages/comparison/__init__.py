@@ -1,0 +1,1 @@
+"""The comparison behind the stage ``compare``: what it reads, computes, draws and says."""
