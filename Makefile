@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data repro test lint format ui clean
+.PHONY: help setup data preset repro test lint format ui clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +25,13 @@ $(READY): requirements.lock pyproject.toml
 data: $(READY)  ## make sure that data/ is there: from the DVC remote, or else the synthetic streets
 	@test -d data || $(BIN)/dvc pull --quiet data 2>/dev/null || $(BIN)/python -m segdistill data synth --out data
 
-repro: data  ## run the pipeline: validate ... register
+preset: $(READY)
+ifdef PRESET
+	@test -f presets/$(PRESET).yaml || { echo "make: presets/$(PRESET).yaml: no such preset; there are: $$(ls presets | sed 's/.yaml$$//' | xargs)" >&2; exit 2; }
+	@cp presets/$(PRESET).yaml params.yaml
+endif
+
+repro: data preset  ## run the pipeline: validate ... register (PRESET=name: with presets/name.yaml)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 
 test: $(READY)  ## run the tests

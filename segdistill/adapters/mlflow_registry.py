@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segdistill.adapters.mlflow_store import EXPERIMENT, ROLE_TAG, Store, default_store, ensure_run
-from segdistill.adapters.mlflow_tracking import MlflowTracker
+from segdistill.adapters.mlflow_store import EXPERIMENT, ROLE_TAG, Store, default_store, ensure_run, import_mlflow
+from segdistill.adapters.mlflow_tracking import MlflowTracker, Settings
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 
@@ -74,6 +74,15 @@ def register(model: "nn.Module", submission: Submission, *, name: str, min_gain:
     """
     settings = tracker.settings if isinstance(tracker, MlflowTracker) else None
     store = settings.store if settings else default_store(Path())
+    with _as_current(store):
+        return _register(model, submission, name, min_gain, store, settings)
+
+
+def _register(
+    model: "nn.Module", submission: Submission, name: str, min_gain: float, store: Store, settings: Settings | None
+) -> Registered:
+    import mlflow
+
     client = store.client()
     tags = _tags(submission, settings.tags if settings else {})
     _ensure_model(client, name)
@@ -89,8 +98,8 @@ def register(model: "nn.Module", submission: Submission, *, name: str, min_gain:
             tags,
             settings.dataset if settings else None,
         )
-        with _as_current(store, client.get_run(run_id).info.experiment_id):
-            uri = log_exported(model, submission, run_id, tags)
+        mlflow.set_experiment(experiment_id=client.get_run(run_id).info.experiment_id)
+        uri = log_exported(model, submission, run_id, tags)
         if trained is None:
             client.set_terminated(run_id)
         with store.lock(".registry"):
@@ -99,8 +108,7 @@ def register(model: "nn.Module", submission: Submission, *, name: str, min_gain:
         client.set_model_version_tag(name, version.version, key, tags[key])
     version = client.get_model_version(name, version.version)
     try:
-        with _as_current(store):
-            check_served(model, f"models:/{name}/{version.version}")
+        check_served(model, f"models:/{name}/{version.version}")
     except UserError:
         if is_new:
             client.delete_model_version(name, version.version)
@@ -299,8 +307,9 @@ def _ensure_model(client: "MlflowClient", name: str) -> None:
 
 
 @contextlib.contextmanager
-def _as_current(store: Store, experiment: str | None = None) -> Iterator[None]:
-    """Points mlflow's module-wide functions to the store, with unpickling forbidden."""
+def _as_current(store: Store) -> Iterator[None]:
+    """Points mlflow's module-wide functions to the store, patiently, with unpickling forbidden."""
+    import_mlflow()
     import mlflow
 
     names = ("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "MLFLOW_EXPERIMENT_ID", "MLFLOW_HTTP_REQUEST_MAX_RETRIES")
@@ -309,8 +318,6 @@ def _as_current(store: Store, experiment: str | None = None) -> Iterator[None]:
     mlflow.set_tracking_uri(store.uri)
     mlflow.set_registry_uri(store.uri)
     try:
-        if experiment is not None:
-            mlflow.set_experiment(experiment_id=experiment)
         yield
     finally:
         for key, value in before.items():

@@ -126,16 +126,15 @@ def evaluate(
     per_image = torch.zeros((len(dataset), num_classes, num_classes), dtype=torch.int64, device=device)
     mine = list(range(processes.rank, len(dataset), processes.world_size))
     for numbers, images, labels in _batches(dataset, mine, settings.batch_size):
-        scores = predict(
-            network, images.to(device).float() / 255, tuple(labels.shape[-2:]), settings, flip=flip, scales=scales
-        )
+        height, width = labels.shape[-2:]
+        scores = predict(network, images.to(device).float() / 255, (height, width), settings, flip=flip, scales=scales)
         counts = confusion_matrix_per_image(scores.argmax(1), labels.to(device).long(), num_classes)
         per_image[torch.tensor(numbers, device=device)] = counts
         if progress is not None:
             progress(len(numbers))
     network.train(was_training)
-    counts = processes.sum(per_image).cpu().numpy()
-    return Evaluation(counts.sum(0), counts, [dataset.sample_id(index) for index in range(len(dataset))])
+    summed = processes.sum(per_image).cpu().numpy()
+    return Evaluation(summed.sum(0), summed, [dataset.sample_id(index) for index in range(len(dataset))])
 
 
 def _batches(dataset: ShardDataset, numbers: list[int], size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:

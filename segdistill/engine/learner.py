@@ -34,8 +34,9 @@ class Learner(nn.Module):
         auxiliary: float = 0.4,
     ) -> None:
         super().__init__()
-        self.students = nn.ModuleDict(students)
-        self.methods = nn.ModuleDict(methods or {})
+        # Plain dicts for reading, ModuleDicts for registration: nn.ModuleDict forgets what its values are.
+        self.students, self.methods = dict(students), dict(methods or {})
+        self._students, self._methods = nn.ModuleDict(students), nn.ModuleDict(self.methods)
         self.teacher = teacher  # hides its network: no parameter of it is ours
         self.factors: dict[str, float] = {}
         for name in self.students:

@@ -127,7 +127,7 @@ class Trainer:
         self, configs: Mapping[str, OptimizerConfig]
     ) -> tuple[dict[str, torch.optim.Optimizer], dict[str, Schedule]]:
         optimizers, schedules = {}, {}
-        methods: dict[str, Any] = dict(self.learner.methods.items())
+        methods = self.learner.methods
         for name, student in self.learner.students.items():
             optimizers[name] = student_optimizer(configs[name], student, methods.values(), name)  # type: ignore[arg-type]
             schedules[name] = configs[name].schedule
@@ -228,7 +228,9 @@ class Trainer:
 
     def _backward(self, images: Tensor, target: Tensor, last: bool) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch; gradients travel between processes with the last one only."""
-        share = contextlib.nullcontext() if last or self.processes.world_size == 1 else self.wrapped.no_sync()
+        share: Any = contextlib.nullcontext()
+        if isinstance(self.wrapped, DistributedDataParallel) and not last:
+            share = self.wrapped.no_sync()
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         with share:
             with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast):

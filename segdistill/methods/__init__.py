@@ -14,8 +14,6 @@ from segdistill.config import parse
 from segdistill.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from segdistill.methods.method import Method
     from segdistill.models.outputs import ModelInfo
 
@@ -53,7 +51,7 @@ def parse_method(data: Any, where: str) -> tuple[type[Method], Any]:
     return method, parse(method.Config, dict(data), where)
 
 
-def build_offline(configs: Sequence[Any], student: ModelInfo, teacher: ModelInfo) -> nn.ModuleDict:
+def build_offline(configs: Sequence[Any], student: ModelInfo, teacher: ModelInfo) -> dict[str, Method]:
     """The methods by which a frozen teacher teaches one student.
 
     Args:
@@ -69,16 +67,14 @@ def build_offline(configs: Sequence[Any], student: ModelInfo, teacher: ModelInfo
     return _build(configs, "offline", (student, teacher))
 
 
-def build_online(configs: Sequence[Any], peers: Mapping[str, ModelInfo]) -> nn.ModuleDict:
+def build_online(configs: Sequence[Any], peers: Mapping[str, ModelInfo]) -> dict[str, Method]:
     """The methods by which co-trained students, by name, teach each other; see :func:`build_offline`."""
     _require_one_label_set(peers)
     return _build(configs, "online", (peers,))
 
 
-def _build(configs: Sequence[Any], kind: str, models: tuple[Any, ...]) -> nn.ModuleDict:
-    from torch import nn
-
-    methods = nn.ModuleDict()
+def _build(configs: Sequence[Any], kind: str, models: tuple[Any, ...]) -> dict[str, Method]:
+    methods: dict[str, Method] = {}
     for config in configs:
         method: Any = load(config.name)
         if method.kind != kind:

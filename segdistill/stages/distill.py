@@ -89,12 +89,11 @@ def run(
         frozen = _verified_teacher(teacher, val_set, config, processes) if kind == "offline" else None
         infos = {name: network.info for name, network in networks.items()}
         configs = [item for _, item in parsed]
-        methods = (
-            build_offline(configs, infos[next(iter(infos))], frozen.info) if frozen else build_online(configs, infos)
-        )
-        learner = Learner(
-            networks, dict(methods.items()), frozen, supervised=settings.supervised, auxiliary=settings.auxiliary
-        )
+        if frozen is None:
+            methods = build_online(configs, infos)
+        else:
+            methods = build_offline(configs, infos[next(iter(infos))], frozen.info)
+        learner = Learner(networks, methods, frozen, supervised=settings.supervised, auxiliary=settings.auxiliary)
         seconds = train_and_save(
             learner, config.train, {name: student.optimizer for name, student in settings.students.items()},
             prepared=prepared, output=students, seed=seed, inference=config.inference, facts=facts, trackers=children,

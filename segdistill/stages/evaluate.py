@@ -153,16 +153,14 @@ def _pictures(
         return
     confusion_map(found.confusion, [item.name for item in info.classes], pictures / "confusion.png")
     colors = [item.color for item in info.classes]
-    chosen = (
-        np.unique(np.linspace(0, len(test_set) - 1, config.overlays).round().astype(int)) if config.overlays else []
-    )
+    chosen: list[int] = np.unique(np.linspace(0, len(test_set) - 1, config.overlays).round().astype(int)).tolist()
     for index in chosen:
-        image, label = test_set[int(index)]
+        image, label = test_set[index]
         pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(processes.device).float() / 255
         with torch.inference_mode():
             scores = predict(network, pixels, label.shape, config.inference)  # type: ignore[arg-type]
         mask = scores.argmax(1)[0].to(torch.uint8).cpu().numpy()
-        file = f"{test_set.sample_id(int(index))}.png"
+        file = f"{test_set.sample_id(index)}.png"
         Image.fromarray(mask).save(out / file)
         overlay(image, label, mask, colors).save(pictures / file)
 

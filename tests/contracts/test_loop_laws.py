@@ -150,7 +150,7 @@ def test_the_teacher_is_unchanged_and_in_no_checkpoint(tmp_path: Path) -> None:
     assert not trainer.learner.teacher.segmenter.training
     assert not torch.equal(trainer.learner.methods["apd"].teacher_head[0].weight, head), "APD trains the teacher's head"
     names = trainer.state()["learner"].keys()
-    assert {name.split(".")[0] for name in names} == {"students", "methods"}
+    assert {name.split(".")[0] for name in names} == {"_students", "_methods"}
     own = trainer.optimizers["apd.teacher_head"]
     assert {id(p) for g in own.param_groups for p in g["params"]}.isdisjoint(
         id(p) for g in trainer.optimizers["cnn"].param_groups for p in g["params"]

@@ -1,0 +1,32 @@
+"""The stage ``compare`` as a component."""
+
+from kfp import dsl
+from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
+
+from components.images import TRAIN
+
+
+@dsl.component(base_image=TRAIN, install_kfp_package=False)
+def compare(
+    params: str,
+    prepared: Input[Dataset],
+    teacher: Input[Model],
+    teacher_evaluation: Input[Artifact],
+    students: Input[list[Model]],
+    evaluations: Input[list[Artifact]],
+    report: Output[Artifact],
+    metrics: Output[Metrics],
+) -> None:
+    """Compare every student with its undistilled twin, over all seeds, in one report."""
+    from segdistill.execution import run_component
+
+    paths = {
+        "prepared": prepared.path,
+        "teacher": teacher.path,
+        "teacher_evaluation": teacher_evaluation.path,
+        "students": [folder.path for folder in students],
+        "evaluations": [folder.path for folder in evaluations],
+        "report": report.path,
+        "metrics": metrics.path,
+    }
+    run_component("compare", params, paths=paths)

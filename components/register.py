@@ -1,0 +1,26 @@
+"""The stage ``register`` as a component."""
+
+from kfp import dsl
+from kfp.dsl import Artifact, Dataset, Input, Model, Output
+
+from components.images import TRAIN
+
+
+@dsl.component(base_image=TRAIN, install_kfp_package=False)
+def register(
+    params: str,
+    comparison: Input[Artifact],
+    prepared: Input[Dataset],
+    students: Input[list[Model]],
+    registration: Output[Artifact],
+) -> None:
+    """Register the best student, and move the alias if it beats the champion."""
+    from segdistill.execution import run_component
+
+    paths = {
+        "comparison": comparison.path,
+        "prepared": prepared.path,
+        "students": [folder.path for folder in students],
+        "registration": registration.path,
+    }
+    run_component("register", params, paths=paths)

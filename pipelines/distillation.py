@@ -1,0 +1,65 @@
+"""The graph for Kubeflow Pipelines: the stages of ``segdistill.stages``, as ``dvc.yaml`` has them too."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+from kfp.dsl import Artifact, Collected, Dataset, ParallelFor
+
+from components import compare, distill, evaluate, evaluate_teacher, prepare, register, train_teacher, validate
+from pipelines.cluster import on_cpu, on_gpu
+
+
+class Outputs(NamedTuple):
+    """What the pipeline leaves for people."""
+
+    report: Artifact
+    registration: Artifact
+
+
+@dsl.pipeline(name="segdistill", description="From a version of a data set to a registered student")
+def distillation(
+    data_uri: str,  # a folder that never changes: KFP imports a URI once
+    jobs: list[dict],  # the matrix: {experiment, seed, params of distill}
+    validate_params: str,
+    prepare_params: str,
+    train_teacher_params: str,
+    evaluate_params: str,
+    compare_params: str,
+    register_params: str,
+    gpus: int = 1,  # of each task that trains or evaluates
+) -> Outputs:
+    """Trains a teacher, distills every job's students from it, compares them, and registers the best."""
+    data = dsl.importer(artifact_uri=data_uri, artifact_class=Dataset).output
+    report = on_cpu(validate(params=validate_params, data=data)).outputs["report"]
+    prepared = on_cpu(prepare(params=prepare_params, data=data, report=report)).outputs["prepared"]
+    teacher = on_gpu(train_teacher(params=train_teacher_params, prepared=prepared), gpus).outputs["teacher"]
+    taught = on_gpu(evaluate_teacher(params=evaluate_params, prepared=prepared, model=teacher), gpus)
+
+    with ParallelFor(jobs) as job:
+        which = {"experiment": job.experiment, "seed": job.seed}
+        students = on_gpu(distill(params=job.params, prepared=prepared, teacher=teacher, **which), gpus)
+        measured = on_gpu(
+            evaluate(params=evaluate_params, prepared=prepared, model=students.outputs["students"], **which), gpus
+        )
+
+    # Each consumer needs its own Collected; the lists are in the order of the jobs.
+    compared = on_cpu(
+        compare(
+            params=compare_params,
+            prepared=prepared,
+            teacher=teacher,
+            teacher_evaluation=taught.outputs["evaluation"],
+            students=Collected(students.outputs["students"]),
+            evaluations=Collected(measured.outputs["evaluation"]),
+        )
+    )
+    registered = on_cpu(
+        register(
+            params=register_params,
+            comparison=compared.outputs["report"],
+            prepared=prepared,
+            students=Collected(students.outputs["students"]),
+        )
+    )
+    registered.set_caching_options(False)  # the registry may have changed since
+    return Outputs(report=compared.outputs["report"], registration=registered.outputs["registration"])
