@@ -18,7 +18,9 @@ def fixed(variable: str, default: str) -> str:
     image = os.environ.get(variable) or default
     tag = image.rpartition("/")[2].partition(":")[2]
     if "@sha256:" not in image and tag in ("", "latest"):
-        raise UserError(f"{variable}: '{image}' does not say which version; give it a tag other than latest, or a digest")
+        raise UserError(
+            f"{variable}: '{image}' does not say which version; give it a tag other than latest, or a digest"
+        )
     return image
 
 

@@ -1,6 +1,7 @@
 """``python -m pipelines compile`` writes the pipeline for a cluster, ``run`` runs it on this machine."""
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -25,7 +26,14 @@ def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
         return json.dumps(sections(stage, params, job))
 
     check_params(params)
-    single = ("validate", "prepare", "train_teacher", "evaluate", "compare", "register")  # as the teacher's, so the jobs'
+    single = (
+        "validate",
+        "prepare",
+        "train_teacher",
+        "evaluate",
+        "compare",
+        "register",
+    )  # as the teacher's, so the jobs'
     return {
         **{f"{name}_params": chosen(BY_NAME[name]) for name in single},
         "jobs": [
@@ -44,6 +52,9 @@ def compile_to(path: Path, params: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.partial.yaml")  # the compiler goes by the suffix
     compiler.Compiler().compile(distillation, str(partial), pipeline_parameters=arguments(params))
+    # The compiler begins with a comment that repeats the parameters, a dictionary's keys in an order of chance.
+    lines = itertools.dropwhile(lambda line: line.startswith("#"), partial.read_text().splitlines(keepends=True))
+    partial.write_text("# Made by: python -m pipelines compile\n" + "".join(lines))
     partial.replace(path)
 
 

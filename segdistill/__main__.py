@@ -145,7 +145,11 @@ def entry() -> int:
     if argv[:1] == ["--warm"]:
         from segdistill import warm
 
-        code = warm.run(argv[1:])
+        try:
+            code = warm.run(argv[1:])
+        except UserError as error:
+            print(f"segdistill: {error}", file=sys.stderr)
+            return EXIT_USER
         if code is not None:
             return code
     return main(argv)

@@ -123,7 +123,10 @@ class Server:
         return None
 
     def greet(self) -> None:
-        client, _ = self.listener.accept()
+        try:
+            client, _ = self.listener.accept()
+        except OSError:  # the client has gone already
+            return
         client.settimeout(REQUEST_SECONDS)
         with contextlib.suppress(OSError):
             if peer_is_us(client):
@@ -147,7 +150,13 @@ class Server:
                 self.owners.add(tuple(request["owner"]))
             server = os.getpid()
             pid = os.fork()
-        except (OSError, ValueError, KeyError, struct.error):  # a client that went away, or no memory for a fork
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            struct.error,
+        ):  # a client that went away, or no memory for a fork
             client.close()
         else:
             if pid == 0:
@@ -174,7 +183,8 @@ class Server:
             elif number == signal.SIGCONT:
                 signal_group(pid, signal.SIGCONT)
             else:  # as with `kill`: to the command alone, which looks after its own helpers
-                os.kill(pid, number)
+                with contextlib.suppress(OSError):
+                    os.kill(pid, number)
         if not numbers:
             client.close()
             self.children[pid] = Child(None, kill_at=time.monotonic() + GRACE_SECONDS)

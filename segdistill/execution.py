@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 from segdistill.config import parse
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker, Tracker
 from segdistill.errors import Interrupted, UserError, nearest
-from segdistill.stages import STAGES, Job, Stage, check_sections, jobs
+from segdistill.stages import BY_NAME, STAGES, Job, Stage, check_sections, jobs
 
 TIMINGS = Path("artifacts/timings")
 
@@ -42,19 +43,21 @@ class Context:
         return tags | ({"experiment": job.experiment, "seed": str(job.seed)} if job else {})
 
 
-def context(params_path: Path) -> Context:
-    """The facts of this working copy.
+def context(params_path: Path | None = None) -> Context:
+    """The facts of this working copy, or of the container, whose environment states them.
 
-    A pipeline run is one state of data, parameters and commit, so that a run that was stopped and continued is one run;
-    ``SEGDISTILL_PIPELINE_RUN`` names it where an orchestrator knows better.
+    A pipeline run is one state of data, parameters and commit, so that a run that was stopped and continued is one run.
+    ``SEGDISTILL_PIPELINE_RUN``, ``SEGDISTILL_DATA_MD5`` and ``SEGDISTILL_GIT_COMMIT`` go first: an orchestrator knows
+    its run, and an image has no working copy.
     """
     data_file = Path("data.dvc")
     recorded = data_file.read_text() if data_file.exists() else ""
-    md5 = re.search(r"md5:\s*(\S+)", recorded)
-    commit = _git("rev-parse", "HEAD") or "unknown"
-    state = sha256((recorded + params_path.read_text() + commit).encode()).hexdigest()[:8]
-    named = os.environ.get("SEGDISTILL_PIPELINE_RUN", f"{commit[:8]}-{state}")
-    return Context(md5.group(1) if md5 else "unknown", commit, named)
+    found = re.search(r"md5:\s*(\S+)", recorded)
+    md5 = os.environ.get("SEGDISTILL_DATA_MD5") or (found.group(1) if found else "unknown")
+    commit = os.environ.get("SEGDISTILL_GIT_COMMIT") or _git("rev-parse", "HEAD") or "unknown"
+    params = params_path.read_text() if params_path else ""
+    state = sha256((recorded + params + commit).encode()).hexdigest()[:8]
+    return Context(md5, commit, os.environ.get("SEGDISTILL_PIPELINE_RUN") or f"{commit[:8]}-{state}")
 
 
 def _git(*arguments: str) -> str | None:
@@ -205,3 +208,70 @@ def quiet_libraries() -> None:
     """Our own news at INFO, other libraries' only from WARNING on."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("segdistill").setLevel(logging.INFO)
+
+
+COMPLETED = ".completed"  # written last into every folder that a component makes: by which stage, for which job
+
+
+def run_component(
+    name: str,
+    params: str,
+    *,
+    paths: Mapping[str, str | list[str]],
+    experiment: str | None = None,
+    seed: int | None = None,
+) -> None:
+    """Runs one stage as a task of Kubeflow Pipelines; ends the process as the command line does.
+
+    Args:
+        name: the stage.
+        params: its :func:`sections` as JSON.
+        paths: all its inputs and outputs; the folders of every job may come in any order.
+        experiment: of a stage that runs once per job.
+        seed: likewise.
+    """
+    started, stage = time.time(), BY_NAME[name]
+    job = Job(experiment, seed) if experiment is not None and seed is not None else None
+    quiet_libraries()
+    try:
+        chosen = _read_sections(stage, params, job)
+        places: dict[str, Path | list[Path]] = {
+            key: _by_job(stage, value, chosen) if isinstance(value, list) else Path(value)
+            for key, value in paths.items()
+        }
+        tracker = open_tracker(os.environ.get("SEGDISTILL_TRACKER", "auto"), context(), stage, job)
+        run_stage(stage, chosen, paths=places, job=job, tracker=tracker, started=started)
+        for output in stage.outputs:
+            mark = {"stage": name, "job": str(job) if job else None}
+            (Path(str(paths[output])) / COMPLETED).write_text(json.dumps(mark) + "\n")
+    except (UserError, Interrupted) as error:
+        print(f"segdistill {name}: {error}", file=sys.stderr)
+        raise SystemExit(75 if isinstance(error, Interrupted) else 2) from None
+
+
+def _read_sections(stage: Stage, params: str, job: Job | None) -> dict[str, Any]:
+    expected = [key.format(experiment=job.experiment if job else "") for key in stage.params]
+    try:
+        chosen = json.loads(params)
+    except json.JSONDecodeError as error:
+        raise UserError(f"params of {stage.name}: not valid JSON: {error}") from None
+    if not isinstance(chosen, dict) or sorted(chosen) != sorted(expected):
+        found = ", ".join(chosen) if isinstance(chosen, dict) else type(chosen).__name__
+        raise UserError(f"params of {stage.name}: expected the sections {', '.join(expected)}, found {found}")
+    return chosen
+
+
+def _by_job(stage: Stage, folders: list[str], chosen: Mapping[str, Any]) -> list[Path]:
+    """The folders in the order of the matrix, by what they say of themselves: no orchestrator promises an order."""
+    made: dict[str, Path] = {}
+    for folder in map(Path, folders):
+        mark = folder / COMPLETED
+        if not mark.is_file():
+            raise UserError(f"{folder}: {stage.name} needs it, but the task that makes it did not complete")
+        made[json.loads(mark.read_text())["job"]] = folder
+    wanted = [str(Job(experiment, seed)) for experiment in chosen["run"] for seed in chosen["seeds"]]
+    if sorted(made) != sorted(wanted) or len(folders) != len(wanted):
+        raise UserError(
+            f"{stage.name}: its parameters name the jobs {', '.join(wanted)}, the pipeline ran {', '.join(made)}"
+        )
+    return [made[cell] for cell in wanted]

@@ -369,6 +369,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_training_after_the_real_preload_equals_training_cold_bit_for_bit(bench: Bench) -> None:
     bench.job(TRAINING)
