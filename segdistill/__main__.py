@@ -98,9 +98,7 @@ def _dispatch(arguments: argparse.Namespace) -> None:
 
         show()
     elif arguments.command == "sync":
-        from segdistill.adapters.mlflow_tracking import sync
-
-        sync(arguments.folder)
+        _sync(arguments.folder)
 
 
 def _stage(arguments: argparse.Namespace) -> None:
@@ -125,6 +123,19 @@ def _stage(arguments: argparse.Namespace) -> None:
         from segdistill.stages.summary import show
 
         show()
+
+
+def _sync(folder: Path) -> None:
+    from segdistill.adapters.mlflow_tracking import sync
+
+    results = sync(folder)
+    for result in results:
+        print(
+            f"{result.name}: {result.sent} records sent, {result.left} left{f' ({result.error})' if result.error else ''}"
+        )
+    left = [result for result in results if result.left or result.error]
+    if left:
+        raise UserError(f"{folder}: {len(left)} of {len(results)} runs could not be sent whole; try again later")
 
 
 def _check(path: Path) -> None:

@@ -73,6 +73,8 @@ def open_tracker(kind: str, here: Context, stage: Stage, job: Job | None) -> Tra
     Args:
         kind: "mlflow", "jsonl", "none", or "auto" for MLflow where it is installed and JSON lines where not.
     """
+    if int(os.environ.get("RANK", "0")):
+        return NullTracker()  # rank 0 speaks
     if kind == "auto":
         kind = "mlflow" if importlib.util.find_spec("mlflow") else "jsonl"
     if kind == "mlflow":
@@ -158,6 +160,8 @@ def run_stage(
         raise
     finally:
         tracker.close(status)
+        if status != "FINISHED" or stage is STAGES[-1]:
+            tracker.finish_pipeline(status)
     _record_seconds(stage, job, dict(seconds or {}), time.time() - started)
 
 

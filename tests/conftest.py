@@ -26,3 +26,19 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny") / "data"
     synthetic.write(out, seed=1, size=(64, 48), samples={"train": 12, "val": 4, "test": 4}, workers=1)
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_prepared(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny data set as shards."""
+    from segdistill.config import parse
+    from segdistill.engine.tracker import NullTracker
+    from segdistill.stages import prepare
+
+    root = tmp_path_factory.mktemp("prepared")
+    (root / "report").mkdir()
+    (root / "report" / "summary.json").write_text('{"success": true, "layout": "folder"}')
+    settings = {"layout": "folder", "shard_samples": 8, "max_side": None, "workers": 1}
+    config = parse(prepare.Config, settings, "prepare")
+    prepare.run(config, data=tiny_data, report=root / "report", prepared=root / "prepared", tracker=NullTracker())
+    return root / "prepared"

@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from segdistill.adapters.mlflow_spool import Sender, Spool, read_json
-from segdistill.adapters.mlflow_store import DatasetFacts, Store, check_name, default_store, without_credentials
+from segdistill.adapters.mlflow_store import (
+    DatasetFacts,
+    Store,
+    check_name,
+    default_store,
+    finish_parent,
+    without_credentials,
+)
 from segdistill.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -162,6 +169,11 @@ class MlflowTracker:
                 self.name, left, self._spool.records, self.settings.store.shown, self.settings.spool,
             )  # fmt: skip
         self._spool.release()
+
+    def finish_pipeline(self, status: str) -> None:
+        """Ends the parent run; a failure before anything was logged leaves no trace."""
+        if status == "FINISHED" or self._spool is not None or any(child._spool is not None for child in self._children):
+            finish_parent(self.settings.store, self.settings.pipeline_run, status)
 
     def _open(self) -> Spool:
         if self._closed:

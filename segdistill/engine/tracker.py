@@ -28,6 +28,9 @@ class Tracker(Protocol):
     def close(self, status: str = "FINISHED") -> None:
         """Ends the run: FINISHED, FAILED or KILLED."""
 
+    def finish_pipeline(self, status: str) -> None:
+        """Ends the pipeline run that this one belongs to; a stage that runs later opens it again."""
+
 
 class NullTracker:
     """Keeps nothing."""
@@ -40,6 +43,7 @@ class NullTracker:
         return self
 
     def close(self, status: str = "FINISHED") -> None: ...
+    def finish_pipeline(self, status: str) -> None: ...
 
 
 class JsonLinesTracker:
@@ -76,3 +80,6 @@ class JsonLinesTracker:
     def close(self, status: str = "FINISHED") -> None:
         self._write("close", {"status": status})
         self._file.close()
+
+    def finish_pipeline(self, status: str) -> None:
+        """Nothing to end: the folder is the pipeline run."""

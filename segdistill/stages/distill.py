@@ -78,7 +78,7 @@ def run(
     facts = {"experiment": experiment, "config": to_dict(config), "settings": to_dict(settings)}
     for name, child in children.items():
         child.params(flatten({"distill": to_dict(config), "student": to_dict(settings.students[name])}))
-        child.params(flatten({"methods": {item.name: to_dict(item) for _, item in parsed}, "seed": seed}))
+        child.params(flatten({"methods": [to_dict(item) for _, item in parsed], "seed": seed}))
         child.tags({"experiment": experiment, "student": name, "seed": str(seed), "methods": _method_names(settings)})
     with join(device) as processes:
         info, _, val_set = dataset(prepared)

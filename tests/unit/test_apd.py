@@ -337,7 +337,8 @@ def test_the_defaults_are_the_released_codes() -> None:
     released = {
         "weight": 1.0, "global_weight": 10.0, "local_weight": 10.0, "prototype_weight": 10.0,
         "teacher_head_weight": 1.0, "reduction": "element_mean", "temperature": 1.0,
-        "cosine_scale": 10.0, "scope": "batch", "student_head": "mlp", "teacher_head": "mlp", "hidden_channels": 512, "out_channels": 512, "normalize": True,
+        "cosine_scale": 10.0, "scope": "batch", "student_head": "mlp", "teacher_head": "mlp",
+        "hidden_channels": 512, "out_channels": 512, "normalize": True,
         "mask_ignore_global": False, "mask_ignore_local": False, "upsample": True, "align_corners": True,
         "teacher_head_lr": 1e-5, "teacher_head_betas": [0.9, 0.99],
     }  # fmt: skip
