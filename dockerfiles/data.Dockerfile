@@ -1,5 +1,5 @@
 # The stages that touch the data set: validate and prepare. No torch.
-#   docker build -f dockerfiles/data.Dockerfile --build-arg GIT_COMMIT=$(git rev-parse HEAD) -t REGISTRY/segdistill-data-python:VERSION .
+# How to build it: docs/kubeflow.md
 ARG BASE_IMAGE=python:3.11-slim
 
 FROM ${BASE_IMAGE} AS build

@@ -1,5 +1,5 @@
 # The stages that train, measure, compare and register.
-#   docker build -f dockerfiles/train.Dockerfile --build-arg GIT_COMMIT=$(git rev-parse HEAD) -t REGISTRY/segdistill-train-python:VERSION .
+# How to build it: docs/kubeflow.md
 # The locked torch brings its own CUDA libraries, so this base serves GPU nodes too; the driver is the node's.
 ARG BASE_IMAGE=python:3.11-slim
 

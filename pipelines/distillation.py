@@ -26,23 +26,22 @@ def distillation(
     evaluate_params: str,
     compare_params: str,
     register_params: str,
-    gpus: int = 1,  # of each task that trains or evaluates
 ) -> Outputs:
     """Trains a teacher, distills every job's students from it, compares them, and registers the best."""
     data = dsl.importer(artifact_uri=data_uri, artifact_class=Dataset).output
     report = on_cpu(validate(params=validate_params, data=data)).outputs["report"]
     prepared = on_cpu(prepare(params=prepare_params, data=data, report=report)).outputs["prepared"]
-    teacher = on_gpu(train_teacher(params=train_teacher_params, prepared=prepared), gpus).outputs["teacher"]
-    taught = on_gpu(evaluate_teacher(params=evaluate_params, prepared=prepared, model=teacher), gpus)
+    teacher = on_gpu(train_teacher(params=train_teacher_params, prepared=prepared)).outputs["teacher"]
+    taught = on_gpu(evaluate_teacher(params=evaluate_params, prepared=prepared, model=teacher))
 
     with ParallelFor(jobs) as job:
         which = {"experiment": job.experiment, "seed": job.seed}
-        students = on_gpu(distill(params=job.params, prepared=prepared, teacher=teacher, **which), gpus)
+        students = on_gpu(distill(params=job.params, prepared=prepared, teacher=teacher, **which))
         measured = on_gpu(
-            evaluate(params=evaluate_params, prepared=prepared, model=students.outputs["students"], **which), gpus
+            evaluate(params=evaluate_params, prepared=prepared, model=students.outputs["students"], **which)
         )
 
-    # Each consumer needs its own Collected; the lists are in the order of the jobs.
+    # Each consumer needs a Collected of its own. The library puts the lists in the order of the matrix.
     compared = on_cpu(
         compare(
             params=compare_params,

@@ -210,8 +210,13 @@ def _module(stage: Stage) -> Any:
 
 def quiet_libraries() -> None:
     """Our own news at INFO, other libraries' only from WARNING on."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("segdistill").setLevel(logging.INFO)
+    logger = logging.getLogger("segdistill")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a library may have given the root logger a format of its own
 
 
 COMPLETED = ".completed"  # written last into every folder that a component makes: by which stage, for which job

@@ -53,7 +53,7 @@ class Augmentation:
             Returns [3, h, w] uint8 and [h, w] uint8, with (h, w) the crop size.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would queue a call for a GPU each time
             pair = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), tv_tensors.Mask(torch.from_numpy(label))
             scaled, mask = self.transform(*pair)
         return scaled.as_subclass(Tensor), mask.as_subclass(Tensor)

@@ -1,0 +1,307 @@
+"""The compiled pipeline against KFP's own schemas and our rules for a cluster, and one run of it on this machine."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from segdistill.config import read_yaml
+from segdistill.execution import COMPLETED, run_component
+from segdistill.stages import STAGES
+
+pytest.importorskip("kfp")
+ROOT = Path(__file__).resolve().parents[2]
+PARAMS = ROOT / "params.yaml"
+ON_GPU = {"train-teacher", "evaluate-teacher", "distill", "evaluate"}
+
+
+def compile_pipeline(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipelines", "compile", "--out", str(out), "--params", str(PARAMS)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
+    done = compile_pipeline(out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def documents(compiled: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    spec, platform = yaml.safe_load_all(compiled.read_text())
+    return spec, platform
+
+
+@pytest.fixture(scope="module")
+def containers(documents: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The container of every task that has one."""
+    executors = documents[0]["deploymentSpec"]["executors"]
+    return {name.removeprefix("exec-"): one["container"] for name, one in executors.items() if "container" in one}
+
+
+@pytest.fixture(scope="module")
+def settings(documents: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What every task asks of Kubernetes."""
+    executors = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    return {name.removeprefix("exec-"): one for name, one in executors.items()}
+
+
+def test_two_processes_compile_the_same_bytes(compiled: Path, tmp_path: Path) -> None:
+    assert compile_pipeline(tmp_path / "again.yaml", PYTHONHASHSEED="7").returncode == 0
+    assert (tmp_path / "again.yaml").read_bytes() == compiled.read_bytes()
+
+
+def test_the_compiled_file_is_a_pipeline_to_kfp(
+    compiled: Path, documents: tuple[dict[str, Any], dict[str, Any]], settings: dict[str, dict[str, Any]]
+) -> None:
+    from google.protobuf import json_format
+    from kfp import components
+    from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
+    from kfp.pipeline_spec import pipeline_spec_pb2
+
+    # An unknown field is an error in each of these.
+    json_format.ParseDict(documents[0], pipeline_spec_pb2.PipelineSpec())
+    json_format.ParseDict(documents[1], pipeline_spec_pb2.PlatformSpec())
+    for task in settings.values():
+        json_format.ParseDict(task, KubernetesExecutorConfig())
+    inputs = components.load_component_from_file(str(compiled)).component_spec.inputs
+    assert [name for name, item in inputs.items() if not item.optional] == ["data_uri"]
+
+
+def test_the_loop_is_handed_all_that_its_tasks_read(documents: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    # kfp 2.17.0 compiles a resource setting that is a pipeline parameter, and forgets to hand it into a loop.
+    loop = documents[0]["components"]["comp-for-loop-1"]
+    for name, task in loop["dag"]["tasks"].items():
+        for kind, key in (("parameters", "componentInputParameter"), ("artifacts", "componentInputArtifact")):
+            read = {source[key] for source in task["inputs"][kind].values() if key in source}
+            assert read <= set(loop["inputDefinitions"][kind]), name
+
+
+def test_every_image_names_its_version(containers: dict[str, dict[str, Any]]) -> None:
+    assert set(containers) == {stage.name.replace("_", "-") for stage in STAGES}
+    for name, container in containers.items():
+        tag = container["image"].rpartition("/")[2].partition(":")[2]
+        assert tag and tag != "latest", f"{name}: {container['image']}"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("SEGDISTILL_IMAGE_DATA", "registry.invalid:5000/data-python"),
+        ("SEGDISTILL_IMAGE_TRAIN", "registry.invalid/train-python:latest"),
+        ("SEGDISTILL_GPUS", "many"),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_sentence(variable: str, value: str, tmp_path: Path) -> None:
+    done = compile_pipeline(tmp_path / "pipeline.yaml", **{variable: value})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"pipelines compile: {variable}: '{value}'") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_task_installs_packages_when_it_starts(containers: dict[str, dict[str, Any]]) -> None:
+    for name, container in containers.items():
+        assert "pip install" not in " ".join([*container["command"], *container["args"]]), name
+
+
+def test_every_task_with_a_gpu_has_limit_toleration_and_shared_memory(
+    containers: dict[str, dict[str, Any]], settings: dict[str, dict[str, Any]]
+) -> None:
+    found = {name for name, container in containers.items() if "accelerator" in container.get("resources", {})}
+    assert found == ON_GPU
+    for name in ON_GPU:
+        accelerator = containers[name]["resources"]["accelerator"]
+        assert accelerator["resourceType"] == "nvidia.com/gpu"
+        assert accelerator["resourceCount"] == "1"
+        assert settings[name]["tolerations"] == [
+            {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+        ]
+        (shared,) = settings[name]["emptyDirMounts"]
+        assert (shared["mountPath"], shared["medium"]) == ("/dev/shm", "Memory")
+        assert shared["sizeLimit"]
+
+
+def test_every_task_is_told_its_pipeline_run_and_where_mlflow_is(settings: dict[str, dict[str, Any]]) -> None:
+    assert set(settings) == {stage.name.replace("_", "-") for stage in STAGES}
+    for task in settings.values():
+        (run,) = task["fieldPathAsEnv"]
+        assert run == {"name": "SEGDISTILL_PIPELINE_RUN", "fieldPath": "metadata.labels['pipeline/runid']"}
+        (store,) = task["configMapAsEnv"]
+        assert [entry["envVar"] for entry in store["keyToEnv"]] == ["MLFLOW_TRACKING_URI"]
+
+
+def test_only_registration_is_never_cached(documents: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    root = documents[0]["root"]["dag"]["tasks"]
+    tasks = root | documents[0]["components"]["comp-for-loop-1"]["dag"]["tasks"]
+    caching = {
+        name: task["cachingOptions"].get("enableCache", False) for name, task in tasks.items() if "for" not in name
+    }
+    assert {name for name, cached in caching.items() if not cached} == {"register"}
+
+
+# run_component: what a component's body calls
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """run_component sets up logging for a process of its own."""
+    logger = logging.getLogger("segdistill")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
+
+
+def prepare(tmp_path: Path, **params: Any) -> None:
+    paths = {name: str(tmp_path / name) for name in ("data", "report", "prepared")}
+    run_component("prepare", json.dumps(params), paths=paths)
+
+
+def test_a_component_given_other_sections_ends_with_a_users_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        prepare(tmp_path, validate={})
+    assert ended.value.code == 2
+    expected = "segdistill prepare: params of prepare: expected the sections prepare, found validate\n"
+    assert capsys.readouterr().err == expected
+
+
+def register(students: list[str]) -> None:
+    paths: dict[str, str | list[str]] = {"students": students}
+    params = {"register": {}, "run": ["none", "kd"], "seeds": [0]}
+    run_component("register", json.dumps(params), paths=paths)
+
+
+def test_jobs_that_are_not_those_of_the_parameters_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for job in ("kd-s0", "dml-s0"):
+        (tmp_path / job).mkdir()
+        (tmp_path / job / COMPLETED).write_text(json.dumps({"stage": "distill", "job": job}))
+    with pytest.raises(SystemExit):
+        register([str(tmp_path / "kd-s0"), str(tmp_path / "dml-s0")])
+    message = capsys.readouterr().err
+    assert "its parameters name the jobs none-s0, kd-s0, the pipeline ran kd-s0, dml-s0" in message
+
+
+def test_the_output_of_a_task_that_did_not_complete_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "half").mkdir()
+    with pytest.raises(SystemExit):
+        register([str(tmp_path / "half")])
+    assert "the task that makes it did not complete" in capsys.readouterr().err
+
+
+def test_folders_of_jobs_are_put_in_the_order_of_the_matrix(tmp_path: Path) -> None:
+    from segdistill.execution import _by_job
+    from segdistill.stages import BY_NAME
+
+    wanted = ["none-s0", "none-s1", "kd-s0", "kd-s1"]
+    for number, job in enumerate(reversed(wanted)):
+        (tmp_path / f"iteration-{number}").mkdir()
+        (tmp_path / f"iteration-{number}" / COMPLETED).write_text(json.dumps({"stage": "distill", "job": job}))
+    given = [str(tmp_path / f"iteration-{number}") for number in (2, 0, 3, 1)]
+    ordered = _by_job(BY_NAME["compare"], given, {"run": ["none", "kd"], "seeds": [0, 1]})
+    assert [folder.name for folder in ordered] == ["iteration-3", "iteration-2", "iteration-1", "iteration-0"]
+
+
+# The whole pipeline in processes of this machine
+
+
+def tiny(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of the project, for seconds instead of minutes: two steps, two experiments, one seed."""
+
+    def shrink(section: Mapping[str, Any]) -> dict[str, Any]:
+        train = {**section["train"], "iterations": 2, "batch_size": 2, "validate_every": 2, "checkpoint_every": 2}
+        train |= {"log_every": 1, "augmentation": {**train["augmentation"], "crop_size": [32, 32]}}
+        return {**section, "train": train, "inference": {**section["inference"], "batch_size": 2}}
+
+    student = {
+        "model": {
+            "architecture": "DeepLabV3Plus",
+            "encoder": "mobilenetv3_small_050",
+            "encoder_weights": "none",
+            "output_stride": 16,
+            "decoder": {"decoder_channels": 16},
+        },
+        "optimizer": params["experiments"]["none"]["students"]["cnn"]["optimizer"],
+    }
+    teacher = shrink(params["train_teacher"])
+    experiments = {
+        "none": {"students": {"cnn": student}, "methods": []},
+        "kd": {"students": {"cnn": student}, "methods": [{"name": "kd"}]},
+    }
+    return {
+        **params,
+        "train_teacher": {**teacher, "model": {**student["model"], "encoder": "resnet18"}},
+        # An untrained teacher's score says nothing; here it must only be reached.
+        "distill": {**shrink(params["distill"]), "teacher_tolerance": 100.0},
+        "evaluate": {**params["evaluate"], "overlays": 1, "latency_repeats": 1},
+        "compare": {**params["compare"], "overlays": 1, "resamples": 100},
+        "run": ["none", "kd"],
+        "seeds": [0],
+        "experiments": experiments,
+    }
+
+
+def run_pipeline(data: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipelines", "run", "--runner", "subprocess", "--data", str(data)]
+    surroundings = os.environ | {"PYTHONPATH": str(ROOT), "SEGDISTILL_TRACKER": "jsonl"} | environment
+    return subprocess.run(command, cwd=folder, env=surroundings, capture_output=True, text=True)
+
+
+def test_a_task_that_fails_fails_the_pipeline_and_nothing_after_it_runs(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(PARAMS.read_text())
+    (tmp_path / "data").mkdir()
+    done = run_pipeline(tmp_path / "data", tmp_path)
+    assert done.returncode == 1
+    assert "segdistill validate: " in done.stdout and "Traceback" not in done.stdout + done.stderr
+    assert "'validate'" in done.stderr.replace("\x1b[96m", "").splitlines()[-1]
+    (run,) = (tmp_path / "artifacts/kfp").iterdir()
+    assert [task.name for task in run.iterdir()] == ["validate"]
+
+
+def test_without_a_data_set_nothing_runs(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(PARAMS.read_text())
+    done = run_pipeline(tmp_path / "data", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"pipelines run: {tmp_path / 'data'}: no such folder")
+    assert not (tmp_path / "artifacts").exists()
+
+
+@pytest.mark.slow
+def test_the_whole_pipeline_runs_in_local_processes_and_registers_a_student(tiny_data: Path, tmp_path: Path) -> None:
+    params = tiny(read_yaml(PARAMS))
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    done = run_pipeline(
+        tiny_data,
+        tmp_path,
+        MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path / 'mlflow.db'}",
+        SEGDISTILL_PIPELINE_RUN="local-test",
+        SEGDISTILL_DATA_MD5="0123",
+        SEGDISTILL_GIT_COMMIT="4567",
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    places = dict(line.split(": ", 1) for line in done.stdout.splitlines()[-2:])
+    results = json.loads((Path(places["report"]) / "results.json").read_text())
+    assert [(row["experiment"], row["student"]) for row in results["rows"]] == [("none", "cnn"), ("kd", "cnn")]
+    registered = json.loads((Path(places["registration"]) / "registration.json").read_text())
+    assert (registered["version"], registered["alias"], registered["seed"]) == (1, "champion", 0)
+    tracked = tmp_path / "artifacts/tracking/local-test"
+    expected = {
+        f"{stage.name}{job}.jsonl" for stage in STAGES for job in (["-none-s0", "-kd-s0"] if stage.per_job else [""])
+    }
+    assert {path.name for path in tracked.iterdir()} == expected
+    first = json.loads((tracked / "distill-kd-s0.jsonl").read_text().splitlines()[0])["values"]
+    assert (first["data_md5"], first["git_commit"], first["pipeline_run"]) == ("0123", "4567", "local-test")
+    assert (first["experiment"], first["seed"]) == ("kd", "0")
