@@ -2,9 +2,9 @@
 
     python benchmarks/step.py [--experiments none kd apd dml] [--steps 20] [--device auto]
 
-The parts are the teacher's forward pass, and each student's forward and backward pass with its cross-entropy. What a step
-costs beyond them is the method and the optimiser. Rounds of step and parts alternate, so that a slow minute of the machine
-falls on both.
+The parts are the teacher's forward pass, and each student's forward and backward pass with its cross-entropy. What a
+step costs beyond them is the method and the optimiser. Rounds of step and parts alternate, so that a slow minute of the
+machine falls on both.
 """
 
 import argparse
@@ -93,9 +93,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     device, params = torch.device(given.device), read_yaml(given.params)
-    rows = [
-        measure(params, name, given.steps, tuple(given.size), given.batch, device) for name in given.experiments
-    ]
+    rows = [measure(params, name, given.steps, tuple(given.size), given.batch, device) for name in given.experiments]
     height, width = given.size
     print(f"One training step, batch {given.batch} of {width}x{height}, float32, {device.type}. {machine(['torch'])}\n")
     print(markdown(["experiment", "step, ms", "sum of its parts, ms", "ratio (median of rounds)", "images/s"], rows))

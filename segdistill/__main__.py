@@ -130,9 +130,8 @@ def _sync(folder: Path) -> None:
 
     results = sync(folder)
     for result in results:
-        print(
-            f"{result.name}: {result.sent} records sent, {result.left} left{f' ({result.error})' if result.error else ''}"
-        )
+        reason = f" ({result.error})" if result.error else ""
+        print(f"{result.name}: {result.sent} records sent, {result.left} left{reason}")
     left = [result for result in results if result.left or result.error]
     if left:
         raise UserError(f"{folder}: {len(left)} of {len(results)} runs could not be sent whole; try again later")

@@ -76,7 +76,7 @@ def open_tracker(kind: str, here: Context, stage: Stage, job: Job | None) -> Tra
     if int(os.environ.get("RANK", "0")):
         return NullTracker()  # rank 0 speaks
     if kind == "auto":
-        kind = "mlflow" if importlib.util.find_spec("mlflow") else "jsonl"
+        kind = "mlflow" if _installed("mlflow") else "jsonl"
     if kind == "mlflow":
         from segdistill.adapters.mlflow_tracking import open_pipeline_run
 
@@ -86,6 +86,13 @@ def open_tracker(kind: str, here: Context, stage: Stage, job: Job | None) -> Tra
         tracker.tags(here.tags(stage, job))
         return tracker
     return NullTracker()
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
 
 
 def check_params(params: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """What a person reads at the end of a run: the table, where the report lies, the champion, and where the time went."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def show(root: Path = Path(), console: Console | None = None) -> None:
     """
     from segdistill.stages.compare import table
 
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else 110)
     comparison = root / BY_NAME["compare"].outputs["report"]
     results = _read(comparison / "results.json")
     if results is None:
@@ -33,7 +34,8 @@ def show(root: Path = Path(), console: Console | None = None) -> None:
     if registration:
         console.print(
             f"Registered: {registration['name']} version {registration['version']} "
-            f"as {registration['alias'] or 'no alias'} ({registration['reason']})",
+            f"as {registration['alias'] or 'no alias'} ({registration['reason']}): the '{registration['student']}' "
+            f"of {registration['experiment']}, seed {registration['seed']}, the best by validation",
             soft_wrap=True,
         )
     timings = _timings(root / "artifacts/timings")

@@ -1,8 +1,8 @@
 """What DVC runs again when a parameter changes: the stages that depend on it, and no other."""
 
+import contextlib
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def targets(stage_name: str, params: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository whose outputs are small fakes that DVC believes to be up to date: hashing is all that is tested."""
     root = tmp_path_factory.mktemp("project")
     for name in ("dvc.yaml", "params.yaml", ".dvcignore"):
@@ -40,15 +40,15 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "content").write_text(str(folder.relative_to(root)))
     (root / "reports" / "metrics.json").write_text("{}")
-    with Repo(str(root)) as repo:
-        repo.add([str(root / "data")])
+    with contextlib.chdir(root), Repo() as repo:
+        repo.add(["data"])
         repo.commit(force=True)
-    yield root
+    return root
 
 
 def stale(project: Path) -> set[str]:
     """The stages whose own parameters or code changed (what follows from them runs because its inputs change)."""
-    with Repo(str(project)) as repo:
+    with contextlib.chdir(project), Repo() as repo:
         return {name for name in repo.status() if not name.endswith(".dvc")}
 
 

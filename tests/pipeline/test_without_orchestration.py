@@ -37,7 +37,9 @@ def tiny_params() -> dict:
     return params
 
 
-def test_a_student_is_trained_and_evaluated_with_the_orchestration_unimportable(tmp_path: Path, tiny_prepared: Path) -> None:
+def test_a_student_is_trained_and_evaluated_with_the_orchestration_unimportable(
+    tmp_path: Path, tiny_prepared: Path
+) -> None:
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params()))
     (tmp_path / "artifacts").mkdir()
     (tmp_path / "artifacts" / "prepared").symlink_to(tiny_prepared)
@@ -48,7 +50,12 @@ def test_a_student_is_trained_and_evaluated_with_the_orchestration_unimportable(
     ]
     environment = {**os.environ, "SEGDISTILL_PIPELINE_RUN": "alone"}
     done = subprocess.run(
-        [sys.executable, "-c", BLOCKED, *commands], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", BLOCKED, *commands],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "reports/evaluation/kd-s0/evaluation.json").read_text())
@@ -59,6 +66,14 @@ def test_a_student_is_trained_and_evaluated_with_the_orchestration_unimportable(
         for line in path.read_text().splitlines()
     ]
     logged = {(line.get("run"), name) for line in lines if line["kind"] == "metrics" for name in line["values"]}
-    for name in ("train/loss/ce", "train/loss/kd.kl", "train/loss/total", "train/lr", "val/miou", "test/miou", "test/iou/road"):
+    for name in (
+        "train/loss/ce",
+        "train/loss/kd.kl",
+        "train/loss/total",
+        "train/lr",
+        "val/miou",
+        "test/miou",
+        "test/iou/road",
+    ):
         assert ("kd-s0", name) in logged, name
     assert ("teacher", "val/miou") in logged
