@@ -77,8 +77,9 @@ def run(
     children = {name: tracker.child(run_name(experiment, seed, name, settings)) for name in settings.students}
     facts = {"experiment": experiment, "config": to_dict(config), "settings": to_dict(settings)}
     for name, child in children.items():
-        child.params(flatten({"distill": to_dict(config), "student": to_dict(settings.students[name])}))
-        child.params(flatten({"methods": [to_dict(item) for _, item in parsed], "seed": seed}))
+        # The teacher's names, so that all runs share their columns.
+        child.params(flatten({**to_dict(config), **to_dict(settings.students[name]), "seed": seed}))
+        child.params(flatten({"methods": [to_dict(item) for _, item in parsed]}))
         child.tags({"experiment": experiment, "student": name, "seed": str(seed), "methods": _method_names(settings)})
     with join(device) as processes:
         info, _, val_set = dataset(prepared)
