@@ -23,7 +23,9 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 data: $(READY)  ## make sure that data/ is there: from the DVC remote, or else the synthetic streets
-	@test -d data || $(BIN)/dvc pull --quiet data 2>/dev/null || $(BIN)/python -m segdistill data synth --out data
+	@test -d data || $(BIN)/dvc pull --quiet data 2>/dev/null || { \
+	  $(BIN)/python -m segdistill data synth --out data && $(BIN)/dvc status --quiet data.dvc || { \
+	    rm -rf data; echo "make: data.dvc records another data set than the synthetic streets, and no DVC remote has it; bring it to data/" >&2; exit 2; }; }
 
 preset: $(READY)
 ifdef PRESET

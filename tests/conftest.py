@@ -1,6 +1,8 @@
 """Fixtures that several tests share: a tiny data set, made once per test process."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,15 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 def _one_thread_each() -> None:
     """Two test processes on two cores."""
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """A command run in a test sets up the library's logging; the next test must not notice."""
+    logger = logging.getLogger("segdistill")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers, logger.level, logger.propagate = handlers, level, propagate
 
 
 @pytest.fixture(scope="session")

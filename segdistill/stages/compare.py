@@ -225,7 +225,7 @@ def _write(
     _write_text(partial / "results.json", json.dumps(to_dict(comparison), indent=2, allow_nan=False) + "\n")
     _write_text(partial / "report.md", page.markdown(comparison))
     _write_text(partial / "report.html", page.page(comparison, best, charts, pictures, colors))
-    _write_curves(plots / "curves.csv", lines)
+    _write_curves(plots / "curves", lines)
     _write_per_class(plots / "per_class_iou.csv", [comparison.teacher, *comparison.rows])
     confusion_map(best, comparison.protocol.classes, plots / "confusion.png")
     for name, figure in charts.items():
@@ -241,14 +241,15 @@ def _write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _write_curves(path: Path, curves: Sequence["Curve"]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["experiment", "student", "seed", "step", "val_miou"])
-        for curve in curves:
-            seed = "" if curve.seed is None else curve.seed
-            for step, value in zip(curve.steps, curve.values, strict=True):
-                writer.writerow([curve.experiment, curve.student, seed, step, f"{value:.6f}"])
+def _write_curves(folder: Path, curves: Sequence["Curve"]) -> None:
+    """One file a run, as ``dvc plots`` draws one line a file."""
+    folder.mkdir()
+    for curve in curves:
+        job = curve.experiment if curve.seed is None else f"{curve.experiment}.{curve.student}-s{curve.seed}"
+        with (folder / f"{job}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["step", "val_miou"])
+            writer.writerows([step, f"{value:.6f}"] for step, value in zip(curve.steps, curve.values, strict=True))
 
 
 def _write_per_class(path: Path, rows: Sequence["Row"]) -> None:
