@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,16 +45,20 @@ def run(
 
     started = time.monotonic()
     partial = evaluation.with_name(evaluation.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     info, test_set = read_dataset_info(prepared), ShardDataset(prepared, "test")
     facts = json.loads((model / "metrics.json").read_text())
     models: dict[str, Any] = {}
     names = model_names(model)
-    with join(device) as processes:
+    with join(device) as processes, tempfile.TemporaryDirectory() as aside:
+        folder = partial if processes.is_main else Path(aside)  # the other ranks count with us and keep nothing
+        if processes.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
         for name in names:
             network, _ = load_model(model, name, processes.device)
-            models[name] = _measure(network, name, test_set, info, config, partial, processes)
+            models[name] = _measure(network, name, test_set, info, config, folder, processes)
+        if not processes.is_main:
+            return {}
     report = {"models": models, "split": "test", "samples": len(test_set)}
     (partial / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
     shutil.rmtree(evaluation, ignore_errors=True)
