@@ -39,10 +39,11 @@ repro: data preset  ## run the pipeline: validate ... register (PRESET=name: wit
 test: $(READY)  ## run the tests
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest
 
-lint: $(READY)  ## ruff (style, and who may import what) and mypy
+lint: $(READY)  ## ruff, mypy, and who may import what
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
 
 format: $(READY)  ## let ruff format the code
 	@$(BIN)/ruff format .

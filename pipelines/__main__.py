@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
             print(given.out)
         else:
             for name, path in run_here(params, given.data, given.root).items():
-                print(f"{name}: {path}")
+                sys.stdout.write(f"{name}: {path}\n")  # KFP replaces print while tasks run, and not always back
     except UserError as error:
         print(f"pipelines {given.command}: {error}", file=sys.stderr)
         return 2

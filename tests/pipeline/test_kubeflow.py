@@ -292,7 +292,9 @@ def test_the_whole_pipeline_runs_in_local_processes_and_registers_a_student(tiny
         SEGDISTILL_GIT_COMMIT="4567",
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    places = dict(line.split(": ", 1) for line in done.stdout.splitlines()[-2:])
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    places = dict(line.split(": ", 1) for line in lines if line.startswith(("report: /", "registration: /")))
+    assert sorted(places) == ["registration", "report"], done.stdout[-4000:] + done.stderr[-2000:]
     results = json.loads((Path(places["report"]) / "results.json").read_text())
     assert [(row["experiment"], row["student"]) for row in results["rows"]] == [("none", "cnn"), ("kd", "cnn")]
     registered = json.loads((Path(places["registration"]) / "registration.json").read_text())
