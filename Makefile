@@ -24,7 +24,7 @@ $(READY): requirements.lock pyproject.toml
 
 data: $(READY)  ## make sure that data/ is there: from the DVC remote, or else the synthetic streets
 	@test -d data || $(BIN)/dvc pull --quiet data 2>/dev/null || { \
-	  $(BIN)/python -m segdistill data synth --out data && $(BIN)/dvc status --quiet data.dvc || { \
+	  $(BIN)/python -m segdistill data synth --out data && ! $(BIN)/dvc status data.dvc | grep -q modified: || { \
 	    rm -rf data; echo "make: data.dvc records another data set than the synthetic streets, and no DVC remote has it; bring it to data/" >&2; exit 2; }; }
 
 preset: $(READY)
