@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from segdistill.losses import cross_entropy
@@ -11,7 +12,7 @@ from segdistill.models.teacher import Teacher
 
 
 class Learner(nn.Module):
-    """One forward gives every raw term, named ``<student>/<term>``; the weights stand in :attr:`factors`.
+    """One forward gives every raw term, named ``<student>/<term>``; :meth:`weights` says what each counts for.
 
     Students and methods are submodules, so that one DDP wraps them together. The teacher keeps its network to itself:
     it is frozen, has no gradient to share and belongs in no checkpoint.
@@ -39,11 +40,19 @@ class Learner(nn.Module):
         self._students, self._methods = nn.ModuleDict(students), nn.ModuleDict(self.methods)
         self.teacher = teacher  # hides its network: no parameter of it is ours
         self.factors: dict[str, float] = {}
+        self.ramps: dict[str, float] = {}  # the part of the budget over which a factor rises, where it does
         for name in self.students:
             self.factors[f"{name}/ce"] = supervised
             self.factors[f"{name}/aux_ce"] = supervised * auxiliary
             for label, method in self.methods.items():
-                self.factors |= {f"{name}/{label}.{term}": weight for term, weight in method.weights.items()}
+                mine = {f"{name}/{label}.{term}": weight for term, weight in method.weights.items()}
+                self.factors |= mine
+                if method.config.ramp:
+                    self.ramps |= dict.fromkeys(mine, method.config.ramp)
+        for method in self.methods.values():
+            method.attach(self.students)
+        self.keep_features = False
+        self.last_features: dict[str, Tensor] = {}
 
     def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The raw terms of one batch, float32 scalars.
@@ -52,6 +61,8 @@ class Learner(nn.Module):
             images: [B, 3, H, W] float RGB in 0..1; target: [B, H, W] int64.
         """
         outputs = {name: student(images) for name, student in self.students.items()}
+        if self.keep_features:
+            self.last_features = {name: output.last_feature for name, output in outputs.items()}
         teacher_outputs = self.teacher(images) if self.teacher is not None else None
         terms: dict[str, Tensor] = {}
         for name, output in outputs.items():
@@ -73,7 +84,36 @@ class Learner(nn.Module):
         student, _, term = term.rpartition("/")
         return f"{student or next(iter(self.students))}/{label}.{term}"
 
-    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
+    def weights(self, progress: float = 1.0) -> dict[str, float]:
+        """The factor of every term, at a progress in 0..1 through the budget."""
+        risen = {key: self.factors[key] * min(1.0, progress / ramp) for key, ramp in self.ramps.items()}
+        return self.factors | risen
+
+    def total(self, terms: Mapping[str, Tensor], progress: float = 1.0) -> Tensor:
         """The weighted sum that is minimised."""
-        weighted = [self.factors[key] * loss for key, loss in terms.items() if self.factors[key] != 0.0]
+        weights = self.weights(progress)
+        # A term that has not begun to rise stays in the sum: its helpers then get a gradient, of zero, as DDP expects.
+        weighted = [weights[key] * loss for key, loss in terms.items() if self.factors[key] != 0.0]
         return sum(weighted[1:], start=weighted[0])
+
+    def gradient_shares(self, terms: Mapping[str, Tensor], progress: float = 1.0) -> dict[str, Tensor]:
+        """Norm of each weighted term's gradient at its student's last feature, over the sum of these norms.
+
+        A term that does not go through that feature has none. Needs ``keep_features`` during the forward pass, and is
+        to be called before the backward pass.
+
+        Shape:
+            terms: scalars; returns scalars.
+        """
+        weights, norms = self.weights(progress), {}
+        for key, loss in terms.items():
+            feature = self.last_features[key.partition("/")[0]]
+            if weights[key] != 0.0:
+                (gradient,) = torch.autograd.grad(loss, feature, retain_graph=True, allow_unused=True)
+                if gradient is not None:
+                    norms[key] = weights[key] * gradient.float().norm()
+        totals: dict[str, Tensor] = {}
+        for key, norm in norms.items():
+            student = key.partition("/")[0]
+            totals[student] = totals.get(student, norm.new_zeros(())) + norm
+        return {key: norm / totals[key.partition("/")[0]].clamp_min(1e-12) for key, norm in norms.items()}

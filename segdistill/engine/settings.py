@@ -101,6 +101,8 @@ class TrainConfig:
     log_every: Positive
     validate_every: Positive
     checkpoint_every: Positive
+    # Iterations between two measurements of each term's share of the gradient at the last feature; 0 is off.
+    gradient_share_every: Annotated[int, Field(ge=0)]
     # Which weights are kept: those of the last iteration, or of the best validation.
     select: Literal["last", "best"]
 
@@ -108,6 +110,8 @@ class TrainConfig:
     def _one_budget(self) -> "TrainConfig":
         if (self.iterations is None) == (self.seconds is None):
             raise ValueError("give the budget either as iterations or as seconds, and null for the other")
+        if self.compile and self.gradient_share_every:
+            raise ValueError("gradient_share_every cannot look inside a compiled step; set it to 0 or compile to false")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
         return self

@@ -139,11 +139,15 @@ class Trainer:
         return optimizers, schedules
 
     def _wrap(self, learner: Learner) -> nn.Module:
-        module: nn.Module = torch.compile(learner) if self.config.compile else learner  # type: ignore[assignment]
+        if self.config.compile:
+            learner.compile()
         if self.processes.world_size == 1:
-            return module
+            return learner
+        # Memory banks fill alike in all processes; sending them round at every step would cost more than training.
+        banks = [name for name, _ in learner.named_buffers() if name.startswith("_methods.")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(learner, banks)  # type: ignore[no-untyped-call]
         ids = [self.processes.device.index] if self.processes.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids)
+        return DistributedDataParallel(learner, device_ids=ids)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -172,11 +176,15 @@ class Trainer:
                 for optimizer_name, optimizer in self.optimizers.items():
                     set_learning_rates(optimizer, self.schedules[optimizer_name], self.fraction)
                     optimizer.zero_grad(set_to_none=True)
+                measured = (
+                    bool(config.gradient_share_every) and (progress.iteration + 1) % config.gradient_share_every == 0
+                )
                 for piece in range(config.accumulate):
                     asked = time.monotonic()
                     images, target = next(batches)
                     progress.data_seconds += time.monotonic() - asked
                     last = piece == config.accumulate - 1
+                    self.learner.keep_features = measured and last
                     terms = self._backward(
                         images.to(device, non_blocking=True), target.to(device, non_blocking=True), last
                     )
@@ -235,7 +243,9 @@ class Trainer:
         with share:
             with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast):
                 terms = self.wrapped(images.float().div_(255).contiguous(memory_format=layout), target.long())
-            loss = self.learner.total(terms) / self.config.accumulate
+            if self.learner.keep_features:
+                self._log_gradient_shares(terms)
+            loss = self.learner.total(terms, self.fraction) / self.config.accumulate
             self.scaler.scale(loss).backward()
         return terms
 
@@ -271,18 +281,34 @@ class Trainer:
         keys = sorted(sums)
         values = torch.stack([sums[key].float() for key in keys]) / pieces
         means = dict(zip(keys, (self.processes.sum(values) / self.processes.world_size).tolist(), strict=True))
-        total = 0.0
+        weights, total = self.learner.weights(self.fraction), 0.0
         for name, tracker in self.trackers.items():
             mine = {key.split("/", 1)[1]: value for key, value in means.items() if key.startswith(f"{name}/")}
-            loss = sum(self.learner.factors[f"{name}/{term}"] * value for term, value in mine.items())
+            weighted = {term: weights[f"{name}/{term}"] * value for term, value in mine.items()}
+            loss = sum(weighted.values())
             total += loss
             entry = {f"train/loss/{term}": value for term, value in mine.items()} | {"train/loss/total": loss}
+            entry |= {f"train/weighted/{term}": value for term, value in weighted.items()}
             rate = self.optimizers[name].param_groups[0]["lr"]
             entry |= {"train/lr": rate, "perf/images_per_second": self._speed()}
             self.progress.curves[name].append({"step": self.progress.iteration, "train/loss/total": loss})
             if self.processes.is_main:
                 tracker.metrics(entry, self.progress.iteration)
         return total
+
+    def _log_gradient_shares(self, terms: Mapping[str, Tensor]) -> None:
+        """How much of what each student's last feature is told comes from each term, in this process's batch."""
+        scaled = {key: self.scaler.scale(term) for key, term in terms.items()}
+        shares = self.learner.gradient_shares(scaled, self.fraction)
+        self.learner.last_features = {}
+        if not shares or not self.processes.is_main:
+            return
+        values = dict(zip(shares, torch.stack(list(shares.values())).tolist(), strict=True))
+        for name, tracker in self.trackers.items():
+            mine = {key.split("/", 1)[1]: value for key, value in values.items() if key.startswith(f"{name}/")}
+            tracker.metrics(
+                {f"train/gradient_share/{term}": value for term, value in mine.items()}, self.progress.iteration + 1
+            )
 
     def _validate(self) -> dict[str, Evaluation]:
         """Every student on the validation split; keeps the best weights where the config asks for them."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from segdistill.config import config
 from segdistill.errors import UserError
 from segdistill.losses import (
+    Projection,
     Scope,
     class_members,
     cross_entropy,
@@ -23,7 +24,7 @@ from segdistill.losses import (
     size_of,
     valid_mask,
 )
-from segdistill.methods.method import NonNegative, OfflineMethod, Positive
+from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Positive
 from segdistill.models.outputs import ModelInfo, Outputs
 
 Head = Literal["mlp", "identity"]
@@ -34,7 +35,7 @@ ABSENT = -1e9
 
 
 @config
-class APDConfig:
+class APDConfig(MethodConfig):
     """Adaptive perspective distillation; the defaults are the released code's."""
 
     name: Literal["apd"] = "apd"
@@ -150,6 +151,9 @@ class AdaptivePerspective(OfflineMethod):
     """
 
     Config = APDConfig
+    paper = "Tian et al., TPAMI 2023"
+    needs = "logits; last feature, two heads, an optimiser for the teacher's head"
+    evidence = "official code"
     config: APDConfig
 
     def __init__(self, config: APDConfig, student: ModelInfo, teacher: ModelInfo) -> None:
@@ -209,12 +213,13 @@ class AdaptivePerspective(OfflineMethod):
 
     def _local_terms(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         config, size = self.config, size_of(teacher)
+        assert self.student_head is not None and self.teacher_head is not None
         labels = resize_labels(target, size)
         members = class_members(labels, self.num_classes)
         present = present_classes(members, config.scope)
         ours, theirs = (
             local_perspective(
-                _run(head, feature),
+                head(feature),
                 members,
                 scope=config.scope,
                 cosine_scale=config.cosine_scale,
@@ -241,17 +246,10 @@ def _head(kind: Head, in_channels: int, config: APDConfig) -> nn.Module:
     if kind == "identity":
         return nn.Identity()
     return nn.Sequential(
-        nn.Conv2d(in_channels, config.hidden_channels, kernel_size=1),
+        Projection(in_channels, config.hidden_channels, bias=True),
         nn.ReLU(inplace=True),
-        nn.Conv2d(config.hidden_channels, config.out_channels, kernel_size=1),
+        Projection(config.hidden_channels, config.out_channels, bias=True),
     )
-
-
-def _run(head: nn.Module | None, feature: Tensor) -> Tensor:
-    # A head is a piece of network: autocast may narrow it. Without autocast, the features take the weights' precision.
-    assert head is not None
-    weight = next(head.parameters(), None)
-    return head(feature if weight is None else feature.to(weight.dtype))
 
 
 def _require_one_width(config: APDConfig, student: ModelInfo, teacher: ModelInfo) -> None:

@@ -8,12 +8,12 @@ from torch import Tensor
 from segdistill.config import config
 from segdistill.errors import UserError
 from segdistill.losses import finest, pixel_kl, resize_labels, resize_logits, size_of, valid_mask
-from segdistill.methods.method import NonNegative, OnlineMethod, Positive
+from segdistill.methods.method import MethodConfig, NonNegative, OnlineMethod, Positive
 from segdistill.models.outputs import ModelInfo, Outputs
 
 
 @config
-class DMLConfig:
+class DMLConfig(MethodConfig):
     """Mutual distillation of the logits of two or more students."""
 
     name: Literal["dml"] = "dml"
@@ -46,6 +46,9 @@ class MutualLearning(OnlineMethod):
     """
 
     Config = DMLConfig
+    paper = "Zhang et al., CVPR 2018"
+    needs = "logits of two or more students"
+    evidence = "public code"
     config: DMLConfig
 
     def __init__(self, config: DMLConfig, peers: Mapping[str, ModelInfo]) -> None:

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from segdistill.config import config
 from segdistill.losses import pixel_kl, resize_labels, resize_logits, size_of, valid_mask
-from segdistill.methods.method import NonNegative, OfflineMethod, Positive
+from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Positive
 from segdistill.models.outputs import ModelInfo, Outputs
 
 
 @config
-class KDConfig:
+class KDConfig(MethodConfig):
     """Pixel-wise distillation of the logits."""
 
     name: Literal["kd"] = "kd"
@@ -53,6 +53,9 @@ class PixelWise(OfflineMethod):
     """
 
     Config = KDConfig
+    paper = "Hinton et al., 2015"
+    needs = "logits"
+    evidence = "public code"
     config: KDConfig
 
     def __init__(self, config: KDConfig, student: ModelInfo, teacher: ModelInfo) -> None:

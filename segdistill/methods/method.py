@@ -7,21 +7,46 @@ never exported. Adding a method touches its file and the table in ``methods/__in
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
+from segdistill.config import config as config_class
 from segdistill.models.outputs import ModelInfo, Outputs
 
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+Evidence = Literal["official code", "public code", "partly second-hand", "reconstruction"]
+
+
+@config_class
+class MethodConfig:
+    """What every method can be told; a method's own config adds its ``name`` and its parameters."""
+
+    weight: NonNegative = 1.0
+    """Factor of all of the method's terms; 0 switches the method off."""
+    ramp: Fraction = 0.0
+    """Part of the budget over which the method's factor rises linearly from 0; 0 is the full weight from the start."""
 
 
 class Method(nn.Module):
-    """What frozen-teacher and co-trained methods share."""
+    """What frozen-teacher and co-trained methods share.
+
+    The class attributes and the sections of the docstring (Formula, Weights, Masks, Inferred, Reference) are what
+    ``segdistill methods`` prints. They are read from the source without importing it, so the attributes are literals.
+    """
 
     Config: ClassVar[type]
+    paper: ClassVar[str]
+    """Short citation."""
+    needs: ClassVar[str]
+    """What it compares, and what it builds for that."""
+    evidence: ClassVar[Evidence]
+    """Where the formula comes from: the authors' code, another public implementation, texts about the paper, ..."""
+
     config: Any
 
     def __init__(self, config: Any) -> None:
@@ -35,6 +60,13 @@ class Method(nn.Module):
         A term with factor 0 is switched off and is not computed.
         """
         raise NotImplementedError
+
+    def attach(self, students: Mapping[str, nn.Module]) -> None:
+        """Shows the method the networks it works between, once, before training.
+
+        For the method that borrows a layer of a student. What it keeps must not be registered as a submodule: it
+        belongs to the student.
+        """
 
     def own_optimizers(self) -> dict[str, tuple[list[nn.Parameter], dict[str, Any]]]:
         """Helpers that another optimiser than the student's trains: name -> (parameters, optimiser settings)."""

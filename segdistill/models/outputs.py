@@ -1,9 +1,12 @@
 """What every segmenter gives, and what a method may know of a segmenter before it has run."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
+
+Tap = Literal["stage1", "stage2", "stage3", "stage4", "last_feature"]
+"""Where a method takes a feature: an encoder stage, shallow to deep, or what enters the classifier."""
 
 
 class Outputs(NamedTuple):
@@ -21,6 +24,10 @@ class Outputs(NamedTuple):
     last_feature: Tensor
     aux_logits: Tensor | None = None
 
+    def tap(self, name: Tap) -> Tensor:
+        """The feature at a tap, [B, C, h, w]."""
+        return self.last_feature if name == "last_feature" else self.features[_stage(name)]
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -33,3 +40,16 @@ class ModelInfo:
     last_stride: int
     logits_stride: int
     kind: str  # "cnn" or "vit"
+    aux: bool = False  # whether there are aux_logits
+
+    def channels(self, tap: Tap) -> int:
+        """Channels of the feature at a tap."""
+        return self.last_channels if tap == "last_feature" else self.feature_channels[_stage(tap)]
+
+    def stride(self, tap: Tap) -> int:
+        """Image pixels per cell of the feature at a tap, along each axis."""
+        return self.last_stride if tap == "last_feature" else self.feature_strides[_stage(tap)]
+
+
+def _stage(tap: Tap) -> int:
+    return int(tap.removeprefix("stage")) - 1

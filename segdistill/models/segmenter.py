@@ -102,6 +102,7 @@ class Segmenter(nn.Module):
             last_stride=last_stride,
             logits_stride=last_stride,
             kind="vit" if is_transformer(self.encoder) else "cnn",
+            aux=self.config.aux,
         )
         self._check_strides(info.feature_strides)
         return info

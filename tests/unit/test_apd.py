@@ -335,7 +335,7 @@ def test_two_images_of_one_scope_are_two_batches_of_one() -> None:
 
 def test_the_defaults_are_the_released_codes() -> None:
     released = {
-        "weight": 1.0, "global_weight": 10.0, "local_weight": 10.0, "prototype_weight": 10.0,
+        "weight": 1.0, "ramp": 0.0, "global_weight": 10.0, "local_weight": 10.0, "prototype_weight": 10.0,
         "teacher_head_weight": 1.0, "reduction": "element_mean", "temperature": 1.0,
         "cosine_scale": 10.0, "scope": "batch", "student_head": "mlp", "teacher_head": "mlp",
         "hidden_channels": 512, "out_channels": 512, "normalize": True,
