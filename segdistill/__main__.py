@@ -45,6 +45,20 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("check", help="check params.yaml as a whole, methods included").add_argument(
         "--params", type=Path, default=Path("params.yaml")
     )
+    calibrate = commands.add_parser(
+        "calibrate", help="how strong each loss term of an experiment is, and which weight would do"
+    )
+    calibrate.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (%(default)s)")
+    calibrate.add_argument("--experiment", required=True, help="a name under experiments in the parameters")
+    calibrate.add_argument("--steps", type=int, default=200, help="training steps (%(default)s)")
+    calibrate.add_argument("--seed", type=int, default=0)
+    calibrate.add_argument("--strengths", type=float, nargs="+", default=[0.1, 0.3, 1.0, 3.0], metavar="R",
+                           help="weighted term over cross-entropy, to print the weight for")  # fmt: skip
+    calibrate.add_argument("--json", action="store_true", help="print JSON")
+    methods = commands.add_parser("methods", help="the distillation methods; with a NAME: its formula and parameters")
+    page = methods.add_mutually_exclusive_group()
+    page.add_argument("name", nargs="?", metavar="NAME", help="a method: its formula, weights, parameters and source")
+    page.add_argument("--markdown", action="store_true", help="print docs/methods.md")
     commands.add_parser("summary", help="the last comparison's table, the champion, and where the time went")
     sync = commands.add_parser("sync", help="send to MLflow what could not be sent while its server was away")
     sync.add_argument("folder", type=Path, nargs="?", default=Path("artifacts/tracking"))
@@ -93,6 +107,10 @@ def _dispatch(arguments: argparse.Namespace) -> None:
         import_dataset(arguments.layout, arguments.source, arguments.out)
     elif arguments.command == "check":
         _check(arguments.params)
+    elif arguments.command == "calibrate":
+        _calibrate(arguments)
+    elif arguments.command == "methods":
+        _methods(arguments)
     elif arguments.command == "summary":
         from segdistill.stages.summary import show
 
@@ -123,6 +141,52 @@ def _stage(arguments: argparse.Namespace) -> None:
         from segdistill.stages.summary import show
 
         show()
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    import json
+
+    from rich.console import Console
+
+    from segdistill import execution
+    from segdistill.config import parse, read_yaml
+    from segdistill.errors import nearest
+    from segdistill.stages import BY_NAME, calibrate
+    from segdistill.stages.distill import Config, ExperimentConfig
+
+    params, name = read_yaml(arguments.params), arguments.experiment
+    execution.check_params(params)
+    if name not in params["experiments"]:
+        raise UserError(f"--experiment: '{name}' is unknown{nearest(name, params['experiments'])}")
+    if arguments.steps < 1 or min(arguments.strengths) <= 0:
+        raise UserError("--steps and --strengths: need numbers above 0")
+    inputs = {key: Path(path) for key, path in BY_NAME["distill"].inputs.items()}
+    for path in inputs.values():
+        if not path.exists():
+            raise UserError(f"{path}: calibrate needs it; run what makes it first: dvc repro")
+    found = calibrate.run(
+        parse(Config, params["distill"], "distill"), experiment=name, seed=arguments.seed, steps=arguments.steps,
+        settings=parse(ExperimentConfig, params["experiments"][name], f"experiments.{name}"),
+        prepared=inputs["prepared"], teacher=inputs["teacher"],
+    )  # fmt: skip
+    if arguments.json:
+        print(json.dumps(calibrate.as_json(found, arguments.strengths), indent=2))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(calibrate.table(found, arguments.steps, arguments.strengths))
+    for line in calibrate.paths(found):
+        console.print(line, soft_wrap=True)
+
+
+def _methods(arguments: argparse.Namespace) -> None:
+    from segdistill.methods import manual
+
+    if arguments.markdown:
+        print(manual.markdown(), end="")
+    elif arguments.name:
+        manual.show_method(arguments.name)
+    else:
+        manual.show_table()
 
 
 def _sync(folder: Path) -> None:

@@ -72,7 +72,7 @@ class Trainer:
     Args:
         learner: the students, methods and teacher.
         train_set: what is learned from.
-        val_set: what is validated on.
+        val_set: what is validated on; None never validates.
         config: the loop.
         optimizers: one config a student, by its name.
         inference: how students are validated.
@@ -87,7 +87,7 @@ class Trainer:
         self,
         learner: Learner,
         train_set: ShardDataset,
-        val_set: ShardDataset,
+        val_set: ShardDataset | None,
         config: TrainConfig,
         optimizers: Mapping[str, OptimizerConfig],
         *,
@@ -312,6 +312,8 @@ class Trainer:
 
     def _validate(self) -> dict[str, Evaluation]:
         """Every student on the validation split; keeps the best weights where the config asks for them."""
+        if self.val_set is None:
+            return {}
         started, step = time.monotonic(), self.progress.iteration
         evaluations = {}
         for name, student in self.learner.students.items():
@@ -329,6 +331,7 @@ class Trainer:
         return evaluations
 
     def _restore_best(self, evaluations: dict[str, Evaluation]) -> dict[str, Evaluation]:
+        assert self.val_set is not None
         for name, student in self.learner.students.items():
             if self.progress.best[name] > evaluations[name].miou:
                 student.load_state_dict(self.kept[name])

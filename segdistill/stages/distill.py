@@ -16,6 +16,7 @@ from segdistill.models.config import ModelConfig
 if TYPE_CHECKING:
     from segdistill.data.shards import ShardDataset
     from segdistill.engine.distributed import Processes
+    from segdistill.engine.learner import Learner
     from segdistill.methods.method import Method
     from segdistill.models.teacher import Teacher
 
@@ -65,15 +66,10 @@ def run(
     device: str = "auto",
 ) -> dict[str, float]:
     """Writes ``students``: each student's weights, ``metrics.json`` and curves; returns seconds by activity."""
-    import torch
-
     from segdistill.engine.distributed import processes as join
-    from segdistill.engine.learner import Learner
-    from segdistill.methods import build_offline, build_online
-    from segdistill.models.segmenter import build_segmenter
     from segdistill.stages._training import dataset, train_and_save
 
-    kind, parsed = parse_methods(experiment, settings)
+    _, parsed = parse_methods(experiment, settings)
     children = {name: tracker.child(run_name(experiment, seed, name, settings)) for name in settings.students}
     facts = {"experiment": experiment, "config": to_dict(config), "settings": to_dict(settings)}
     for name, child in children.items():
@@ -83,18 +79,10 @@ def run(
         child.tags({"experiment": experiment, "student": name, "seed": str(seed), "methods": _method_names(settings)})
     with join(device) as processes:
         info, _, val_set = dataset(prepared)
-        torch.manual_seed(seed)
-        networks = {
-            name: build_segmenter(student.model, info.num_classes) for name, student in settings.students.items()
-        }
-        frozen = _verified_teacher(teacher, val_set, config, processes) if kind == "offline" else None
-        infos = {name: network.info for name, network in networks.items()}
-        configs = [item for _, item in parsed]
-        if frozen is None:
-            methods = build_online(configs, infos)
-        else:
-            methods = build_offline(configs, infos[next(iter(infos))], frozen.info)
-        learner = Learner(networks, methods, frozen, supervised=settings.supervised, auxiliary=settings.auxiliary)
+        frozen = None
+        if needs_teacher(experiment, settings):
+            frozen = _verified_teacher(teacher, val_set, config, processes)
+        learner = build_learner(experiment, settings, seed=seed, num_classes=info.num_classes, teacher=frozen)
         seconds = train_and_save(
             learner, config.train, {name: student.optimizer for name, student in settings.students.items()},
             prepared=prepared, output=students, seed=seed, inference=config.inference, facts=facts, trackers=children,
@@ -103,6 +91,32 @@ def run(
     for child in children.values():
         child.close()
     return seconds
+
+
+def needs_teacher(experiment: str, settings: ExperimentConfig) -> bool:
+    """Whether the experiment's methods learn from the frozen teacher."""
+    return parse_methods(experiment, settings)[0] == "offline"
+
+
+def build_learner(
+    experiment: str, settings: ExperimentConfig, *, seed: int, num_classes: int, teacher: "Teacher | None"
+) -> "Learner":
+    """The experiment's students and methods, drawn from the seed, around the teacher if there is one."""
+    import torch
+
+    from segdistill.engine.learner import Learner
+    from segdistill.methods import build_offline, build_online
+    from segdistill.models.segmenter import build_segmenter
+
+    configs = [item for _, item in parse_methods(experiment, settings)[1]]
+    torch.manual_seed(seed)
+    networks = {name: build_segmenter(student.model, num_classes) for name, student in settings.students.items()}
+    infos = {name: network.info for name, network in networks.items()}
+    if teacher is None:
+        methods = build_online(configs, infos)
+    else:
+        methods = build_offline(configs, infos[next(iter(infos))], teacher.info)
+    return Learner(networks, methods, teacher, supervised=settings.supervised, auxiliary=settings.auxiliary)
 
 
 def run_name(experiment: str, seed: int, student: str, settings: ExperimentConfig) -> str:

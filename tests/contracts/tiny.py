@@ -91,6 +91,9 @@ INFERENCE = parse(
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}
 ADAMW = {"name": "adamw", "lr": 0.01}
 
+# Of methods whose defaults are too large for a network this small.
+SETTINGS: dict[str, dict[str, Any]] = {"apd": {"hidden_channels": 8, "out_channels": 8, "teacher_head_lr": 0.01}}
+
 
 def make_trainer(
     work: Path,
@@ -99,22 +102,23 @@ def make_trainer(
     method: str = "none",
     dropout: float = 0.0,
     trackers: Tracker | None = None,
+    settings: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Trainer:
-    """A trainer of one student, of a student under APD, or of two peers (SGD beside AdamW) under DML."""
+    """A trainer of one student, alone or under an offline method, or of two peers (SGD, AdamW) if it is online."""
     torch.manual_seed(0)
     students = {"cnn": TinySegmenter(dropout=dropout)}
     optimizers = {"cnn": parse(OptimizerConfig, SGD, "optimizer")}
     teacher, methods = None, {}
-    if method == "apd":
-        teacher = Teacher(TinySegmenter(width=12))
-        settings = {"name": "apd", "hidden_channels": 8, "out_channels": 8, "teacher_head_lr": 0.01}
-        methods = build_offline([parse_method(settings, "methods")[1]], students["cnn"].info, teacher.info)
-    if method == "dml":
-        students["vit"] = TinySegmenter(width=6, dropout=dropout)
-        optimizers["vit"] = parse(OptimizerConfig, ADAMW, "optimizer")
-        infos = {name: student.info for name, student in students.items()}
-        methods = build_online([parse_method({"name": "dml"}, "methods")[1]], infos)
+    if method != "none":
+        kind, config = parse_method({"name": method, **SETTINGS.get(method, {}), **(settings or {})}, "methods")
+        if kind.kind == "offline":
+            teacher = Teacher(TinySegmenter(width=12))
+            methods = build_offline([config], students["cnn"].info, teacher.info)
+        else:
+            students["vit"] = TinySegmenter(width=6, dropout=dropout)
+            optimizers["vit"] = parse(OptimizerConfig, ADAMW, "optimizer")
+            methods = build_online([config], {name: student.info for name, student in students.items()})
     return Trainer(
         Learner(students, dict(methods), teacher), Blobs(), Blobs(4, seed=1), train_config(**changes), optimizers,
         inference=INFERENCE, seed=3, work=work, fingerprint="tiny", processes=here,

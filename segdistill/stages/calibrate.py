@@ -1,0 +1,149 @@
+"""How strong each term of an experiment is, and which weight would make it as strong as one wants.
+
+A short training of the experiment as it stands gives the median of the cross-entropy and of every raw term. A term's
+strength is its weighted median over the cross-entropy's; its factor for strength r is r * median(CE) / median(term).
+Only the training split is looked at, so that calibrating is not tuning on held-out data.
+"""
+
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from segdistill.config import to_dict
+from segdistill.engine.tracker import NullTracker
+from segdistill.errors import UserError
+from segdistill.stages.distill import Config, ExperimentConfig, build_learner, needs_teacher
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One term of one student."""
+
+    student: str
+    term: str
+    path: str  # of the weight that scales it, in params.yaml
+    weight: float  # its value there, as it is
+    raw: float  # median over the steps
+    factor: float  # what multiplies the raw term at present, published weight and translation included
+    strength: float  # factor * raw / median cross-entropy
+    gradient_share: float | None  # median, at the last feature; None where the term does not pass there
+
+    def weight_for(self, strength: float) -> float:
+        """The value at :attr:`path` that gives the term this strength."""
+        return self.weight * strength / self.strength if self.strength else float("inf")
+
+
+@dataclass
+class _Recorder(NullTracker):
+    """Keeps what the trainer says."""
+
+    said: dict[str, list[float]] = field(default_factory=dict)
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        for name, value in values.items():
+            self.said.setdefault(name, []).append(value)
+
+    def median(self, name: str) -> float | None:
+        return statistics.median(self.said[name]) if name in self.said else None
+
+
+def run(
+    config: Config,
+    *,
+    experiment: str,
+    settings: ExperimentConfig,
+    seed: int,
+    steps: int,
+    prepared: Path,
+    teacher: Path,
+    device: str = "auto",
+) -> list[Calibration]:
+    """Trains for a few hundred steps, with the learning rates of a whole run that short, and reports every term.
+
+    Raises:
+        UserError: the experiment has no method, or no teacher was trained yet.
+    """
+    from segdistill.data.shards import ShardDataset, read_dataset_info
+    from segdistill.engine.distributed import processes as join
+    from segdistill.engine.trainer import Trainer
+    from segdistill.models.export import load_model
+    from segdistill.models.teacher import Teacher
+    from segdistill.stages.train_teacher import NAME
+
+    if not settings.methods:
+        raise UserError(f"experiments.{experiment}.methods: empty; there is nothing to calibrate")
+    train = replace(
+        config.train, iterations=steps, seconds=None, log_every=1, gradient_share_every=5, compile=False,
+        validate_every=steps + 1, checkpoint_every=steps + 1, select="last",
+    )  # fmt: skip
+    recorders = {name: _Recorder() for name in settings.students}
+    with join(device) as processes, tempfile.TemporaryDirectory() as work:
+        frozen = None
+        if needs_teacher(experiment, settings):
+            frozen = Teacher(load_model(teacher, NAME)[0]).to(processes.device)
+        classes = read_dataset_info(prepared).num_classes
+        learner = build_learner(experiment, settings, seed=seed, num_classes=classes, teacher=frozen)
+        train_set = ShardDataset(prepared, "train")
+        Trainer(
+            learner, train_set, None, train, {name: student.optimizer for name, student in settings.students.items()},
+            inference=config.inference, seed=seed, work=Path(work), fingerprint="calibration", trackers=recorders,
+            processes=processes,
+        ).run()  # fmt: skip
+    found = []
+    for name, recorder in recorders.items():
+        cross_entropy = recorder.median("train/loss/ce") or float("nan")
+        for index, (label, method) in enumerate(learner.methods.items()):
+            for term, factor in method.weights.items():
+                raw = recorder.median(f"train/loss/{label}.{term}")
+                if raw is None:
+                    continue
+                key = f"{term}_weight" if hasattr(method.config, f"{term}_weight") else "weight"
+                found.append(
+                    Calibration(
+                        student=name,
+                        term=f"{label}.{term}",
+                        path=f"experiments.{experiment}.methods.{index}.{key}",
+                        weight=getattr(method.config, key),
+                        raw=raw,
+                        factor=factor,
+                        strength=factor * raw / cross_entropy,
+                        gradient_share=recorder.median(f"train/gradient_share/{label}.{term}"),
+                    )
+                )
+    return found
+
+
+def table(found: Sequence[Calibration], steps: int, strengths: Sequence[float]) -> Table:
+    """The terms, how strong they are, and the weights for other strengths."""
+    shown = Table(
+        title=f"Medians over {steps} steps; strength is the weighted term over the cross-entropy",
+        title_justify="left",
+    )
+    shown.add_column("student", no_wrap=True)
+    shown.add_column("term", no_wrap=True)
+    for column in ("raw", "factor", "strength", "gradient", "weight"):
+        shown.add_column(column, justify="right")
+    for strength in strengths:
+        shown.add_column(f"for {strength:g}", justify="right")
+    for row in found:
+        share = "–" if row.gradient_share is None else f"{100 * row.gradient_share:.0f} %"
+        shown.add_row(
+            row.student, row.term, f"{row.raw:.3g}", f"{row.factor:.3g}", f"{row.strength:.2g}", share,
+            f"{row.weight:.3g}", *(f"{row.weight_for(strength):.3g}" for strength in strengths),
+        )  # fmt: skip
+    return shown
+
+
+def paths(found: Sequence[Calibration]) -> list[str]:
+    """Where the weights stand in params.yaml, one line each."""
+    return sorted({f"{row.term}: {row.path}" for row in found})
+
+
+def as_json(found: Sequence[Calibration], strengths: Sequence[float]) -> list[dict[str, Any]]:
+    """The same for programs."""
+    return [to_dict(row) | {"weights": {f"{r:g}": row.weight_for(r) for r in strengths}} for row in found]

@@ -1,0 +1,90 @@
+"""What the learner adds up, and what the trainer says about it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from segdistill.engine.distributed import Processes
+from segdistill.engine.tracker import NullTracker
+from segdistill.errors import UserError
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+BATCH = torch.rand(2, 3, *tiny.SIZE), torch.randint(tiny.CLASSES, (2, *tiny.SIZE))
+
+
+class Recorder(NullTracker):
+    def __init__(self) -> None:
+        self.said: dict[str, dict[int, float]] = {}
+
+    def metrics(self, values: Any, step: int | None = None) -> None:
+        for name, value in values.items():
+            self.said.setdefault(name, {})[-1 if step is None else step] = value
+
+
+def test_a_ramp_raises_the_methods_weights_linearly_and_leaves_the_cross_entropy(tmp_path: Path) -> None:
+    learner = tiny.make_trainer(tmp_path, ALONE, method="kd", settings={"weight": 2.0, "ramp": 0.5}).learner
+    for progress, weight in ((0.0, 0.0), (0.125, 0.5), (0.25, 1.0), (0.5, 2.0), (1.0, 2.0)):
+        found = learner.weights(progress)
+        assert found["cnn/kd.kl"] == pytest.approx(weight) and found["cnn/ce"] == 1.0
+    terms = learner(*BATCH)
+    expected = terms["cnn/ce"] + 0.5 * terms["cnn/kd.kl"]
+    torch.testing.assert_close(learner.total(terms, 0.125), expected)
+
+
+def test_helpers_have_a_gradient_of_zero_before_a_ramp_begins_to_rise(tmp_path: Path) -> None:
+    settings = {"ramp": 0.5, "teacher_head_weight": 0.0}
+    learner = tiny.make_trainer(tmp_path, ALONE, method="apd", settings=settings).learner
+    learner.total(learner(*BATCH), 0.0).backward()
+    for parameter in learner.methods["apd"].student_head.parameters():
+        assert parameter.grad is not None and bool((parameter.grad == 0).all())
+
+
+@pytest.mark.parametrize("method", ["kd", "apd", "dml"])
+def test_terms_are_logged_raw_and_weighted_and_the_weighted_ones_sum_to_the_total(tmp_path: Path, method: str) -> None:
+    recorder = Recorder()
+    tiny.make_trainer(tmp_path, ALONE, method=method, trackers=recorder, settings={"weight": 0.5}).run()
+    said = recorder.said
+    raw = {name.removeprefix("train/loss/") for name in said if name.startswith("train/loss/")} - {"total"}
+    weighted = {name.removeprefix("train/weighted/") for name in said if name.startswith("train/weighted/")}
+    assert raw == weighted and len(raw) > 1
+    if method != "dml":  # two peers write to one recorder here
+        assert said["train/loss/total"][8] == pytest.approx(sum(said[f"train/weighted/{term}"][8] for term in raw))
+    if method == "kd":
+        assert said["train/weighted/kd.kl"][8] == pytest.approx(0.5 * said["train/loss/kd.kl"][8])
+
+
+@pytest.mark.parametrize("method", ["kd", "dml"])
+def test_gradient_shares_are_those_of_separate_backward_passes_and_sum_to_one(tmp_path: Path, method: str) -> None:
+    learner = tiny.make_trainer(tmp_path, ALONE, method=method, settings={"weight": 3.0}).learner
+    learner.keep_features = True
+    terms = learner(*BATCH)
+    shares = learner.gradient_shares(terms)
+    for student, feature in learner.last_features.items():
+        mine = {key: loss for key, loss in terms.items() if key.startswith(f"{student}/")}
+        norms = {
+            key: torch.autograd.grad(learner.factors[key] * loss, feature, retain_graph=True)[0].norm()
+            for key, loss in mine.items()
+        }
+        total = sum(norms.values())
+        for key, norm in norms.items():
+            torch.testing.assert_close(shares[key], norm / total)
+
+
+def test_gradient_shares_are_logged_every_so_often_and_change_no_weight(tmp_path: Path) -> None:
+    recorder = Recorder()
+    measured = tiny.make_trainer(tmp_path / "a", ALONE, method="apd", trackers=recorder, gradient_share_every=3)
+    measured.run()
+    plain = tiny.make_trainer(tmp_path / "b", ALONE, method="apd")
+    plain.run()
+    assert sorted(recorder.said["train/gradient_share/apd.local"]) == [3, 6]
+    assert "train/gradient_share/apd.teacher_head" not in recorder.said, "it does not pass the student's feature"
+    for name, value in tiny.weights(plain).items():
+        assert torch.equal(value, tiny.weights(measured)[name]), name
+
+
+def test_gradient_shares_of_a_compiled_step_are_refused() -> None:
+    with pytest.raises(UserError, match=r"train.*gradient_share_every cannot look inside a compiled step"):
+        tiny.train_config(compile=True, gradient_share_every=5)
