@@ -167,7 +167,10 @@ def experiment_id(client: "MlflowClient", store: Store) -> str:
         database = store.database
         place = (database.resolve().parent / "mlartifacts").as_uri() if database else None
         try:
-            return str(client.create_experiment(EXPERIMENT, artifact_location=place))
+            kind = {
+                "mlflow.experimentKind": "custom_model_development"
+            }  # the UI opens on training runs, not on prompts
+            return str(client.create_experiment(EXPERIMENT, artifact_location=place, tags=kind))
         except MlflowException:
             found = client.get_experiment_by_name(EXPERIMENT)  # another machine was faster
             if found is None:

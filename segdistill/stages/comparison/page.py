@@ -55,7 +55,7 @@ def protocol(comparison: Comparison) -> list[tuple[str, str]]:
         found.insert(2, ("Weights", weights))
     if facts.input_size:
         size = f"{facts.input_size[0]} x {facts.input_size[1]}"
-        found.append(("Cost", f"parameters, and multiply-accumulates and median latency of one {size} image"))
+        found.append(("Cost", f"parameters, multiply-accumulates and the fastest forward pass of one {size} image"))
     if facts.dataset_md5:
         found.append(("Data version", f"md5 {facts.dataset_md5}"))
     return found
