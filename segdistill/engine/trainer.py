@@ -147,7 +147,9 @@ class Trainer:
         banks = [name for name, _ in learner.named_buffers() if name.startswith("_methods.")]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(learner, banks)  # type: ignore[no-untyped-call]
         ids = [self.processes.device.index] if self.processes.device.type == "cuda" else None
-        return DistributedDataParallel(learner, device_ids=ids)
+        # Without cross-entropy, a classifier or auxiliary head may get no gradient at all.
+        idle = 0.0 in learner.factors.values()
+        return DistributedDataParallel(learner, device_ids=ids, find_unused_parameters=idle)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 

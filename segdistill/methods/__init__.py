@@ -20,7 +20,19 @@ if TYPE_CHECKING:
 METHODS = {
     "kd": "segdistill.methods.kd:PixelWise",
     "apd": "segdistill.methods.apd:AdaptivePerspective",
+    "at": "segdistill.methods.at:AttentionTransfer",
+    "c2vkd": "segdistill.methods.c2vkd:CNNToViT",
+    "cirkd": "segdistill.methods.cirkd:CrossImageRelations",
+    "cwd": "segdistill.methods.cwd:ChannelWise",
+    "dist": "segdistill.methods.dist:Correlation",
+    "dkd": "segdistill.methods.dkd:Decoupled",
+    "fitnet": "segdistill.methods.fitnet:FeatureRegression",
+    "ifvd": "segdistill.methods.ifvd:IntraClassVariation",
+    "mgd": "segdistill.methods.mgd:MaskedGeneration",
+    "skd": "segdistill.methods.skd:Structured",
     "dml": "segdistill.methods.dml:MutualLearning",
+    "hfd_bsd": "segdistill.methods.hfd_bsd:CollaborativeLearning",
+    "kdcl": "segdistill.methods.kdcl:CollaborativeEnsemble",
 }
 
 

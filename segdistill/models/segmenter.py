@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from segdistill.errors import UserError
 from segdistill.models.config import ModelConfig
 from segdistill.models.network import build_parts, is_transformer, normalisation, resolve_encoder
+from segdistill.models.operators import first_stage_operators
 from segdistill.models.outputs import ModelInfo, Outputs
 from segdistill.models.weights import imagenet_download, load_encoder_file, local_weights_path
 
@@ -61,6 +62,16 @@ class Segmenter(nn.Module):
         _, decoded = self._run(self._prepare(images))
         height, width = images.shape[-2:]
         return _crop(self.classifier(decoded), height, width, self.info.logits_stride)
+
+    @property
+    def attention(self) -> nn.Module:
+        """Norm and attention that end a transformer's first stage, as a map to a map: a view of the encoder's own."""
+        return first_stage_operators(self.encoder, self.config.encoder).attention
+
+    @property
+    def mlp(self) -> nn.Module:
+        """Norm and MLP (Mix-FFN) that end a transformer's first stage; see :attr:`attention`."""
+        return first_stage_operators(self.encoder, self.config.encoder).mlp
 
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
         """What may have come with ImageNet weights."""

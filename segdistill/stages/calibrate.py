@@ -103,12 +103,13 @@ def run(
                 if raw is None:
                     continue
                 key = f"{term}_weight" if hasattr(method.config, f"{term}_weight") else "weight"
+                own = getattr(method.config, key)  # None where the published value depends on another setting
                 found.append(
                     Calibration(
                         student=name,
                         term=f"{label}.{term}",
                         path=f"experiments.{experiment}.methods.{index}.{key}",
-                        weight=getattr(method.config, key),
+                        weight=factor if own is None else own,
                         raw=raw,
                         factor=factor,
                         strength=factor * raw / cross_entropy,

@@ -1,0 +1,283 @@
+"""Cross-image relational distillation: how pixels relate to those of other images, in the batch and in a memory."""
+
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segdistill.config import config
+from segdistill.errors import UserError
+from segdistill.losses import (
+    ClassQueues,
+    Projection,
+    class_means,
+    gather_batches,
+    in_float32,
+    random_members,
+    resize_features,
+    resize_labels,
+    size_of,
+    sum_over_blocks,
+    unit,
+    valid_mask,
+)
+from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Positive
+from segdistill.models.outputs import ModelInfo, Outputs
+
+# The logit of a place of the memory that holds nothing. Finite, because 0 * inf is not 0; exp of it is exactly 0.
+EMPTY = -1e9
+
+
+@config
+class CIRKDConfig(MethodConfig):
+    """Cross-image relations of last features; the defaults are the released code's for Cityscapes."""
+
+    name: Literal["cirkd"] = "cirkd"
+    minibatch_weight: NonNegative = 1.0
+    """Weight of the relations between all pairs of images of the batch; 0 is off."""
+    pixel_weight: NonNegative = 0.1
+    """Weight of the relations to the memory's pixels; 0 is off. The authors use 0.01 on VOC."""
+    region_weight: NonNegative = 0.1
+    """Weight of the relations to the memory's regions; 0 is off. The authors use 0.01 on VOC."""
+    temperature: Positive = 0.1
+    """Divides all cosines; the loss is not multiplied by its square."""
+    pool: PositiveInt = 1
+    """Side of the windows averaged before the relations in the batch; 2 makes them 16 times cheaper."""
+    projector: Literal["mlp", "identity"] = "mlp"
+    """What maps the student's feature to the memory's width; identity needs networks of equal width."""
+    pixels_per_class: PositiveInt = 16
+    """Teacher pixels that enter the memory, at most, per class and image."""
+    pixel_queue: PositiveInt = 20000
+    """Pixels that the memory keeps per class; the authors use 2000 for SegFormer."""
+    region_queue: PositiveInt = 2000
+    """Regions that the memory keeps per class; a region is the mean of one class in one image."""
+    memory_mib: Positive = 1024.0
+    """Both queues are shortened in proportion until all of them fit into so many MiB."""
+    pixel_contrast: PositiveInt = 4096
+    """Pixels an anchor is compared with: each class gives floor(this / classes) + 1 of those it has."""
+    region_contrast: PositiveInt = 1024
+    """Regions an anchor is compared with, likewise."""
+    block_rows: PositiveInt = 1024
+    """Pixels whose relations are in memory at a time; the others are computed again in the backward pass."""
+    align_corners: bool = False
+    """How the student's feature is resized to the teacher's size."""
+
+
+@in_float32
+def image_pair_kl(student: Tensor, teacher: Tensor, *, temperature: float, block_rows: int) -> Tensor:
+    """Mean over all ordered pairs of images, and the pixels of the first, of KL(teacher || student) over the second's.
+
+    Each distribution is the softmax of the cosines of one pixel with all pixels of one image, itself included.
+
+    Shape:
+        student: [B, C_s, h, w]; teacher: [B, C_t, h, w], detached here.
+    """
+    images = len(student)
+    ours, theirs = _unit_rows(student), _unit_rows(teacher.detach())  # [B * P, C]
+
+    def divergence(our_rows: Tensor, their_rows: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
+        student_relation, teacher_relation = (
+            (rows @ columns.T / temperature).unflatten(1, (images, -1)).log_softmax(2)  # [rows, B, P]
+            for rows, columns in ((our_rows, ours), (their_rows, theirs))
+        )
+        return (teacher_relation.exp() * (teacher_relation - student_relation)).sum()
+
+    total = sum_over_blocks(divergence, [ours, theirs], ours, theirs, block=block_rows)
+    return total / (len(ours) * images)
+
+
+@in_float32
+def memory_kl(
+    student: Tensor,
+    teacher: Tensor,
+    valid: Tensor,
+    memory: Tensor,
+    there: Tensor,
+    *,
+    temperature: float,
+    block_rows: int,
+) -> Tensor:
+    """Mean over valid pixels of KL(teacher || student) between the softmaxes of their cosines with the memory.
+
+    An empty memory gives a zero with a graph.
+
+    Args:
+        there: which rows of the memory exist; the others have probability 0.
+
+    Shape:
+        student, teacher: [B, C, h, w], the teacher's detached here; valid: [B, h, w] bool; memory: [M, C] unit
+        vectors; there: [M] bool.
+    """
+    ours, theirs = _unit_rows(student), _unit_rows(teacher.detach())
+
+    def divergence(our_rows: Tensor, their_rows: Tensor, counts: Tensor, memory: Tensor, absent: Tensor) -> Tensor:
+        student_relation, teacher_relation = (
+            (rows @ memory.T / temperature).masked_fill(absent, EMPTY).log_softmax(1)  # [rows, M]
+            for rows in (our_rows, their_rows)
+        )
+        values = (teacher_relation.exp() * (teacher_relation - student_relation)).sum(1)
+        return torch.where(counts, values, 0.0).sum()
+
+    rows = [ours, theirs, valid.flatten()]
+    total = sum_over_blocks(divergence, rows, memory.to(ours.dtype), ~there, block=block_rows)
+    return total / valid.sum().clamp_min(1)
+
+
+class CrossImageRelations(OfflineMethod):
+    """Cross-image relational knowledge distillation (CIRKD).
+
+    Formula:
+        With u = unit(last feature) at every pixel (the student's resized to the teacher's), v = unit(projector(last
+        feature)) for the student and v = u for the teacher, and P = softmax of the cosines / temperature:
+
+        minibatch     1 / N^2 * sum over ordered pairs of images (i, j) of mean over pixels x of i of
+                      KL(P_teacher || P_student), P over the pixels of j, cosines <u_x, u_y>
+        pixel         mean over valid pixels of KL(P_teacher || P_student), P over teacher pixels drawn from the memory,
+                      cosines <v, row>
+        region        the same over regions: unit mean of the teacher's u over one class in one image
+
+        At every step, before the two memory terms, each image gives up to 16 random pixels and one region of every
+        class it has to that class's queue, those of all processes alike, the newest over the oldest. An anchor is
+        compared with floor(4096 / K) + 1 pixels and floor(1024 / K) + 1 regions of each of K classes, drawn anew at
+        each step among those in the queue. The projector is 1x1 convolution, batch normalisation, ReLU, 1x1
+        convolution, as wide as the teacher; it belongs to the method and not to the exported student.
+
+    Weights:
+        The released loss is the same mean over rows of each process's batch, without a squared temperature, so the
+        published weights carry over: 1, 0.1 and 0.1 on Cityscapes, and 1, 0.01 and 0.01 on VOC, where 0.1 falls below
+        the baseline. The paper's system adds ``kd`` with weight 1 and T = 1.
+
+        The queues take K * (pixel_queue + region_queue) * teacher channels * 4 bytes, in memory and in the resume
+        checkpoint: 408 MiB at K = 19 and 256 channels. K = 150 would need 3.1 GiB: ``memory_mib`` shortens the queues
+        to 6355 pixels and 635 regions a class there, and leaves those of Cityscapes and VOC as published.
+
+    Masks:
+        The relations in the batch use no labels: ignored pixels take part, as in the released code. In the memory
+        terms they are neither anchors nor queued; they do count in the projector's batch statistics (there too), so
+        only ``projector: identity`` makes the terms independent of them. A batch without labels gives zeros there.
+
+    Inferred:
+        A re-implementation that leaves out three faults of the released memory. It draws a class's pixels by their
+        number within the class but takes them from the whole image, so that queues hold other classes; here they are
+        the class's. At the end of a queue it overwrites the last rows and leaves stale ones; here the queue is a ring.
+        It compares with random rows until the queues are full; here only rows once written are drawn, each class's
+        independently, and places that are still empty have probability 0. Its outer temperature of 1 is left out.
+
+    Reference:
+        Yang et al.: Cross-Image Relational Knowledge Distillation for Semantic Segmentation, CVPR 2022,
+        arXiv:2204.06986.
+    """
+
+    Config = CIRKDConfig
+    paper = "Yang et al., CVPR 2022"
+    needs = "last feature; a projector and queues of the teacher's vectors by class"
+    evidence = "official code"
+    config: CIRKDConfig
+
+    def __init__(self, config: CIRKDConfig, student: ModelInfo, teacher: ModelInfo) -> None:
+        super().__init__(config, student, teacher)
+        self.num_classes = student.num_classes
+        self.projector: nn.Module | None = None
+        self.queues: dict[str, ClassQueues] = {}
+        kept = {"pixel": config.pixel_queue, "region": config.region_queue}
+        kept = {term: size for term, size in kept.items() if term in self.weights}
+        if not kept:
+            return
+        self.projector = _projector(config.projector, student.last_channels, teacher.last_channels)
+        needed = sum(kept.values()) * self.num_classes * teacher.last_channels * 4 / 2**20
+        share = min(1.0, config.memory_mib / needed)
+        for term, size in kept.items():
+            self.queues[term] = ClassQueues(self.num_classes, max(int(size * share), 1), teacher.last_channels)
+        self._queues = nn.ModuleDict(self.queues)  # for registration; the dict is for reading
+
+    @property
+    def weights(self) -> dict[str, float]:
+        config = self.config
+        factors = {
+            "minibatch": config.weight * config.minibatch_weight,
+            "pixel": config.weight * config.pixel_weight,
+            "region": config.weight * config.region_weight,
+        }
+        return {term: factor for term, factor in factors.items() if factor}
+
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = {}
+        if "minibatch" in self.weights:
+            terms["minibatch"] = self._minibatch(student.last_feature, teacher.last_feature.detach())
+        if self.queues:
+            terms.update(self._memory(student.last_feature, teacher.last_feature.detach(), target))
+        return terms
+
+    def _minibatch(self, student: Tensor, teacher: Tensor) -> Tensor:
+        config = self.config
+        student = resize_features(student, size_of(teacher), align_corners=config.align_corners)
+        if config.pool > 1:
+            student, teacher = (F.avg_pool2d(maps, config.pool, ceil_mode=True) for maps in (student, teacher))
+        return image_pair_kl(student, teacher, temperature=config.temperature, block_rows=config.block_rows)
+
+    def _memory(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
+        config, size = self.config, size_of(teacher)
+        assert self.projector is not None
+        student = resize_features(self.projector(student), size, align_corners=config.align_corners)
+        labels = resize_labels(target, size)
+        if self.training:
+            self._remember(teacher, labels)
+        terms = {}
+        for term, queues in self.queues.items():
+            wanted = config.pixel_contrast if term == "pixel" else config.region_contrast
+            memory, there = queues.sample(wanted // self.num_classes + 1)
+            terms[term] = memory_kl(
+                student,
+                teacher,
+                valid_mask(labels),
+                memory,
+                there,
+                temperature=config.temperature,
+                block_rows=config.block_rows,
+            )
+        return terms
+
+    @torch.no_grad()
+    def _remember(self, teacher: Tensor, labels: Tensor) -> None:
+        """Queues the vectors of this step: in every process those of all, so that their queues stay alike."""
+        vectors = _unit_rows(teacher).unflatten(0, (len(teacher), -1))  # [B, P, C]
+        labels = labels.flatten(1)
+        for term, queues in self.queues.items():
+            if term == "pixel":
+                found = random_members(vectors, labels, self.num_classes, self.config.pixels_per_class)
+            else:
+                found = class_means(vectors, labels, self.num_classes)[:, :, None]
+            queues.enqueue(gather_batches(found).transpose(0, 1).flatten(1, 2))  # [K, E, C]
+
+
+class _BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation that takes its running statistics where a batch is a single pixel and has none of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and input.shape[0] * input.shape[2] * input.shape[3] == 1:
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(input)
+
+
+def _projector(kind: Literal["mlp", "identity"], in_channels: int, out_channels: int) -> nn.Module:
+    if kind == "mlp":
+        return nn.Sequential(
+            Projection(in_channels, out_channels),
+            _BatchNorm(out_channels),
+            nn.ReLU(inplace=True),
+            Projection(out_channels, out_channels),
+        )
+    if in_channels != out_channels:
+        raise UserError(
+            f"cirkd: projector: identity compares the student with the teacher's vectors as it is, which needs equal "
+            f"widths, not {in_channels} and {out_channels}; use mlp, or pixel_weight: 0 and region_weight: 0"
+        )
+    return nn.Identity()
+
+
+@in_float32
+def _unit_rows(maps: Tensor) -> Tensor:
+    """The pixels of all images as vectors of length one: [B * P, C] from [B, C, h, w]."""
+    return unit(maps.flatten(2).transpose(1, 2).flatten(0, 1), dim=1)

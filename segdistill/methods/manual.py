@@ -1,0 +1,191 @@
+"""The manual of the methods: what ``segdistill methods`` prints, and docs/methods.md."""
+
+import re
+import sys
+import textwrap
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from segdistill.methods.catalogue import Entry, entries, entry
+
+EVIDENCE = {
+    "official code": "the formula and its numbers were read in the authors' own code",
+    "public code": "they were read in somebody else's public implementation, or the formula is common knowledge",
+    "partly second-hand": "some parts were read in code, the others only in what third parties wrote about the paper",
+    "reconstruction": "no code was found: the formula is put together from the abstract and texts about the paper",
+}
+
+LEGEND = (
+    "Default weight: the factor of all terms, then that of each term that has its own. "
+    "0 is off; auto follows from other parameters."
+)
+
+INTRODUCTION = """\
+<!-- Written by `python -m segdistill methods --markdown > docs/methods.md` from the methods' own files: edit those. -->
+
+# Methods
+
+Offline methods: a frozen teacher teaches one student. Online methods: students trained together teach each other.
+In the terminal, `segdistill methods` prints the table below and `segdistill methods apd` one method.
+
+## In an experiment
+
+An experiment in `params.yaml` has students and a list of methods. Any number of methods of one kind go together; their
+weighted terms are added to the cross-entropy:
+
+```yaml
+experiments:
+  cwd_kd:
+    students: {cnn: *cnn}
+    methods:
+      - {name: kd, temperature: 2.0}
+      - {name: cwd, logits_weight: 0.0, feature_weight: 50.0, ramp: 0.1}
+```
+
+What is left out has the default below. A term whose weight is 0 is neither built nor computed, so an ablation is a
+change of parameters. Offline methods need one student, online methods two or more; `methods: []` is the student without
+distillation. Networks of any kind and size go together: features and logits (never probabilities) are resized, and
+channels projected, inside the method. A pair that a method is not defined for is refused with the reason.
+
+## Weights
+
+    loss = supervised * cross-entropy + sum over methods of  r * weight * term_weight * term
+
+* A *term* is raw: in float32 a mean over the valid pixels of the batch that a process holds, so that its size depends
+  neither on the batch nor on the resolution, unless the method says otherwise. Raw and weighted terms are both logged.
+* `weight` is the factor of all terms of a method that train the student, `<term>_weight` that of one of them.
+* r rises linearly from 0 to 1 over the first part `ramp` of the budget; with `ramp: 0` it is 1 from the start.
+* Published weights belong to the reductions of the code they come from, and for the same loss these differ by four
+  orders of magnitude. The defaults are published weights in our reduction; "Weights" under a method says how.
+* For another data set or other networks, `segdistill calibrate --experiment NAME` measures the terms and prints the
+  weights that give them a chosen strength beside the cross-entropy.
+
+## What a number obtained here is
+
+Every method is a re-implementation, from equations and from the behaviour of public code; no code was copied. A result
+is one of this re-implementation, not of the paper. How much is known of the original differs:
+
+| evidence | meaning |
+|---|---|
+"""
+
+
+def show_table(console: Console | None = None) -> None:
+    """Prints a row for every method."""
+    console = console or _console()
+    table = _table()
+    for column in ("method", "kind", "paper", "what it needs", "default weight", "evidence"):
+        table.add_column(column, no_wrap=column in ("method", "kind"))
+    for method in entries():
+        cells = (method.name, method.kind, method.paper, method.needs, "\n".join(_weights(method)), method.evidence)
+        table.add_row(*map(Text, cells), end_section=True)
+    console.print(table)
+    console.print(LEGEND)
+    console.print("All are re-implementations. Formula, parameters and source of one: segdistill methods NAME")
+
+
+def show_method(name: str, console: Console | None = None) -> None:
+    """Prints all that is known of one method.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    console, method = console or _console(), entry(name)
+    console.print(f"[bold]{method.name}[/bold]: {method.kind}; {method.paper}; evidence: {method.evidence}")
+    console.print(Text(method.summary))
+    for heading, text in {"Needs": method.needs, **_body(method), "Code": method.source}.items():
+        console.print(f"\n[bold]{heading}[/bold]")
+        verbatim = heading == "Formula"
+        paragraphs = [block if verbatim else _filled(block, console.width - 2) for block in text.split("\n\n")]
+        # What is still wider than the terminal is for the terminal to break.
+        console.print(Text(textwrap.indent("\n\n".join(paragraphs), "  ")), soft_wrap=True)
+    table = _table()
+    for column, width in {"parameter": None, "default": None, "allowed": 22, "meaning": None}.items():
+        table.add_column(column, no_wrap=column == "parameter", max_width=width)
+    for parameter in method.parameters:
+        cells = (parameter.name, parameter.default, parameter.allowed, parameter.meaning)
+        table.add_row(*map(Text, cells))
+    console.print("\n[bold]Parameters[/bold]")
+    console.print(table)
+
+
+def markdown() -> str:
+    """The whole of docs/methods.md."""
+    methods = entries()
+    blocks = [INTRODUCTION + "\n".join(_row(level, meaning) for level, meaning in EVIDENCE.items())]
+    blocks += ["## All of them", _summary(methods), LEGEND]
+    blocks += [block for method in methods for block in _section(method)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _summary(methods: list[Entry]) -> str:
+    lines = [
+        _row("method", "kind", "paper", "what it needs", "default weight", "evidence"),
+        "|---|---|---|---|---|---|",
+    ]
+    for method in methods:
+        name = f"[`{method.name}`](#{method.name})"
+        weights = ", ".join(_weights(method))
+        lines.append(_row(name, method.kind, method.paper, method.needs, weights, method.evidence))
+    return "\n".join(lines)
+
+
+def _section(method: Entry) -> list[str]:
+    source = f"[{method.source}](../{method.source})"
+    facts = f"{method.kind.capitalize()}. Needs: {method.needs}. Evidence: {method.evidence}. Code: {source}"
+    blocks = [f"## {method.name}", _prose(method.summary), _prose(f"{method.paper}. {facts}")]
+    for heading, text in _body(method).items():
+        blocks.append(f"**{heading}**")
+        for block in [text] if heading == "Formula" else text.split("\n\n"):
+            verbatim = heading == "Formula" or _is_layout(block)
+            blocks.append(f"```text\n{textwrap.dedent(block)}\n```" if verbatim else _prose(block))
+    rows = [_row("parameter", "default", "allowed", "meaning"), "|---|---|---|---|"]
+    for parameter in method.parameters:
+        rows.append(_row(f"`{parameter.name}`", f"`{parameter.default}`", parameter.allowed, parameter.meaning))
+    return [*blocks, "**Parameters**", "\n".join(rows)]
+
+
+def _body(method: Entry) -> dict[str, str]:
+    """The docstring's sections, with a word on what is inferred and the reference last."""
+    body = {"Inferred": "Nothing is noted."} | method.sections
+    ends = [heading for heading in ("Inferred", "Reference") if heading in body]
+    return {heading: body[heading] for heading in [*(key for key in body if key not in ends), *ends]}
+
+
+def _weights(method: Entry) -> list[str]:
+    shown = {term: "auto" if value == "null" else value for term, value in method.weights.items()}
+    return [value if term == "weight" else f"{term} {value}" for term, value in shown.items()]
+
+
+def _is_layout(paragraph: str) -> bool:
+    """Whether the line breaks and columns of a paragraph mean something."""
+    return bool(re.search(r"^ {3}|\S {2,}\S", paragraph, re.MULTILINE))
+
+
+def _filled(paragraph: str, width: int) -> str:
+    """A paragraph broken at a width; layouts and lists stay as they are."""
+    if _is_layout(paragraph) or re.match(r"[-*] ", paragraph):
+        return paragraph
+    return textwrap.fill(" ".join(paragraph.split()), width, break_long_words=False, break_on_hyphens=False)
+
+
+def _prose(text: str) -> str:
+    """Text for Markdown: what looks like a tag outside of code is none."""
+    parts = re.split(r"(`+[^`]+`+)", text)
+    return "".join(part if part.startswith("`") else part.replace("<", "&lt;") for part in parts)
+
+
+def _row(*cells: str) -> str:
+    escaped = [_prose(cell).replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
+
+
+def _table() -> Table:
+    return Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 100, highlight=False)

@@ -1,0 +1,120 @@
+"""The benchmarks run, at sizes that mean nothing, and compare what is equal."""
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def benchmark(name: str) -> ModuleType:
+    """A benchmark as a module; its neighbours are found as they are when it is run as a script."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        return importlib.import_module(name)
+
+
+losses, step, dense = benchmark("losses"), benchmark("step"), benchmark("_dense")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors on a shared machine: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tables(printed: str) -> list[list[list[str]]]:
+    """The cells of each Markdown table, without the line under its header."""
+    found: list[list[list[str]]] = [[]]
+    for line in printed.splitlines():
+        if line.startswith("|"):
+            found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+        elif found[-1]:
+            found.append([])
+    return [[table[0], *table[2:]] for table in found if table]
+
+
+@pytest.mark.parametrize("name", ["apd", "c2vkd", "cirkd", "dist", "dkd", "ifvd", "skd"])
+def test_straightforward_code_has_the_value_and_gradient_of_the_method(name: str) -> None:
+    for one in dense.DENSE[name]:
+        losses.agree(name, one, CPU)
+
+
+def test_another_formula_is_not_timed_as_if_it_were_the_same() -> None:
+    other = dense.Dense(("kl",), lambda method, student, teacher, target: F.mse_loss(student.logits, teacher.logits))
+    with pytest.raises(AssertionError, match="kd, kl: "):
+        losses.agree("kd", other, CPU)
+
+
+def test_the_cost_of_methods_is_printed_for_each_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--size", "32", "64", "--repeats", "1", "--device", "cpu"]
+    losses.main([*common, "--settings", "cityscapes/8", "ade20k/4", "--methods", "kd", "dist", "skd", "dml"])
+    printed = capsys.readouterr().out
+    assert "batch 2, fp32, cpu" in printed and "crop 32x64, 150 classes, logits and last feature 8x16" in printed
+    first, second = tables(printed)
+    for table in (first, second):
+        assert table[0] == losses.HEADER
+        assert [row[0] for row in table[1:]] == ["kd", "dist", "skd", "skd: pairwise, stride2", "dml"]
+        assert table[1][2] == "1.00" and table[1][-1] == "-" and float(table[2][-1]) > 0
+        assert all(float(row[1]) > 0 and float(row[3]) >= 0 for row in table[1:])
+
+
+def test_memory_of_a_quadratic_map_follows_its_block_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    losses.main(["--blocks", "--methods", "skd", "--size", "384", "384", "--repeats", "1", "--device", "cpu"])
+    (table,) = tables(capsys.readouterr().out)
+    assert [row[1] for row in table[1:]] == ["128", "512", "2048", "all", "straightforward"]
+    peaks = [float(row[3]) for row in table[1:]]
+    assert peaks[0] < peaks[1] < peaks[4]  # of 576 nodes
+
+
+def test_peak_memory_counts_what_is_alive_at_one_time() -> None:
+    given = torch.zeros(2**18)  # 1 MiB, there before
+
+    def action() -> None:
+        first = given + 1
+        second = first * 2
+        del first
+        third = second + given
+        del second, third
+
+    assert losses.peak_bytes(action, CPU) == pytest.approx(2 * 2**20, abs=64)  # and the numbers 1 and 2
+    assert losses.peak_bytes(lambda: given.add_(1), CPU) < 64
+
+
+def test_what_would_take_too_long_is_projected_from_smaller_crops() -> None:
+    bench = losses.Bench(CPU, torch.float32, batch=1, repeats=1, budget=0, limit=0)
+    setting = losses.Setting((64, 64), 3, 4)
+
+    def act(inputs: object) -> object:
+        pixels = inputs.target.numel()
+        return lambda: torch.zeros(pixels, pixels)  # a map of pixels by pixels, in float32
+
+    cost = bench.projected(act, setting, blocked=False)
+    assert cost.projected and cost.peak == 4 * (64 * 64) ** 2 and cost.mebibytes == "~64.0"
+    assert losses.Bench(CPU, torch.float32, 1, 1, 0, limit=600).projected(act, setting, blocked=False) is None
+
+
+def test_a_step_is_measured_for_methods_and_for_experiments(capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--params", str(ROOT / "params.yaml"), "--steps", "1", "--size", "32", "32", "--batch", "2"]
+    step.main([*common, "--device", "cpu", "--methods", "kd", "dml"])
+    step.main([*common, "--device", "cpu", "--experiments", "none", "--precision", "bf16"])
+    methods, experiments = tables(capsys.readouterr().out)
+    assert [row[0] for row in methods] == ["method", "kd", "dml"]
+    assert [row[0] for row in experiments] == ["experiment", "none"]
+    assert all(float(row[3]) > 0 for row in (*methods[1:], *experiments[1:]))
+
+
+def test_every_method_has_a_place_between_the_networks_of_params() -> None:
+    params = step.read_yaml(ROOT / "params.yaml")
+    experiments = step.of_methods(params, ["kd", "c2vkd", "dml"])
+    assert [list(one["students"]) for one in experiments.values()] == [["cnn"], ["vit"], ["cnn", "vit"]]
+    assert experiments["c2vkd"]["methods"] == [{"name": "c2vkd"}]
