@@ -14,12 +14,12 @@ that a slow minute of the machine falls on both.
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from _cost import seconds
 from _table import machine, markdown
 
 from segdistill.config import parse, read_yaml
@@ -35,16 +35,6 @@ from segdistill.stages.train_teacher import Config as TeacherConfig
 
 CLASSES = 11
 FOR_A_VIT = ("c2vkd",)  # a CNN teaches a ViT
-
-
-def seconds(action: Callable[[], object], repeats: int, device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    started = time.perf_counter()
-    for _ in range(repeats):
-        action()
-    wait()
-    return (time.perf_counter() - started) / repeats
 
 
 def of_methods(params: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -120,7 +110,7 @@ def measure(
             loss.backward()
 
     step(), parts()
-    rounds = [(seconds(step, 3, device), seconds(parts, 3, device)) for _ in range(max(1, steps // 3))]
+    rounds = [(seconds(step, device, 3), seconds(parts, device, 3)) for _ in range(max(1, steps // 3))]
     whole, sum_of_parts = (statistics.median(column) for column in zip(*rounds, strict=True))
     ratio = statistics.median(one / other for one, other in rounds)
     return [name, f"{1000 * whole:.0f}", f"{1000 * sum_of_parts:.0f}", f"{ratio:.2f}", f"{batch / whole:.1f}"]

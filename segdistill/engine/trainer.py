@@ -6,6 +6,7 @@ resumed = never interrupted, bit for bit on one CPU process.
 
 import contextlib
 import logging
+import math
 import signal
 import threading
 import time
@@ -296,7 +297,20 @@ class Trainer:
             self.progress.curves[name].append({"step": self.progress.iteration, "train/loss/total": loss})
             if self.processes.is_main:
                 tracker.metrics(entry, self.progress.iteration)
+            self._require_finite(name, mine)
         return total
+
+    def _require_finite(self, student: str, terms: Mapping[str, float]) -> None:
+        """Stops a training that diverged: nothing good can come of it, and its weights are lost.
+
+        Under fp16 the scaler skips steps whose numbers overflowed, so there it is no proof.
+        """
+        broken = [term for term, value in terms.items() if not math.isfinite(value)]
+        if broken and self.config.precision != "fp16":
+            raise UserError(
+                f"{student}: {', '.join(broken)} is not finite by iteration {self.progress.iteration}: the training"
+                " diverged; lower its learning rate or the weights of its methods (segdistill calibrate shows them)"
+            )
 
     def _log_gradient_shares(self, terms: Mapping[str, Tensor]) -> None:
         """How much of what each student's last feature is told comes from each term, in this process's batch."""

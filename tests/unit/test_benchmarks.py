@@ -1,12 +1,13 @@
 """The benchmarks run, at sizes that mean nothing, and compare what is equal."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +20,7 @@ def benchmark(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-losses, step, dense = benchmark("losses"), benchmark("step"), benchmark("_dense")
+losses, step, dense, cost = (benchmark(name) for name in ("losses", "step", "_dense", "_cost"))
 CPU = torch.device("cpu")
 
 
@@ -86,21 +87,18 @@ def test_peak_memory_counts_what_is_alive_at_one_time() -> None:
         third = second + given
         del second, third
 
-    assert losses.peak_bytes(action, CPU) == pytest.approx(2 * 2**20, abs=64)  # and the numbers 1 and 2
-    assert losses.peak_bytes(lambda: given.add_(1), CPU) < 64
+    assert cost.peak_bytes(action, CPU) == pytest.approx(2 * 2**20, abs=64)  # and the numbers 1 and 2
+    assert cost.peak_bytes(lambda: given.add_(1), CPU) < 64
 
 
 def test_what_would_take_too_long_is_projected_from_smaller_crops() -> None:
-    bench = losses.Bench(CPU, torch.float32, batch=1, repeats=1, budget=0, limit=0)
-    setting = losses.Setting((64, 64), 3, 4)
-
-    def act(inputs: object) -> object:
-        pixels = inputs.target.numel()
+    def part(times: int) -> Callable[[], Tensor]:
+        pixels = (64 // times) ** 2
         return lambda: torch.zeros(pixels, pixels)  # a map of pixels by pixels, in float32
 
-    cost = bench.projected(act, setting, blocked=False)
-    assert cost.projected and cost.peak == 4 * (64 * 64) ** 2 and cost.mebibytes == "~64.0"
-    assert losses.Bench(CPU, torch.float32, 1, 1, 0, limit=600).projected(act, setting, blocked=False) is None
+    found = cost.Clock(CPU, limit=0).projected(part, blocked=False)
+    assert found.projected and found.peak == 4 * (64 * 64) ** 2 and found.mebibytes == "~64.0"
+    assert cost.Clock(CPU, limit=600).projected(part, blocked=False) is None
 
 
 def test_a_step_is_measured_for_methods_and_for_experiments(capsys: pytest.CaptureFixture[str]) -> None:
