@@ -17,17 +17,17 @@ Ratio = Annotated[float, Field(ge=0, lt=1)]
 
 @config
 class MGDConfig(MethodConfig):
-    """Masked generative distillation; the defaults are the released segmentation config's, as a mean."""
+    """Masked generative distillation; the defaults are the released segmentation config's."""
 
     name: Literal["mgd"] = "mgd"
-    weight: NonNegative = 336.0
-    """Factor of the squared distance, as ``reduction`` takes it; the published 2e-5 belongs to ``reduction: sum``."""
+    weight: NonNegative = 2e-5
+    """Factor of the squared distance, as ``reduction`` takes it; the published 2e-5 belongs to sum."""
     tap: Tap = "stage4"
     """The feature that is masked and generated."""
     mask_ratio: Ratio = 0.75
     """Probability of a position to be masked; the same positions in all channels. Detection has 0.65."""
-    reduction: Reduction = "mean"
-    """What is done over channels and positions: mean (portable) or sum (as published)."""
+    reduction: Reduction = "sum"
+    """What is done over channels and positions: sum (as published), or mean (its strength knows no crop and width)."""
     align_corners: bool = False
     """How the student's feature is resized where sizes differ."""
 
@@ -75,17 +75,18 @@ class MaskedGeneration(OfflineMethod):
     """Masked generative distillation (MGD).
 
     Formula:
-        L = mean over images, channels and positions of (G(m * R(f_student)) - f_teacher)^2,
+        L = mean over images of the sum over channels and positions of (G(m * R(f_student)) - f_teacher)^2,
         R a 1x1 convolution with bias from the student's width to the teacher's, the identity where they are equal, its
         result resized to the teacher's size; m in {0, 1} one draw a position and image, shared by the channels, 0 with
         probability mask_ratio, new at every step; G = 3x3 convolution, ReLU, 3x3 convolution, all of the teacher's
         width. At the teacher's 2048 channels G alone has 75 million parameters.
 
     Weights:
-        The released code sums over channels and positions, means over images, and multiplies by 2e-5. The mean that
-        equals it has the weight 2e-5 * C h w of the teacher's feature: 336 for 2048 channels at 64 x 128, a crop of
-        512 x 1024 at stride 8. ``reduction: sum`` with ``weight: 2e-5`` is the published form, but its strength changes
-        with the crop and the width.
+        The released code sums over channels and positions, means over images, and multiplies by 2e-5: the default. Its
+        strength changes with the crop and the width. ``reduction: mean`` has the same strength everywhere; the weight
+        that equals the published one is then 2e-5 * C h w of the teacher's feature: 336 for 2048 channels at 64 x 128,
+        a crop of 512 x 1024 at stride 8. Those 336 belong to that feature: for a small one they are hundreds of times
+        the cross-entropy, and training diverges.
 
         The released segmentation config adds CWD on the logits (T = 4, weight 3), which explains most of its best
         numbers: list both methods for it, ``[{name: mgd}, {name: cwd}]``, and report both ways.

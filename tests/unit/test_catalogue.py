@@ -79,7 +79,7 @@ def test_the_defaults_pasted_into_params_give_the_default_config(name: str) -> N
 @EVERY
 def test_the_default_weights_are_those_of_the_config(name: str) -> None:
     weights, defaults = entry(name).weights, to_dict(load(name).Config())
-    assert yaml.safe_load(weights.pop("weight")) == defaults["weight"]
+    assert float(weights.pop("weight")) == defaults["weight"]
     assert {f"{term}_weight" for term in weights} == {field for field in defaults if field.endswith("_weight")}
     assert all(yaml.safe_load(value) == defaults[f"{term}_weight"] for term, value in weights.items())
 

@@ -280,13 +280,13 @@ def test_mgd_multiplies_the_published_weight_by_what_it_was_summed_over() -> Non
     sizes = Sizes()
     student, teacher = features(sizes)
     mean = 2e-5 * WIDE * sizes.height * sizes.width
-    for changes in ({"weight": mean}, {"weight": 2e-5, "reduction": "sum"}):
+    for changes in ({"weight": mean, "reduction": "mean"}, {}):
         method = build("mgd", mask_ratio=0.0, **changes)
         generated = method.generator(method.projection(student))  # type: ignore[operator]
         published = 2e-5 * (generated - teacher).pow(2).sum() / sizes.images
         learning = (student, *method.parameters())
         assert_same(ours(method, labels(sizes), features=(student, teacher)), published, *learning)
-    assert round(2e-5 * 2048 * 64 * 128) == 336 == float(entry("mgd").weights["weight"])
+    assert float(entry("mgd").weights["weight"]) == 2e-5 and round(2e-5 * 2048 * 64 * 128) == 336
 
 
 def test_c2vkd_divides_its_published_feature_weights_by_the_widths() -> None:

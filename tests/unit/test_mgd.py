@@ -146,12 +146,12 @@ def test_the_published_sum_and_its_mean_are_one_loss() -> None:
     published = 2e-5 / 3 * nn.MSELoss(reduction="sum")(generated, teacher)
     torch.testing.assert_close(2e-5 * generation_distance(generated, teacher, reduction="sum"), published)
     torch.testing.assert_close(2e-5 * 4 * 5 * 6 * generation_distance(generated, teacher), published)
-    assert build().weights == {"generation": pytest.approx(2e-5 * 2048 * 64 * 128, abs=0.5)}
+    assert build().weights == {"generation": 2e-5}
 
 
-def test_the_defaults_are_the_released_segmentation_configs_as_a_mean() -> None:
+def test_the_defaults_are_the_released_segmentation_configs() -> None:
     assert to_dict(parse_method({"name": "mgd"}, "methods.0")[1]) == {
-        "name": "mgd", "weight": 336.0, "ramp": 0.0, "tap": "stage4", "mask_ratio": 0.75, "reduction": "mean",
+        "name": "mgd", "weight": 2e-5, "ramp": 0.0, "tap": "stage4", "mask_ratio": 0.75, "reduction": "sum",
         "align_corners": False,
     }  # fmt: skip
     shapes = {name: tuple(parameter.shape) for name, parameter in build().named_parameters()}
