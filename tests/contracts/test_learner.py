@@ -88,3 +88,9 @@ def test_gradient_shares_are_logged_every_so_often_and_change_no_weight(tmp_path
 def test_gradient_shares_of_a_compiled_step_are_refused() -> None:
     with pytest.raises(UserError, match=r"train.*gradient_share_every cannot look inside a compiled step"):
         tiny.train_config(compile=True, gradient_share_every=5)
+
+
+def test_a_training_that_diverges_stops_and_names_the_terms(tmp_path: Path) -> None:
+    trainer = tiny.make_trainer(tmp_path, ALONE, method="fitnet", settings={"weight": 1e30}, iterations=40)
+    with pytest.raises(UserError, match=r"^cnn: ce, fitnet\.regression is not finite by iteration 4: the training div"):
+        trainer.run()

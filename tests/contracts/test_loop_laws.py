@@ -81,15 +81,18 @@ def test_one_batch_of_eight_equals_four_of_two_accumulated(tmp_path: Path, metho
         torch.testing.assert_close(pieces[name], value, **tolerance)
 
 
-def test_one_batch_of_eight_equals_two_processes_of_four(tmp_path: Path) -> None:
-    _, whole = trained(tmp_path / "a")
+@pytest.mark.parametrize("method", ["none", "fitnet"])
+def test_one_batch_of_eight_equals_two_processes_of_four(tmp_path: Path, method: str) -> None:
+    _, whole = trained(tmp_path / "a", method=method)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*torchrun, tiny.__file__, tmp_path / "work", tmp_path / "out"], check=True, timeout=300)
+    subprocess.run(
+        [*torchrun, tiny.__file__, tmp_path / "work", tmp_path / "out", f"method={method}"], check=True, timeout=300
+    )
     for name, value in result(tmp_path / "out")["weights"].items():
         torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["apd", "dml"])
+@pytest.mark.parametrize("method", ["apd", "cirkd", "mgd", "skd", "dml"])
 def test_killed_and_resumed_equals_never_interrupted_bit_for_bit(tmp_path: Path, method: str) -> None:
     options = [f"method={method}", "dropout=0.3", "iterations=11", "select=best"]
     assert finished(start(tmp_path / "whole", tmp_path / "whole.out", *options)) == 0

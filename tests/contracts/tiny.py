@@ -92,7 +92,11 @@ SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}
 ADAMW = {"name": "adamw", "lr": 0.01}
 
 # Of methods whose defaults are too large for a network this small.
-SETTINGS: dict[str, dict[str, Any]] = {"apd": {"hidden_channels": 8, "out_channels": 8, "teacher_head_lr": 0.01}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "apd": {"hidden_channels": 8, "out_channels": 8, "teacher_head_lr": 0.01},
+    "cirkd": {"pixel_queue": 20, "region_queue": 6, "pixel_contrast": 12, "region_contrast": 9},
+    "skd": {"holistic_weight": 0.1, "critic_channels": 4},
+}
 
 
 def make_trainer(
