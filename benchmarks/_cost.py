@@ -129,8 +129,11 @@ class Clock:
         once = {name: seconds(action, self.device) for name, action in quick.items()}
         calls = {name: max(1, min(20, int(0.05 / took))) for name, took in once.items()}
         longest = sum(calls[name] * took for name, took in once.items())
-        if longest > self.budget:
-            rounds |= {name: [took] for name, took in once.items()}
+        if longest > self.budget:  # no time for rounds; what is short has some for itself
+            short = {name: min(self.repeats, 5) for name in once if once[name] < self.budget / 10}
+            rounds |= {name: [took] for name, took in once.items() if name not in short}
+            for name, count in short.items():
+                rounds[name] = [seconds(quick[name], self.device, calls[name]) for _ in range(count)]
         else:
             count = min(self.repeats, int(self.budget / longest)) if once else 0
             rounds |= {name: [] for name in once}
