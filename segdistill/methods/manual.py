@@ -24,7 +24,7 @@ LEGEND = (
 )
 
 INTRODUCTION = """\
-<!-- Written by `python -m segdistill methods --markdown > docs/methods.md` from the methods' own files: edit those. -->
+<!-- Written by `segdistill methods --markdown > docs/methods.md` from the methods' own files: edit those. -->
 
 # Methods
 
