@@ -10,6 +10,7 @@ import torch
 from segdistill.engine.distributed import Processes
 from segdistill.engine.tracker import NullTracker
 from segdistill.errors import UserError
+from segdistill.methods import METHODS
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 BATCH = torch.rand(2, 3, *tiny.SIZE), torch.randint(tiny.CLASSES, (2, *tiny.SIZE))
@@ -88,6 +89,20 @@ def test_gradient_shares_are_logged_every_so_often_and_change_no_weight(tmp_path
 def test_gradient_shares_of_a_compiled_step_are_refused() -> None:
     with pytest.raises(UserError, match=r"train.*gradient_share_every cannot look inside a compiled step"):
         tiny.train_config(compile=True, gradient_share_every=5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trained_student_is_a_plain_one_with_no_trace_of_its_method(tmp_path: Path, method: str) -> None:
+    trainer = tiny.make_trainer(tmp_path, ALONE, method=method, iterations=2, validate_every=5)
+    before = tiny.weights(trainer)
+    trainer.run()
+    after = tiny.weights(trainer)
+    for name, student in trainer.learner.students.items():
+        plain = tiny.TinySegmenter(width=student.info.last_channels)
+        plain.load_state_dict(student.state_dict())
+        torch.testing.assert_close(plain(BATCH[0]).logits, student(BATCH[0]).logits, rtol=0, atol=0)
+        mine = [key for key in after if key.startswith(f"_students.{name}.")]
+        assert mine and not any(torch.equal(after[key], before[key]) for key in mine), "everything was trained"
 
 
 def test_a_training_that_diverges_stops_and_names_the_terms(tmp_path: Path) -> None:

@@ -81,13 +81,12 @@ def test_one_batch_of_eight_equals_four_of_two_accumulated(tmp_path: Path, metho
         torch.testing.assert_close(pieces[name], value, **tolerance)
 
 
-@pytest.mark.parametrize("method", ["none", "fitnet"])
-def test_one_batch_of_eight_equals_two_processes_of_four(tmp_path: Path, method: str) -> None:
-    _, whole = trained(tmp_path / "a", method=method)
+@pytest.mark.parametrize(("method", "supervised"), [("none", 1), ("fitnet", 1), ("fitnet", 0)])
+def test_one_batch_of_eight_equals_two_processes_of_four(tmp_path: Path, method: str, supervised: int) -> None:
+    _, whole = trained(tmp_path / "a", method=method, supervised=supervised)
+    options = [f"method={method}", f"supervised={supervised}"]  # without cross-entropy the classifier is not trained
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*torchrun, tiny.__file__, tmp_path / "work", tmp_path / "out", f"method={method}"], check=True, timeout=300
-    )
+    subprocess.run([*torchrun, tiny.__file__, tmp_path / "work", tmp_path / "out", *options], check=True, timeout=300)
     for name, value in result(tmp_path / "out")["weights"].items():
         torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-6)
 

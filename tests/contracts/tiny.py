@@ -95,6 +95,7 @@ ADAMW = {"name": "adamw", "lr": 0.01}
 SETTINGS: dict[str, dict[str, Any]] = {
     "apd": {"hidden_channels": 8, "out_channels": 8, "teacher_head_lr": 0.01},
     "cirkd": {"pixel_queue": 20, "region_queue": 6, "pixel_contrast": 12, "region_contrast": 9},
+    "hfd_bsd": {"hfd": "direct"},
     "skd": {"holistic_weight": 0.1, "critic_channels": 4},
 }
 
@@ -107,6 +108,7 @@ def make_trainer(
     dropout: float = 0.0,
     trackers: Tracker | None = None,
     settings: dict[str, Any] | None = None,
+    supervised: float = 1.0,
     **changes: Any,
 ) -> Trainer:
     """A trainer of one student, alone or under an offline method, or of two peers (SGD, AdamW) if it is online."""
@@ -124,7 +126,8 @@ def make_trainer(
             optimizers["vit"] = parse(OptimizerConfig, ADAMW, "optimizer")
             methods = build_online([config], {name: student.info for name, student in students.items()})
     return Trainer(
-        Learner(students, dict(methods), teacher), Blobs(), Blobs(4, seed=1), train_config(**changes), optimizers,
+        Learner(students, dict(methods), teacher, supervised=supervised),
+        Blobs(), Blobs(4, seed=1), train_config(**changes), optimizers,
         inference=INFERENCE, seed=3, work=work, fingerprint="tiny", processes=here,
         trackers=dict.fromkeys(students, trackers or NullTracker()),
     )  # fmt: skip
@@ -135,15 +138,16 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def main(work: str, out: str, *options: str) -> int:
-    """Keys: method, dropout, any key of TrainConfig, die_at (a step: SIGKILL), die_in_save, slow, started."""
+    """Keys: method, dropout, supervised, any of TrainConfig's, die_at (a step: SIGKILL), die_in_save, slow, started."""
     changes: dict[str, Any] = dict(option.split("=") for option in options)
     die_at, slow = int(changes.pop("die_at", -1)), float(changes.pop("slow", 0))
     started = changes.pop("started", "")
     die_in_save = int(changes.pop("die_in_save", -1))
-    method, dropout = changes.pop("method", "none"), float(changes.pop("dropout", 0))
+    method = changes.pop("method", "none")
+    changes |= {key: float(changes[key]) for key in ("dropout", "supervised") if key in changes}
     torch.set_num_threads(1)
     with processes("cpu") as here:
-        trainer = make_trainer(Path(work), here, method=method, dropout=dropout, **changes)
+        trainer = make_trainer(Path(work), here, method=method, **changes)
         step = trainer._step
 
         def dying_step() -> None:
