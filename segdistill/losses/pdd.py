@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from segdistill.losses.align import resize_logits, size_of
 from segdistill.losses.masks import masked_mean, valid_mask
 from segdistill.losses.precision import in_float32
 
@@ -24,7 +23,6 @@ def blended_two_way(
     target_factor: float = 0.5,
     other_factor: float = 0.5,
     normalized: bool = True,
-    align_corners: bool = False,
 ) -> Tensor:
     """Mean over valid pixels of a * s_y log(s_y / q_y) + b * s_n log(s_n / q_n), q = (t + (1, 0)) / 2.
 
@@ -35,13 +33,11 @@ def blended_two_way(
             from the gradient; with a != b the gradient differs too.
 
     Shape:
-        student_logits, teacher_logits: [B, K, h, w], K at least 2, resized to the labels here, one after the other, so
-            that only one map of that size is in memory; labels: [B, H, W] int64.
+        student_logits, teacher_logits: [B, K, h, w], K at least 2; labels: [B, h, w] int64.
     """
     valid = valid_mask(labels)
     index = labels.masked_fill(~valid, 0)[:, None]
-    theirs = _log_odds(teacher_logits.detach(), index, align_corners)  # [B, H, W]
-    ours = _log_odds(student_logits, index, align_corners)
+    ours, theirs = _log_odds(student_logits, index), _log_odds(teacher_logits.detach(), index)  # [B, h, w]
     log_s_target, log_s_other = F.logsigmoid(ours), F.logsigmoid(-ours)
     log_q_target, log_q_other = theirs.sigmoid().log1p(), F.logsigmoid(-theirs)
     halved = math.log(2) if normalized else 0.0
@@ -50,9 +46,7 @@ def blended_two_way(
     return masked_mean(target_factor * target + other_factor * other, valid)
 
 
-def _log_odds(logits: Tensor, index: Tensor, align_corners: bool) -> Tensor:
-    """How far the labelled class stands above all others together: [B, H, W] at the size of the index [B, 1, H, W]."""
-    logits = resize_logits(logits, size_of(index), align_corners=align_corners)
-    labelled = logits.gather(1, index)[:, 0]
-    logits = logits.scatter(1, index, -torch.inf)  # under the same name, so that the other map is free again
-    return labelled - logits.logsumexp(1)
+def _log_odds(logits: Tensor, index: Tensor) -> Tensor:
+    """How far the labelled class stands above all others together: [B, h, w]."""
+    others = logits.scatter(1, index, -torch.inf)
+    return logits.gather(1, index)[:, 0] - others.logsumexp(1)

@@ -244,22 +244,17 @@ class CNNToViT(OfflineMethod):
 
     def _pdd(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         config = self.config
-        size, align_corners = size_of(target if config.upsample else teacher), config.align_corners
+        size = size_of(target if config.upsample else teacher)
+        ours, theirs = (
+            resize_logits(logits, size, align_corners=config.align_corners) for logits in (student, teacher.detach())
+        )
         labels, a, b = resize_labels(target, size), config.target_factor, config.other_factor
         if config.pdd == "dkd":
-            ours, theirs = (resize_logits(logits, size, align_corners=align_corners) for logits in (student, teacher))
             temperature = config.temperature
             target_part = target_kl(ours, theirs, labels, temperature=temperature)
             return a * target_part + b * non_target_kl(ours, theirs, labels, temperature=temperature)
-        return blended_two_way(
-            student,
-            teacher,
-            labels,
-            target_factor=a,
-            other_factor=b,
-            normalized=config.pdd == "mix",
-            align_corners=align_corners,
-        )
+        normalized = config.pdd == "mix"
+        return blended_two_way(ours, theirs, labels, target_factor=a, other_factor=b, normalized=normalized)
 
 
 @in_float32
