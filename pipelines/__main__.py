@@ -1,10 +1,11 @@
-"""``python -m pipelines compile`` writes the pipeline for a cluster, ``run`` runs it on this machine."""
+"""``python -m pipelines``: ``compile`` for a cluster, ``submit`` to one, ``run`` on this machine."""
 
 import argparse
 import itertools
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,19 +44,72 @@ def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def compile_to(path: Path, params: Mapping[str, Any]) -> None:
-    """Writes the pipeline, whose parameters default to those of ``params``; the same input gives the same bytes."""
+def compile_to(path: Path, params: Mapping[str, Any], *, cluster: Path | None = None, caching: bool = True) -> None:
+    """Writes the pipeline, whose parameters default to those of ``params``; the same input gives the same bytes.
+
+    Args:
+        path: the file to write.
+        params: the content of params.yaml.
+        cluster: what tasks ask of the cluster; by default ``pipelines/cluster.yaml``.
+        caching: whether KFP may take over results of earlier runs, but for ``register``.
+    """
+    given = arguments(params)
     from kfp import compiler
 
-    from pipelines.distillation import distillation
+    from pipelines.cluster import DEFAULT, Placement, read_cluster
+    from pipelines.distillation import pipeline
 
+    place = Placement(read_cluster(cluster or DEFAULT), caching=caching)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.partial.yaml")  # the compiler goes by the suffix
-    compiler.Compiler().compile(distillation, str(partial), pipeline_parameters=arguments(params))
+    compiler.Compiler().compile(pipeline(place), str(partial), pipeline_parameters=given)
     # The compiler begins with a comment that repeats the parameters, a dictionary's keys in an order of chance.
     lines = itertools.dropwhile(lambda line: line.startswith("#"), partial.read_text().splitlines(keepends=True))
     partial.write_text("# Made by: python -m pipelines compile\n" + "".join(lines))
     partial.replace(path)
+
+
+def submit(params: Mapping[str, Any], given: argparse.Namespace) -> int:
+    """Compiles the pipeline and starts a run of it on a cluster; returns the exit code.
+
+    Raises:
+        UserError: a mistake in what was given, or a server that does not take it.
+    """
+    from pipelines.submission import Submission, server, wait
+
+    to = server(
+        given.host,
+        given.ui,
+        namespace=given.namespace,
+        token_variable=given.token_env,
+        cookies_variable=given.cookies_env,
+        in_cluster=given.in_cluster,
+        certificates=given.ca_cert,
+    )
+    if "://" not in given.data_uri:
+        raise UserError(f"--data-uri: '{given.data_uri}' is not a URI that a cluster can read, like s3://bucket/folder")
+    name = given.run_name or time.strftime("segdistill %Y-%m-%d %H:%M:%S")
+    what = Submission({"data_uri": given.data_uri, **arguments(params)}, given.experiment, name, given.service_account)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "pipeline.yaml"
+        compile_to(file, params, cluster=given.cluster, caching=not given.no_cache)
+        package = file.read_text()
+    if given.dry_run:
+        sys.stdout.write(what.shown(to, package) + "\n")
+        return 0
+    client, run = what.send(to, package)
+    sys.stdout.write(to.page(run) + "\n")
+    sys.stdout.flush()
+    if not given.wait:
+        return 0
+    try:
+        state = wait(client, to, run)
+    except KeyboardInterrupt:
+        print(f"pipelines submit: no longer waiting; the run goes on: {to.page(run)}", file=sys.stderr)
+        return 130
+    if state != "SUCCEEDED":
+        print(f"pipelines submit: the run ended as {state.lower()}: {to.page(run)}", file=sys.stderr)
+    return 0 if state == "SUCCEEDED" else 1
 
 
 def run_here(params: Mapping[str, Any], data: Path, root: Path) -> dict[str, Path]:
@@ -71,11 +125,12 @@ def run_here(params: Mapping[str, Any], data: Path, root: Path) -> dict[str, Pat
         raise UserError(f"{data}: no such folder; make it with: segdistill data synth --out {data}")
     from kfp import local
 
-    from pipelines.distillation import distillation
+    from pipelines.cluster import Placement
+    from pipelines.distillation import pipeline
 
     os.environ.setdefault("SEGDISTILL_PIPELINE_RUN", time.strftime("local-%Y%m%d-%H%M%S"))
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root.resolve()))
-    done = distillation(data_uri=str(data.resolve()), **given)
+    done = pipeline(Placement(None))(data_uri=str(data.resolve()), **given)
     return {name: Path(artifact.path) for name, artifact in done.outputs.items()}
 
 
@@ -85,25 +140,44 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     compiling = commands.add_parser("compile", help="write the pipeline for a cluster")
     compiling.add_argument("--out", type=Path, default=Path("pipeline.yaml"), help="the file to write (%(default)s)")
+    submitting = commands.add_parser("submit", help="start a run on a cluster, with the parameters of a params file")
+    submitting.add_argument("--data-uri", required=True, help="the data set, as s3://bucket/folder")
+    submitting.add_argument("--host", help="the URL of the Kubeflow Pipelines API (KF_PIPELINES_ENDPOINT)")
+    submitting.add_argument("--ui", help="the URL of its pages, if another (KF_PIPELINES_UI_ENDPOINT)")
+    submitting.add_argument("--namespace", help="of the profile, where the server has several users")
+    submitting.add_argument("--token-env", metavar="NAME", help="the environment variable that holds a bearer token")
+    submitting.add_argument("--cookies-env", metavar="NAME", help="the environment variable that holds cookies")
+    submitting.add_argument("--in-cluster", action="store_true", help="use the token of this pod's service account")
+    submitting.add_argument("--ca-cert", type=Path, metavar="FILE", help="certificates of a private authority")
+    submitting.add_argument("--service-account", help="that the run's pods get; by default the server's choice")
+    submitting.add_argument("--experiment", default="segdistill", help="of KFP, a folder of runs (%(default)s)")
+    submitting.add_argument("--run-name", help="by default the project and the time")
+    submitting.add_argument("--wait", action="store_true", help="tell of its tasks, and end as the run ends")
+    submitting.add_argument("--dry-run", action="store_true", help="print what would be sent, and send nothing")
+    for command in (compiling, submitting):
+        command.add_argument("--cluster", type=Path, help="what tasks ask of it (pipelines/cluster.yaml)")
+        command.add_argument("--no-cache", action="store_true", help="run every task anew")
     running = commands.add_parser("run", help="run the pipeline on this machine")
     running.add_argument("--runner", choices=("subprocess",), default="subprocess")
     running.add_argument("--data", type=Path, default=Path("data"), help="the data set (%(default)s)")
     running.add_argument("--root", type=Path, default=Path("artifacts/kfp"), help="where outputs go (%(default)s)")
-    for command in (compiling, running):
+    for command in (compiling, submitting, running):
         command.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (%(default)s)")
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 1 for a failed task, 2 for a user's mistake."""
+    """Runs one command; returns its exit code: 0, 1 for a failed run, 2 for a user's mistake."""
     from segdistill.config import read_yaml
 
     given = parser().parse_args(argv)
     try:
         params = read_yaml(given.params)
         if given.command == "compile":
-            compile_to(given.out, params)
+            compile_to(given.out, params, cluster=given.cluster, caching=not given.no_cache)
             print(given.out)
+        elif given.command == "submit":
+            return submit(params, given)
         else:
             for name, path in run_here(params, given.data, given.root).items():
                 sys.stdout.write(f"{name}: {path}\n")  # KFP replaces print while tasks run, and not always back

@@ -1,37 +1,216 @@
-"""What a task asks of the cluster. None of it has an effect where the pipeline runs locally.
+"""What a task asks of the cluster, read from ``pipelines/cluster.yaml``, which says what each setting means.
 
-The number of GPUs is fixed when the pipeline is compiled. As a parameter of the pipeline it would compile too, but
-kfp 2.17.0 forgets to hand it into the loop, and the jobs would fail on the cluster.
+All of it is fixed when the pipeline is compiled. As parameters of the pipeline such settings would compile too, but kfp
+2.17.0 forgets to hand them into the loop, and the jobs would fail on the cluster.
 """
 
-import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
 
 from kfp import dsl, kubernetes
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from segdistill.config import config, parse, read_yaml
 from segdistill.errors import UserError
 
-GPU = "nvidia.com/gpu"  # the resource, and by custom also the taint of the nodes that have it
-SHARED_MEMORY = "8Gi"  # /dev/shm, through which data workers hand over batches; it counts as memory of the pod
-SETTINGS = "segdistill"  # the config map that says where MLflow is
+DEFAULT = Path(__file__).with_name("cluster.yaml")
+# By default KFP tries nothing again once an hour has passed since the first attempt began. Training takes longer; what
+# bounds it is the number of attempts, and the timeout of each.
+RETRY_WINDOW = f"{30 * 24 * 3600}s"
+UNITS = {"": 1.0, "m": 1e-3} | {
+    letter + suffix: base**power
+    for power, letter in enumerate("KMGT", 1)
+    for suffix, base in (("", 1e3), ("i", 2.0**10))
+}
 
 
-def on_cpu(task: dsl.PipelineTask) -> dsl.PipelineTask:
-    """Tells the task which pipeline run it belongs to, and where MLflow is."""
-    kubernetes.use_field_path_as_env(task, "SEGDISTILL_PIPELINE_RUN", "metadata.labels['pipeline/runid']")
-    kubernetes.use_config_map_as_env(task, SETTINGS, {"mlflow_tracking_uri": "MLFLOW_TRACKING_URI"})
-    return task
+def _amount(text: str) -> float:
+    number, unit = re.fullmatch(r"([0-9.]*)(\w*)", text).groups()  # type: ignore[union-attr]
+    return float(number) * UNITS[unit]
 
 
-def on_gpu(task: dsl.PipelineTask) -> dsl.PipelineTask:
-    """As :func:`on_cpu`, on a node with as many GPUs as ``SEGDISTILL_GPUS`` says, or one."""
-    task.set_accelerator_type(GPU).set_accelerator_limit(_gpus())
-    kubernetes.add_toleration(task, key=GPU, operator="Exists", effect="NoSchedule")
-    kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=SHARED_MEMORY)
-    return on_cpu(task)
+def _checked(pattern: str, examples: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text) or not _amount(text):
+            raise ValueError(f"'{text}' is not an amount; write it like {examples}")
+        return text
+
+    return AfterValidator(check)
 
 
-def _gpus() -> int:
-    text = os.environ.get("SEGDISTILL_GPUS") or "1"
-    if not text.isdecimal() or int(text) == 0:
-        raise UserError(f"SEGDISTILL_GPUS: '{text}' is not a number of GPUs; allowed: 1, 2, ...")
-    return int(text)
+AsText = BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)  # YAML reads 4 as a number
+Cpu = Annotated[str, AsText, _checked(r"\d+m|\d+(\.\d+)?", "4, 0.5 or 500m")]
+Memory = Annotated[str, AsText, _checked(r"\d+(\.\d+)?([KMGT]i?)?", "512Mi or 16Gi")]
+Name = Annotated[str, Field(min_length=1)]
+Seconds = Annotated[int, Field(gt=0)]
+Id = Annotated[int, Field(gt=0)]  # 0 is root
+
+
+@config
+class Security:
+    """Who a container runs as."""
+
+    user: Id
+    group: Id
+
+
+@config
+class Resources:
+    """What one kind of task asks of a node."""
+
+    cpu_request: Cpu
+    cpu_limit: Cpu
+    memory_request: Memory
+    memory_limit: Memory
+    timeout_seconds: Seconds  # of one attempt
+
+    @model_validator(mode="after")
+    def _requests_within_limits(self) -> "Resources":
+        for name in ("cpu", "memory"):
+            request, limit = getattr(self, f"{name}_request"), getattr(self, f"{name}_limit")
+            if _amount(request) > _amount(limit):
+                raise ValueError(f"{name}_request {request} is above {name}_limit {limit}")
+        return self
+
+
+@config
+class Tasks:
+    """The kinds of tasks."""
+
+    data: Resources
+    train: Resources
+    report: Resources
+
+
+@config
+class Toleration:
+    """A taint that a task bears."""
+
+    key: Name
+    value: str | None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"]
+
+
+@config
+class Accelerator:
+    """What a task that trains or evaluates runs on."""
+
+    type: Name
+    count: Annotated[int, Field(gt=0)]
+    node_selector: dict[Name, str]
+    tolerations: list[Toleration]
+
+
+@config
+class Retries:
+    """What happens after a failed attempt."""
+
+    count: Annotated[int, Field(ge=0)]
+    wait_seconds: Annotated[int, Field(ge=0)]
+    factor: Annotated[float, Field(ge=1)]
+
+
+@config
+class Reference:
+    """Keys of a config map or a secret that become environment variables."""
+
+    name: Name
+    optional: bool
+    keys: Annotated[dict[Name, Name], Field(min_length=1)]
+
+
+@config
+class Workspace:
+    """A persistent volume, by its claim, and where a container sees it."""
+
+    claim: Name
+    path: Annotated[str, Field(pattern="^/.")]
+
+
+@config
+class Cluster:
+    """The content of ``pipelines/cluster.yaml``."""
+
+    pull_policy: Literal["Always", "IfNotPresent", "Never"]
+    security: Security
+    tasks: Tasks
+    accelerator: Accelerator | None
+    shared_memory: Memory
+    retries: Retries
+    config_maps: list[Reference]
+    secrets: list[Reference]
+    workspace: Workspace | None
+
+    @model_validator(mode="after")
+    def _shared_memory_fits(self) -> "Cluster":
+        if _amount(self.shared_memory) >= _amount(self.tasks.train.memory_limit):
+            limit = self.tasks.train.memory_limit
+            raise ValueError(f"shared_memory {self.shared_memory} leaves nothing of tasks.train.memory_limit {limit}")
+        return self
+
+
+def read_cluster(path: Path = DEFAULT) -> Cluster:
+    """The settings in a file.
+
+    Raises:
+        UserError: the first mistake in it.
+    """
+    content = read_yaml(path)
+    try:
+        return parse(Cluster, content, "")
+    except UserError as error:
+        raise UserError(f"{path}: {str(error).removeprefix(': ')}") from None
+
+
+class Placement:
+    """Puts tasks on a cluster, each by its kind; without a cluster, leaves them as they are."""
+
+    def __init__(self, cluster: Cluster | None, *, caching: bool = True) -> None:
+        self.cluster, self.caching = cluster, caching
+
+    def data(self, task: dsl.PipelineTask) -> dsl.PipelineTask:
+        """A task that reads the data set."""
+        return self._place(task, self.cluster, self.cluster.tasks.data) if self.cluster else task
+
+    def report(self, task: dsl.PipelineTask) -> dsl.PipelineTask:
+        """A task that reads results."""
+        return self._place(task, self.cluster, self.cluster.tasks.report) if self.cluster else task
+
+    def train(self, task: dsl.PipelineTask) -> dsl.PipelineTask:
+        """A task that trains or evaluates."""
+        asked = self.cluster
+        if asked is None:
+            return task
+        if asked.accelerator is not None:
+            task.set_accelerator_type(asked.accelerator.type).set_accelerator_limit(asked.accelerator.count)
+            for label, value in asked.accelerator.node_selector.items():
+                kubernetes.add_node_selector(task, label, value)
+            for taint in asked.accelerator.tolerations:
+                operator: Literal["Equal", "Exists"] = "Exists" if taint.value is None else "Equal"
+                kubernetes.add_toleration(task, taint.key, operator, taint.value, taint.effect)
+        kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=asked.shared_memory)
+        if asked.workspace is not None:
+            kubernetes.mount_pvc(task, asked.workspace.claim, asked.workspace.path)
+            task.set_env_variable("SEGDISTILL_WORK", asked.workspace.path)
+        return self._place(task, asked, asked.tasks.train)
+
+    def _place(self, task: dsl.PipelineTask, asked: Cluster, resources: Resources) -> dsl.PipelineTask:
+        task.set_cpu_request(resources.cpu_request).set_cpu_limit(resources.cpu_limit)
+        task.set_memory_request(resources.memory_request).set_memory_limit(resources.memory_limit)
+        task.set_caching_options(self.caching)
+        kubernetes.set_timeout(task, resources.timeout_seconds)
+        task.set_retry(
+            asked.retries.count,
+            backoff_duration=f"{asked.retries.wait_seconds}s",
+            backoff_factor=asked.retries.factor,
+            backoff_max_duration=RETRY_WINDOW,
+        )
+        kubernetes.set_image_pull_policy(task, asked.pull_policy)
+        kubernetes.set_security_context(task, asked.security.user, asked.security.group, run_as_non_root=True)
+        kubernetes.use_field_path_as_env(task, "SEGDISTILL_PIPELINE_RUN", "metadata.labels['pipeline/runid']")
+        for item in asked.config_maps:
+            kubernetes.use_config_map_as_env(task, item.name, item.keys, optional=item.optional)
+        for item in asked.secrets:
+            kubernetes.use_secret_as_env(task, item.name, item.keys, optional=item.optional)
+        return task

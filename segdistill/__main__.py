@@ -42,6 +42,12 @@ def parser() -> argparse.ArgumentParser:
     importing.add_argument("layout", help="folder, camvid, ...")
     importing.add_argument("source", type=Path)
     importing.add_argument("--out", type=Path, required=True)
+    fetching = data.add_parser("fetch", help="bring the version of a git revision from its S3 remote, verified")
+    fetching.add_argument("repository", help="a git repository with data.dvc: its address, or a folder")
+    fetching.add_argument("--rev", default="HEAD", help="a branch, a tag or a commit (%(default)s)")
+    fetching.add_argument("--out", type=Path, required=True)
+    fetching.add_argument("--patience", type=float, default=120.0, metavar="SECONDS",
+                          help="how long to wait for an S3 that is away (%(default)g)")  # fmt: skip
     commands.add_parser("check", help="check params.yaml as a whole, methods included").add_argument(
         "--params", type=Path, default=Path("params.yaml")
     )
@@ -101,6 +107,10 @@ def _dispatch(arguments: argparse.Namespace) -> None:
         samples = dict(synthetic.DEFAULT_SAMPLES)
         samples |= {split: count for split in samples if (count := getattr(arguments, split)) is not None}
         synthetic.write(arguments.out, seed=arguments.seed, size=tuple(arguments.size), samples=samples)
+    elif arguments.command == "data" and arguments.action == "fetch":
+        from segdistill.adapters.dvc_remote import fetch
+
+        fetch(arguments.repository, arguments.rev, arguments.out, patience=arguments.patience)
     elif arguments.command == "data":
         from segdistill.data.importing import import_dataset
 

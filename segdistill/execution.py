@@ -133,6 +133,7 @@ def run_stage(
     job: Job | None,
     tracker: Tracker,
     started: float,
+    work: Path | None = None,
 ) -> None:
     """Runs one stage and records where its seconds went.
 
@@ -143,13 +144,14 @@ def run_stage(
         job: the cell of the matrix, for a stage that runs once per job.
         tracker: of the pipeline run; closed with the stage's true status.
         started: when the process began, in seconds since the epoch; what no activity claims is start-up.
+        work: where a stage that trains keeps its checkpoint, its fingerprint appended; None is beside its output.
     """
     module = _module(stage)
     status = "FAILED"
     try:
         own, *others = stage.params
         config = parse(module.Config, chosen[own], own)
-        arguments: dict[str, Any] = {"tracker": tracker}
+        arguments: dict[str, Any] = {"tracker": tracker, "work": work}
         if job is not None:
             arguments |= {"experiment": job.experiment, "seed": job.seed}
         for key in others:
@@ -255,14 +257,44 @@ def run_component(
             key: _by_job(stage, value, chosen) if isinstance(value, list) else Path(value)
             for key, value in paths.items()
         }
-        tracker = open_tracker(os.environ.get("SEGDISTILL_TRACKER", "auto"), context(), stage, job)
-        run_stage(stage, chosen, paths=places, job=job, tracker=tracker, started=started)
+        here = context()
+        tracker = open_tracker(os.environ.get("SEGDISTILL_TRACKER", "auto"), here, stage, job)
+        # A pod that is tried again finds nothing beside its output. A volume that outlives it may hold the checkpoint.
+        volume = os.environ.get("SEGDISTILL_WORK")
+        work = Path(volume) / here.pipeline_run / _label(stage, job) if volume else None
+        run_stage(stage, chosen, paths=places, job=job, tracker=tracker, started=started, work=work)
         for output in stage.outputs:
             mark = {"stage": name, "job": str(job) if job else None}
             (Path(str(paths[output])) / COMPLETED).write_text(json.dumps(mark) + "\n")
     except (UserError, Interrupted) as error:
         print(f"segdistill {name}: {error}", file=sys.stderr)
         raise SystemExit(75 if isinstance(error, Interrupted) else 2) from None
+
+
+def run_fetch(repository: str, revision: str, *, data: str) -> dict[str, str]:
+    """Brings a version of the data set as a task of Kubeflow Pipelines; ends the process as the command line does.
+
+    Args:
+        repository: a git repository's address.
+        revision: a branch, a tag or a commit; a cache is right about a commit only.
+        data: the folder to make.
+
+    Returns:
+        ``data_md5`` and ``data_commit``, which the folder's completion mark has too.
+    """
+    quiet_libraries()
+    mark = Path(data) / COMPLETED
+    try:
+        from segdistill.adapters.dvc_remote import fetch
+
+        mark.unlink(missing_ok=True)  # of an earlier attempt
+        version = fetch(repository, revision, Path(data))
+        facts = {"data_md5": version.md5, "data_commit": version.commit}
+        mark.write_text(json.dumps({"stage": "fetch", "job": None, **facts}) + "\n")
+    except UserError as error:
+        print(f"segdistill fetch: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return facts
 
 
 def _read_sections(stage: Stage, params: str, job: Job | None) -> dict[str, Any]:

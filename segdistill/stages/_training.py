@@ -42,14 +42,16 @@ def train_and_save(
     facts: Mapping[str, Any],
     trackers: Mapping[str, Tracker],
     processes: Processes,
+    work: Path | None = None,
 ) -> dict[str, float]:
     """Trains, then writes ``output``: weights, ``metrics.json`` and ``curves/<name>.csv``; returns seconds by activity.
 
-    The resume checkpoint lies beside the output, in ``<output>.work``, until the output is complete.
+    The resume checkpoint lies in ``<work>-<fingerprint>``, by default beside the output in ``<output>.work``, until the
+    output is complete.
     """
     info, train_set, val_set = dataset(prepared)
-    work = output.with_name(output.name + ".work")
     name_of_run = fingerprint(**facts, seed=seed, data=json.loads((prepared / "dataset.json").read_text()))
+    work = work.with_name(f"{work.name}-{name_of_run}") if work else output.with_name(output.name + ".work")
     trainer = Trainer(
         learner, train_set, val_set, config, optimizers, inference=inference, seed=seed, work=work,
         fingerprint=name_of_run, trackers=trackers, processes=processes,

@@ -64,6 +64,7 @@ def run(
     students: Path,
     tracker: Tracker,
     device: str = "auto",
+    work: Path | None = None,
 ) -> dict[str, float]:
     """Writes ``students``: each student's weights, ``metrics.json`` and curves; returns seconds by activity."""
     from segdistill.engine.distributed import processes as join
@@ -86,7 +87,7 @@ def run(
         seconds = train_and_save(
             learner, config.train, {name: student.optimizer for name, student in settings.students.items()},
             prepared=prepared, output=students, seed=seed, inference=config.inference, facts=facts, trackers=children,
-            processes=processes,
+            processes=processes, work=work,
         )  # fmt: skip
     for child in children.values():
         child.close()

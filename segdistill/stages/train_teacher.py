@@ -32,7 +32,15 @@ class Config:
     import_from: Path | None
 
 
-def run(config: Config, *, prepared: Path, teacher: Path, tracker: Tracker, device: str = "auto") -> dict[str, float]:
+def run(
+    config: Config,
+    *,
+    prepared: Path,
+    teacher: Path,
+    tracker: Tracker,
+    device: str = "auto",
+    work: Path | None = None,
+) -> dict[str, float]:
     """Writes ``teacher``: weights, ``metrics.json`` and curves; returns seconds by activity."""
     import torch
 
@@ -55,6 +63,7 @@ def run(config: Config, *, prepared: Path, teacher: Path, tracker: Tracker, devi
             seconds = train_and_save(
                 Learner({NAME: network}), config.train, {NAME: config.optimizer}, prepared=prepared, output=teacher,
                 seed=config.seed, inference=config.inference, facts=facts, trackers={NAME: child}, processes=processes,
+                work=work,
             )  # fmt: skip
     child.close()
     return seconds

@@ -1,0 +1,20 @@
+"""The step before the stages: a version of the data set, by git revision, from its S3 remote."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+from kfp.dsl import Dataset, Output
+
+from components.images import DATA
+
+
+@dsl.component(base_image=DATA, install_kfp_package=False)
+def fetch(repository: str, revision: str, data: Output[Dataset]) -> NamedTuple(
+    "Version", [("data_md5", str), ("data_commit", str)]
+):
+    """Bring the data of a git revision from its S3 remote, verified file by file."""
+    from segdistill.execution import run_fetch
+
+    version = run_fetch(repository, revision, data=data.path)
+    data.metadata.update(version)
+    return version["data_md5"], version["data_commit"]

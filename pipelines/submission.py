@@ -1,0 +1,237 @@
+"""``python -m pipelines submit``: hands the pipeline to the API of Kubeflow Pipelines, and waits for its end if asked.
+
+Secrets come from environment variables that the command line names; none stands on it, or is printed.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from segdistill.errors import UserError
+
+ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
+PATIENCE = 30  # failed questions in a row after which waiting ends
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where the API is, and how it knows us: by a token, by cookies, by a pod's service account, or not at all."""
+
+    host: str
+    ui: str
+    namespace: str | None = None  # None: the server has a single one
+    token_variable: str | None = None
+    cookies_variable: str | None = None
+    in_cluster: bool = False
+    certificates: Path | None = None  # of a private authority
+
+    @property
+    def authentication(self) -> str:
+        """In words, without the secret."""
+        if self.token_variable:
+            return f"the bearer token in ${self.token_variable}"
+        if self.cookies_variable:
+            return f"the cookies in ${self.cookies_variable}"
+        return "the token of the pod's service account" if self.in_cluster else "none"
+
+    def connect(self) -> Any:
+        """A ``kfp.Client``.
+
+        Raises:
+            UserError: what it needs is not there.
+        """
+        from kfp import client
+
+        given: dict[str, Any] = {"host": self.host}
+        if self.token_variable:
+            given["existing_token"] = _secret(self.token_variable)
+        if self.cookies_variable:
+            given["cookies"] = _secret(self.cookies_variable)
+        if self.in_cluster:
+            place = Path(os.environ.get(client.KF_PIPELINES_SA_TOKEN_ENV) or client.KF_PIPELINES_SA_TOKEN_PATH)
+            if not place.is_file():
+                raise UserError(
+                    f"{place}: no such file; --in-cluster is for a pod that has its service account's token there"
+                )
+            given["credentials"] = client.ServiceAccountTokenVolumeCredentials(str(place))
+        if self.namespace:
+            given["namespace"] = self.namespace
+        if self.certificates:
+            given["ssl_ca_cert"] = str(self.certificates)
+        return client.Client(**given)
+
+    def page(self, run: str) -> str:
+        """The page of a run in the user interface."""
+        return f"{self.ui.rstrip('/')}/#/runs/details/{run}"
+
+
+def server(
+    host: str | None,
+    ui: str | None,
+    *,
+    namespace: str | None = None,
+    token_variable: str | None = None,
+    cookies_variable: str | None = None,
+    in_cluster: bool = False,
+    certificates: Path | None = None,
+) -> Server:
+    """A checked :class:`Server`; ``KF_PIPELINES_ENDPOINT`` and ``KF_PIPELINES_UI_ENDPOINT`` stand in for the first two.
+
+    Raises:
+        UserError: no host, two ways to be known, or an environment variable that is not set.
+    """
+    host = host or os.environ.get("KF_PIPELINES_ENDPOINT")
+    if not host:
+        raise UserError("--host: missing; give the URL of the Kubeflow Pipelines API, or set KF_PIPELINES_ENDPOINT")
+    if not host.startswith(("http://", "https://")):
+        raise UserError(f"--host: '{host}' is not a URL; it begins with http:// or https://")
+    if sum(map(bool, (token_variable, cookies_variable, in_cluster))) > 1:
+        raise UserError("--token-env, --cookies-env and --in-cluster exclude each other; give one")
+    for variable in (token_variable, cookies_variable):
+        if variable:
+            _secret(variable)
+    ui = ui or os.environ.get("KF_PIPELINES_UI_ENDPOINT") or host
+    return Server(host, ui, namespace, token_variable, cookies_variable, in_cluster, certificates)
+
+
+def _secret(variable: str) -> str:
+    value = os.environ.get(variable, "").strip()
+    if not value:
+        raise UserError(f"{variable}: this environment variable is to hold the credentials, and is not set")
+    return value
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is sent."""
+
+    arguments: Mapping[str, Any]
+    experiment: str
+    run: str
+    service_account: str | None
+
+    def shown(self, to: Server, package: str) -> str:
+        """All of it as JSON, for people."""
+        import yaml
+
+        executors = next(iter(yaml.safe_load_all(package)))["deploymentSpec"]["executors"]
+        images = sorted({one["container"]["image"] for one in executors.values() if "container" in one})
+        facts = {
+            "host": to.host,
+            "authentication": to.authentication,
+            "namespace": to.namespace,
+            "experiment": self.experiment,
+            "run": self.run,
+            "service_account": self.service_account,
+            "images": images,
+            "arguments": self.arguments,
+        }
+        return json.dumps(facts, indent=2)
+
+    def send(self, to: Server, package: str) -> tuple[Any, str]:
+        """Starts the run; returns the client and the run's id.
+
+        Args:
+            to: the server.
+            package: the compiled pipeline. Its caching stands: what KFP's client could override forgets the loop.
+
+        Raises:
+            UserError: the server is not there, or does not want it.
+        """
+        with tempfile.TemporaryDirectory() as folder, _in_one_sentence(to):
+            file = Path(folder) / "segdistill.yaml"
+            file.write_text(package)
+            client = to.connect()
+            sent = client.create_run_from_pipeline_package(
+                str(file),
+                arguments=dict(self.arguments),
+                run_name=self.run,
+                experiment_name=self.experiment,
+                namespace=to.namespace,
+                service_account=self.service_account,
+            )
+        return client, sent.run_id
+
+
+def wait(client: Any, to: Server, run: str, seconds: float = 10) -> str:
+    """Tells of every task whose state changes until the run has ended; returns the run's last state.
+
+    KFP's own waiting says nothing, ends at the first answer that does not come, and never at a cancelled run.
+
+    Raises:
+        UserError: the server no longer answers us. The run goes on without us.
+    """
+    import kfp_server_api
+    import urllib3
+
+    known: dict[str, str] = {}
+    missed = 0
+    while True:
+        try:
+            found = client.get_run(run)
+            missed = 0
+        except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
+            missed += 1
+            status = getattr(error, "status", None) or 0
+            if missed >= PATIENCE or status in (401, 403, 404):
+                raise UserError(f"{_reason(to, error)}; the run goes on: {to.page(run)}") from None
+        else:
+            for task in (found.run_details.task_details if found.run_details else None) or []:
+                if task.state and known.get(task.task_id) != task.state:
+                    known[task.task_id] = task.state
+                    _say(f"{time.strftime('%H:%M:%S')} {task.display_name}: {task.state.lower()}")
+            if found.state in ENDED:
+                if found.error and found.error.message:
+                    _say(found.error.message)
+                return str(found.state)
+        time.sleep(seconds)
+
+
+@contextlib.contextmanager
+def _in_one_sentence(to: Server) -> Iterator[None]:
+    """Keeps the client's prints and log to itself; an error is a UserError."""
+    import kfp_server_api
+    import urllib3
+
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError, TimeoutError) as error:
+        raise UserError(_reason(to, error)) from None
+    finally:
+        logging.disable(before)
+
+
+def _reason(to: Server, error: Exception) -> str:
+    status = getattr(error, "status", None)
+    if status in (401, 403):
+        return f"{to.host}: refused us ({status} {error.reason}); authentication: {to.authentication}"  # type: ignore[attr-defined]
+    if status:
+        return f"{to.host}: {status} {error.reason}: {_message(error)}"  # type: ignore[attr-defined]
+    return f"{to.host}: no answer: {str(getattr(error, 'reason', error)).rpartition('>: ')[2]}"
+
+
+def _message(error: Any) -> str:
+    """What the server says of its error, on one line."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        said = json.loads(error.body)
+        return " ".join(str(said.get("error_message") or said.get("message") or said["error"]).split())
+    return "no more is known"
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()

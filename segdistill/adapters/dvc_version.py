@@ -1,0 +1,112 @@
+"""What a git revision says of its DVC data: which version of the folder, and which S3 remote has it."""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from segdistill.adapters.git_files import read_revision, shown
+from segdistill.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
+
+DATA_FILE = "data.dvc"
+CONFIG_FILE = ".dvc/config"
+
+# Keys of a remote that hold or choose credentials. Those in git are everybody's.
+CREDENTIALS = ("access_key_id", "secret_access_key", "session_token", "profile", "credentialpath", "configpath")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Where the objects are."""
+
+    bucket: str
+    prefix: str
+    settings: Mapping[str, str]  # the rest of its section in .dvc/config
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of the data set."""
+
+    repository: str  # as it may be shown
+    commit: str
+    entry: Mapping[str, Any]  # what data.dvc says of the folder
+    remote: Remote
+
+    @property
+    def md5(self) -> str:
+        """The version's identity, as ``data.dvc`` has it."""
+        return str(self.entry["md5"])
+
+
+def find(repository: str, revision: str) -> Version:
+    """What a revision says of its data: the version, and the remote that has it.
+
+    Raises:
+        UserError: no such repository or revision, or one whose data is not a folder in an S3 remote of DVC 3.
+    """
+    found = read_revision(repository, revision, (DATA_FILE, CONFIG_FILE))
+    where = f"{shown(repository)} at {found.commit[:12]}"
+    recorded, configured = found.files[DATA_FILE], found.files[CONFIG_FILE]
+    if recorded is None:
+        raise UserError(f"{where}: has no {DATA_FILE}; expected a folder 'data' under DVC: dvc add data")
+    entry = _entry(recorded, f"{where}: {DATA_FILE}")
+    return Version(shown(repository), found.commit, entry, _remote(configured or "", entry, f"{where}: {CONFIG_FILE}"))
+
+
+def _entry(text: str, where: str) -> Mapping[str, Any]:
+    try:
+        (entry,) = yaml.safe_load(text)["outs"]
+        md5 = str(entry["md5"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        raise UserError(f"{where}: expected one entry with an md5 under outs, as dvc add writes it") from None
+    if not re.fullmatch(r"[0-9a-f]{32}\.dir", md5):
+        raise UserError(f"{where}: md5 is '{md5}'; expected that of a folder: 32 hexadecimal digits and '.dir'")
+    if entry.get("hash") != "md5":
+        raise UserError(f"{where}: written by a DVC before 3.0; run dvc cache migrate --dvc-files and dvc push there")
+    return dict(entry)
+
+
+def _remote(text: str, entry: Mapping[str, Any], where: str) -> Remote:
+    from configobj import ConfigObj, ConfigObjError
+
+    try:
+        config = ConfigObj(text.splitlines(), interpolation=False)
+    except ConfigObjError as error:
+        raise UserError(f"{where}: cannot be read: {error}") from None
+    sections = {str(key).strip("'"): value for key, value in config.items() if isinstance(value, Mapping)}
+    remotes = {
+        match.group(1): value for key, value in sections.items() if (match := re.fullmatch(r'remote "(.+)"', key))
+    }
+    name = entry.get("remote") or sections.get("core", {}).get("remote")
+    if name is None:
+        raise UserError(f"{where}: no default remote; add one with dvc remote add --default NAME s3://BUCKET/PREFIX")
+    if name not in remotes:
+        raise UserError(f"{where}: no remote '{name}'{nearest(str(name), remotes)}")
+    settings = {str(key): str(value) for key, value in remotes[name].items()}
+    match = re.fullmatch(r"s3://([^/@]+)(?:/(.*))?", settings.get("url", ""))
+    if match is None:
+        raise UserError(
+            f"{where}: remote '{name}' is at '{shown(settings.get('url', ''))}'; only s3://BUCKET/PREFIX can be fetched"
+        )
+    for key in ("version_aware", "worktree"):
+        if is_true(settings.get(key)):
+            raise UserError(f"{where}: remote '{name}' has {key}; only a remote without it can be fetched")
+    if ignored := [key for key in CREDENTIALS if key in settings]:
+        logger.warning(
+            "%s: %s of remote '%s' ignored: S3 credentials come from the environment or a mounted secret; "
+            "what is in git is no secret",
+            where, ", ".join(ignored), name,
+        )  # fmt: skip
+    rest = {key: value for key, value in settings.items() if key not in ("url", *CREDENTIALS)}
+    return Remote(match.group(1), (match.group(2) or "").strip("/"), rest)
+
+
+def is_true(value: str | None) -> bool:
+    """A switch in .dvc/config; absent is off."""
+    return (value or "").lower() in ("true", "yes", "on", "1")

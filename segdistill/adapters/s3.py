@@ -1,0 +1,199 @@
+"""A bucket to read from: outages are waited for, and every other failure is one sentence."""
+
+import hashlib
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from segdistill.adapters.git_files import shown
+from segdistill.errors import UserError
+
+try:
+    import boto3
+    from botocore import UNSIGNED, exceptions
+    from botocore.config import Config
+except ModuleNotFoundError as error:
+    raise UserError(f"{error.name}: not installed; S3 needs the extra 'pipeline' of segdistill") from None
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CHUNK_BYTES = 1 << 20  # what one thread holds of an object at any time
+LONGEST_PAUSE_SECONDS = 5.0
+
+WRONG_KEY = {
+    "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "TokenRefreshRequired", "401",
+}  # fmt: skip
+FORBIDDEN = {"AccessDenied", "AllAccessDisabled", "Forbidden", "403"}
+NO_BUCKET = {"NoSuchBucket"}
+NO_KEY = {"NoSuchKey", "404", "NotFound"}
+BUSY = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests"}
+
+
+class MissingObject(UserError):
+    """The bucket answers, but has no such object."""
+
+
+class Stopped(Exception):
+    """The bucket was closed while a thread was reading from it."""
+
+
+class Bucket:
+    """Objects of one bucket, read by several threads at a time.
+
+    The credentials are boto3's to find: the environment, a mounted file or web identity, a node's role.
+
+    Args:
+        name: the bucket.
+        endpoint: the server's address; None for what the environment says, and AWS if it says nothing.
+        region: None for what the environment says.
+        tls: whether to verify the server's certificate, or the file of the authorities to trust.
+        anonymous: read without credentials.
+        connections: how many threads will read.
+        patience: how many seconds to wait, object by object, for a server that is away or overloaded.
+    """
+
+    def __init__(
+        self, name: str, *, endpoint: str | None = None, region: str | None = None, tls: bool | str = True,
+        anonymous: bool = False, connections: int = 16, patience: float = 120.0,
+    ) -> None:  # fmt: skip
+        self.name, self.patience = name, patience
+        self._stopped, self._away = threading.Event(), threading.Event()
+        # The retries are ours: boto3 counts attempts, and an outage lasts seconds. The caller verifies what comes.
+        settings: dict[str, Any] = {
+            "retries": {"mode": "standard", "total_max_attempts": 1},
+            "response_checksum_validation": "when_required",
+            "max_pool_connections": connections,
+            "connect_timeout": 10,
+            "read_timeout": 60,
+        }
+        if anonymous:
+            settings["signature_version"] = UNSIGNED
+        try:
+            self._client = boto3.session.Session(region_name=region).client(
+                "s3", endpoint_url=endpoint, verify=tls, config=Config(**settings)
+            )
+        except (ValueError, OSError, exceptions.BotoCoreError) as error:
+            raise UserError(f"s3://{name}: {_one_line(error)}") from None
+        self.endpoint = shown(self._client.meta.endpoint_url)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+
+    def url(self, key: str) -> str:
+        """An object's name for people."""
+        return f"s3://{self.name}/{key}"
+
+    def read(self, key: str) -> bytes:
+        """A small object, whole."""
+        return self._patiently(key, lambda: b"".join(self._chunks(key)))
+
+    def download(self, key: str, target: Path) -> str:
+        """Streams an object into a file; returns its md5."""
+
+        def once() -> str:
+            digest = hashlib.md5(usedforsecurity=False)
+            with target.open("wb") as file:
+                for chunk in self._chunks(key):
+                    digest.update(chunk)
+                    file.write(chunk)
+            return digest.hexdigest()
+
+        return self._patiently(key, once)
+
+    def _chunks(self, key: str) -> Iterator[bytes]:
+        body = self._client.get_object(Bucket=self.name, Key=key)["Body"]
+        try:
+            for chunk in body.iter_chunks(CHUNK_BYTES):
+                if self._stopped.is_set():
+                    raise Stopped
+                yield chunk
+        finally:
+            body.close()
+
+    def _patiently(self, key: str, act: Callable[[], T]) -> T:
+        deadline, pause = None, 0.25
+        while True:
+            try:
+                result = act()
+            except (exceptions.ClientError, exceptions.BotoCoreError) as error:
+                reason = _outage(error)
+                if reason is None:
+                    raise self._sentence(key, error) from None
+                deadline = deadline or time.monotonic() + self.patience
+                if time.monotonic() >= deadline:
+                    sentence = f"{self.endpoint}: {reason}; gave up after trying for {self.patience:g} seconds"
+                    raise UserError(sentence) from None
+                if not self._away.is_set():  # said once an outage, not once a thread
+                    self._away.set()
+                    logger.warning("%s: %s; trying for up to %g seconds", self.endpoint, reason, self.patience)
+            else:
+                if self._away.is_set():
+                    self._away.clear()
+                    logger.info("%s: answers again", self.endpoint)
+                return result
+            self._stopped.wait(min(pause * random.uniform(0.75, 1.25), max(0.0, deadline - time.monotonic())))
+            if self._stopped.is_set():
+                raise Stopped
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _sentence(self, key: str, error: Exception) -> UserError:
+        """What a failure that no waiting mends means for the user."""
+        if isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):
+            return UserError(
+                f"s3://{self.name}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                "or mount one of the other sources that boto3 knows"
+            )
+        if isinstance(error, exceptions.SSLError):
+            return UserError(f"{self.endpoint}: its TLS certificate is not trusted; set AWS_CA_BUNDLE to its authority")
+        if not isinstance(error, exceptions.ClientError):
+            return UserError(f"{self.url(key)}: {_one_line(error)}")
+        code, message = _code(error), _one_line(error.response.get("Error", {}).get("Message", ""))
+        if code in WRONG_KEY:
+            return UserError(
+                f"s3://{self.name}: {self.endpoint} does not accept the S3 credentials ({code}); "
+                "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
+            )
+        if code in FORBIDDEN:
+            return UserError(
+                f"{self.url(key)}: {self.endpoint} forbids reading it with these S3 credentials ({code}), "
+                "which it also says of a missing object to those who may not list the bucket"
+            )
+        if code in NO_BUCKET:
+            return UserError(f"s3://{self.name}: {self.endpoint} has no such bucket")
+        if code in NO_KEY:
+            return MissingObject(f"{self.url(key)}: {self.endpoint} has no such object")
+        return UserError(f"{self.url(key)}: {self.endpoint} answered {code}{f': {message}' if message else ''}")
+
+
+def _outage(error: Exception) -> str | None:
+    """Why waiting may help, or None where it cannot."""
+    if isinstance(error, exceptions.ClientError):
+        code, status = _code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return f"S3 answers {code}" if status >= 500 or status == 429 or code in BUSY else None
+    if isinstance(error, exceptions.SSLError):
+        return None
+    if isinstance(error, exceptions.ConnectionError):
+        return "S3 cannot be reached"
+    if isinstance(error, exceptions.HTTPClientError | exceptions.IncompleteReadError):
+        return "the connection to S3 broke"
+    return None
+
+
+def _code(error: Exception) -> str:
+    return str(getattr(error, "response", {}).get("Error", {}).get("Code", "an error without a code"))
+
+
+def _one_line(value: object) -> str:
+    return shown(" ".join(str(value).split()).rstrip("."))

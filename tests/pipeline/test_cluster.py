@@ -1,0 +1,319 @@
+"""What tasks ask of a cluster: the file that says it, and the rules that the compiled pipeline keeps."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from segdistill.config import parse, read_yaml
+from segdistill.errors import UserError
+from segdistill.stages import BY_NAME, STAGES, Job
+
+pytest.importorskip("kfp")
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+CLUSTERS = {"default": ROOT / "pipelines/cluster.yaml", "everything": GOLDEN / "cluster.yaml"}
+TASKS = {stage.name.replace("_", "-") for stage in STAGES}
+TRAINING = {"train-teacher", "evaluate-teacher", "distill", "evaluate"}
+
+
+class Compiled:
+    """A compiled pipeline, by task."""
+
+    def __init__(self, text: str, cluster: Any) -> None:
+        self.text, self.cluster = text, cluster
+        spec, platform = yaml.safe_load_all(text)
+        self.inputs = spec["root"]["inputDefinitions"]["parameters"]
+        self.containers = {
+            name.removeprefix("exec-"): one["container"]
+            for name, one in spec["deploymentSpec"]["executors"].items()
+            if "container" in one
+        }
+        executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+        self.settings = {name.removeprefix("exec-"): one for name, one in executors.items()}
+        loop = spec["components"]["comp-for-loop-1"]["dag"]["tasks"]
+        every = spec["root"]["dag"]["tasks"] | loop
+        self.tasks = {name: every[name] for name in TASKS}
+        self.importer = every["importer"]
+
+    def kind(self, name: str) -> Any:
+        kinds = {"validate": "data", "prepare": "data", "compare": "report", "register": "report"}
+        return getattr(self.cluster.tasks, kinds.get(name, "train"))
+
+
+def compile_with(cluster: Path, folder: Path, **options: Any) -> Compiled:
+    from pipelines.__main__ import compile_to
+    from pipelines.cluster import read_cluster
+
+    out = folder / "pipeline.yaml"
+    compile_to(out, read_yaml(GOLDEN / "params.yaml"), cluster=cluster, **options)
+    return Compiled(out.read_text(), read_cluster(cluster))
+
+
+@pytest.fixture(scope="module", params=CLUSTERS)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    return compile_with(CLUSTERS[request.param], tmp_path_factory.mktemp(request.param))
+
+
+# The rules
+
+
+def test_every_task_that_trains_has_its_accelerators_a_toleration_and_shared_memory(compiled: Compiled) -> None:
+    asked = compiled.cluster.accelerator
+    found = {name for name, one in compiled.containers.items() if "accelerator" in one["resources"]}
+    assert found == TRAINING
+    for name in TRAINING:
+        accelerator = compiled.containers[name]["resources"]["accelerator"]
+        assert (accelerator["resourceType"], accelerator["resourceCount"]) == (asked.type, str(asked.count))
+        settings = compiled.settings[name]
+        assert [taint["key"] for taint in settings["tolerations"]] == [taint.key for taint in asked.tolerations]
+        assert settings["tolerations"]
+        assert settings.get("nodeSelector", {}).get("labels", {}) == asked.node_selector
+        (shared,) = settings["emptyDirMounts"]
+        assert (shared["mountPath"], shared["medium"]) == ("/dev/shm", "Memory")
+        assert shared["sizeLimit"] == compiled.cluster.shared_memory
+
+
+def test_every_task_asks_for_processors_and_memory_within_a_limit(compiled: Compiled) -> None:
+    assert set(compiled.containers) == TASKS
+    for name, container in compiled.containers.items():
+        found, asked = container["resources"], compiled.kind(name)
+        assert found["resourceCpuRequest"] == asked.cpu_request
+        assert found["resourceCpuLimit"] == asked.cpu_limit
+        assert found["resourceMemoryRequest"] == asked.memory_request
+        assert found["resourceMemoryLimit"] == asked.memory_limit
+
+
+def test_every_task_has_a_timeout_and_is_tried_again(compiled: Compiled) -> None:
+    assert set(compiled.settings) == TASKS
+    for name, task in compiled.tasks.items():
+        assert compiled.settings[name]["activeDeadlineSeconds"] == str(compiled.kind(name).timeout_seconds)
+        policy = task["retryPolicy"]
+        assert policy["maxRetryCount"] == compiled.cluster.retries.count > 0
+        assert policy["backoffDuration"] == f"{compiled.cluster.retries.wait_seconds}s" != "0s"
+        assert policy["backoffFactor"] == compiled.cluster.retries.factor
+        # After this KFP tries nothing again, however few the attempts were.
+        attempts = (compiled.cluster.retries.count + 1) * compiled.kind(name).timeout_seconds
+        assert int(policy["backoffMaxDuration"].removesuffix("s")) > attempts
+
+
+def test_no_task_runs_as_root(compiled: Compiled) -> None:
+    for name, task in compiled.settings.items():
+        context = task["securityContext"]
+        assert context["runAsNonRoot"] is True, name
+        assert (context["runAsUser"], context["runAsGroup"]) == ("1000", "1000"), name
+
+
+def test_every_task_is_told_its_pipeline_run_and_gets_its_environment_by_reference(compiled: Compiled) -> None:
+    for name, task in compiled.settings.items():
+        (run,) = task["fieldPathAsEnv"]
+        assert run == {"name": "SEGDISTILL_PIPELINE_RUN", "fieldPath": "metadata.labels['pipeline/runid']"}
+        (store,) = task["configMapAsEnv"]
+        assert [entry["envVar"] for entry in store["keyToEnv"]] == ["MLFLOW_TRACKING_URI"]
+        asked = [(item.name, item.optional, list(item.keys.values())) for item in compiled.cluster.secrets]
+        found = [
+            (item["secretName"], item["optional"], [entry["envVar"] for entry in item["keyToEnv"]])
+            for item in task["secretAsEnv"]
+        ]
+        assert found == asked
+        assert task["imagePullPolicy"] == compiled.cluster.pull_policy, name
+
+
+def test_no_secret_is_in_the_compiled_file(compiled: Compiled) -> None:
+    secret = re.compile(r"password|passwd|secret|token|credential|api_?key|access_?key", re.IGNORECASE)
+    assert not [name for name in compiled.inputs if secret.search(name)]
+    for container in compiled.containers.values():
+        literal = {entry["name"] for entry in container.get("env", [])}
+        assert literal <= {"SEGDISTILL_WORK"}
+        assert not secret.search(" ".join([*container["command"], *container["args"]]))
+    names = {text for item in compiled.cluster.secrets for text in (item.name, *item.keys, *item.keys.values())}
+    schema = {"secretAsEnv", "secretKey", "secretName", "secretNameParameter"}
+    words = set(re.findall(r"[\w-]+", compiled.text))
+    assert {word for word in words if secret.search(word)} <= names | schema
+
+
+def test_no_image_is_one_that_moves(compiled: Compiled) -> None:
+    for name, container in compiled.containers.items():
+        tag = container["image"].rpartition("/")[2].partition(":")[2]
+        assert tag and tag != "latest", name
+
+
+def test_only_registration_is_never_cached(compiled: Compiled) -> None:
+    # A key of our own would be one string for all jobs: kfp compiles a loop's item into it as a word, not as its value.
+    assert compiled.tasks["register"]["cachingOptions"] == {}
+    for name in TASKS - {"register"}:
+        assert compiled.tasks[name]["cachingOptions"] == {"enableCache": True}
+
+
+def test_without_caching_no_task_takes_over_a_result(tmp_path: Path) -> None:
+    compiled = compile_with(CLUSTERS["default"], tmp_path, caching=False)
+    assert all(task["cachingOptions"] == {} for task in compiled.tasks.values())
+    assert "reimport: true" in compiled.text
+
+
+def test_a_workspace_is_mounted_where_training_looks_for_it(tmp_path: Path) -> None:
+    compiled = compile_with(CLUSTERS["everything"], tmp_path)
+    for name in TASKS:
+        mounts = [(one["pvcNameParameter"], one["mountPath"]) for one in compiled.settings[name].get("pvcMount", [])]
+        environment = compiled.containers[name].get("env", [])
+        if name in TRAINING:
+            assert mounts == [({"runtimeValue": {"constant": "segdistill-workspace"}}, "/workspace")]
+            assert environment == [{"name": "SEGDISTILL_WORK", "value": "/workspace"}]
+        else:
+            assert (mounts, environment) == ([], [])
+
+
+def test_without_an_accelerator_tasks_run_on_any_node(tmp_path: Path) -> None:
+    content = read_yaml(CLUSTERS["default"]) | {"accelerator": None}
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(content))
+    compiled = compile_with(tmp_path / "cluster.yaml", tmp_path)
+    assert not [one for one in compiled.containers.values() if "accelerator" in one["resources"]]
+    assert all(compiled.settings[name]["emptyDirMounts"] for name in TRAINING)
+    assert "tolerations" not in compiled.text
+
+
+# The file
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        ("accelerator.cuont", 1, "accelerator.cuont: unknown key; did you mean 'count'?"),
+        ("accelerator.count", 0, "accelerator.count: input should be greater than 0, not 0"),
+        ("security.user", 0, "security.user: input should be greater than 0, not 0"),
+        ("tasks.data.memory_limit", "8 gigs", "tasks.data.memory_limit: '8 gigs' is not an amount; write it like"),
+        ("tasks.data.memory_limit", "1Gi", "tasks.data: memory_request 4Gi is above memory_limit 1Gi"),
+        ("tasks.data.cpu_request", "9", "tasks.data: cpu_request 9 is above cpu_limit 8"),
+        ("shared_memory", "48Gi", "shared_memory 48Gi leaves nothing of tasks.train.memory_limit 48Gi"),
+        ("pull_policy", "Sometimes", "pull_policy: 'Sometimes' is not allowed; allowed: 'Always', 'IfNotPresent'"),
+        ("workspace", {"claim": "w", "path": "work"}, "workspace.path: string should match pattern"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(path: str, value: Any, sentence: str, tmp_path: Path) -> None:
+    from pipelines.cluster import read_cluster
+
+    content = read_yaml(CLUSTERS["default"])
+    *parents, key = path.split(".")
+    section = content
+    for parent in parents:
+        section = section[parent]
+    section[key] = value
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError) as raised:
+        read_cluster(file)
+    assert str(raised.value).startswith(f"{file}: {sentence}")
+
+
+def test_a_missing_setting_is_named_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipelines.__main__ import main
+
+    content = read_yaml(CLUSTERS["default"])
+    del content["retries"]
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(content))
+    given = ["--params", str(GOLDEN / "params.yaml"), "--cluster", str(tmp_path / "cluster.yaml")]
+    assert main(["compile", *given, "--out", str(tmp_path / "pipeline.yaml")]) == 2
+    expected = f"pipelines compile: {tmp_path / 'cluster.yaml'}: retries: missing; it has no default\n"
+    assert capsys.readouterr().err == expected
+    assert not (tmp_path / "pipeline.yaml").exists()
+
+
+def test_the_manifests_have_what_the_default_file_names() -> None:
+    from pipelines.cluster import read_cluster
+
+    cluster = read_cluster()
+    documents = [
+        one for file in (ROOT / "pipelines/manifests").glob("*.yaml") for one in yaml.safe_load_all(file.read_text())
+    ]
+    by_kind: dict[str, dict[str, Any]] = {}
+    for one in documents:
+        by_kind.setdefault(one["kind"], {})[one["metadata"]["name"]] = one
+    assert {item.name: set(item.keys) for item in cluster.config_maps} == {
+        name: set(one["data"]) for name, one in by_kind["ConfigMap"].items()
+    }
+    assert {item.name: set(item.keys) for item in cluster.secrets} == {
+        name: set(one["stringData"]) for name, one in by_kind["Secret"].items()
+    }
+    assert not any(value for one in by_kind["Secret"].values() for value in one["stringData"].values())
+    assert "segdistill-workspace" in by_kind["PersistentVolumeClaim"]
+
+
+# Where training keeps its checkpoint
+
+
+@pytest.mark.parametrize("volume", [None, "volume"])
+def test_a_component_names_its_checkpoint_after_pipeline_run_and_job(
+    volume: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from segdistill import execution
+    from segdistill.stages import distill
+
+    seen: dict[str, Any] = {}
+
+    class Module:
+        Config = distill.Config
+        ExperimentConfig = distill.ExperimentConfig
+
+        @staticmethod
+        def run(config: Any, *, students: Path, work: Path | None) -> dict[str, float]:
+            seen["work"] = work
+            students.mkdir()
+            return {}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(execution, "_module", lambda stage: Module)
+    monkeypatch.setenv("SEGDISTILL_PIPELINE_RUN", "run-7")
+    monkeypatch.setenv("SEGDISTILL_TRACKER", "none")
+    monkeypatch.delenv("SEGDISTILL_WORK", raising=False)
+    if volume:
+        monkeypatch.setenv("SEGDISTILL_WORK", str(tmp_path / volume))
+    stage, job = BY_NAME["distill"], Job("kd", 1)
+    chosen = execution.sections(stage, read_yaml(GOLDEN / "params.yaml"), job)
+    for name in stage.inputs:
+        (tmp_path / name).mkdir()
+    paths = {name: str(tmp_path / name) for name in ("prepared", "teacher", "students")}
+    execution.run_component("distill", json.dumps(chosen), paths=paths, experiment="kd", seed=1)
+    assert seen["work"] == (tmp_path / volume / "run-7" / "distill-kd-s1" if volume else None)
+
+
+def test_a_checkpoint_on_a_volume_also_bears_the_fingerprint_and_goes_with_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from segdistill.engine.distributed import processes
+    from segdistill.engine.settings import InferenceConfig, TrainConfig
+    from segdistill.stages import _training
+
+    seen: list[tuple[Path, str]] = []
+
+    class Trainer:
+        learner = None
+
+        def __init__(self, *rest: Any, work: Path, fingerprint: str, **others: Any) -> None:
+            work.mkdir(parents=True)
+            seen.append((work, fingerprint))
+
+        def run(self) -> Any:
+            from segdistill.engine.trainer import Result
+
+            return Result(1, 1.0, 1.0, {}, {})
+
+    monkeypatch.setattr(_training, "Trainer", Trainer)
+    monkeypatch.setattr(_training, "dataset", lambda prepared: (None, None, None))
+    monkeypatch.setattr(_training, "write", lambda output, *rest, **others: output.mkdir())
+    (tmp_path / "dataset.json").write_text("{}")
+    section = read_yaml(GOLDEN / "params.yaml")["distill"]
+    config = parse(TrainConfig, section["train"], "train")
+    inference = parse(InferenceConfig, section["inference"], "inference")
+    for seed, work in ((0, tmp_path / "volume/run-7/distill-kd-s0"), (1, None)):
+        with processes("cpu") as peers:
+            _training.train_and_save(
+                None, config, {}, prepared=tmp_path, output=tmp_path / f"students-{seed}", seed=seed, work=work,
+                inference=inference, facts={}, trackers={}, processes=peers,
+            )  # type: ignore[arg-type]  # fmt: skip
+    (kept, fingerprint), (beside, _) = seen
+    assert kept == tmp_path / f"volume/run-7/distill-kd-s0-{fingerprint}"
+    assert beside == tmp_path / "students-1.work"
+    assert not kept.exists() and not beside.exists()

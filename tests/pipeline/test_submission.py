@@ -1,0 +1,217 @@
+"""``python -m pipelines submit``, by KFP's own client, against a small server that stands for its API."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("kfp")
+GOLDEN = Path(__file__).parent / "golden"
+TOKEN = "not-for-anyones-eyes"
+
+
+class Api:
+    """The four calls that a submission makes; every request is kept."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, str, dict[str, str], Any]] = []
+        self.states: list[Any] = []  # the answers when asked for the run; the last one stays
+        self.refuse: int | None = None
+        api = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None: ...
+
+            def answer(self, method: str) -> None:
+                size = int(self.headers.get("Content-Length") or 0)
+                body = json.loads(self.rfile.read(size)) if size else None
+                api.requests.append((method, self.path, dict(self.headers), body))
+                status, content = api.reply(method, self.path.partition("?")[0])
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.end_headers()
+                self.wfile.write(json.dumps(content).encode())
+
+            def do_GET(self) -> None:
+                self.answer("GET")
+
+            def do_POST(self) -> None:
+                self.answer("POST")
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.host = f"http://127.0.0.1:{self.server.server_port}"
+
+    def reply(self, method: str, path: str) -> tuple[int, Any]:
+        if self.refuse:
+            return self.refuse, {"error": "you may not,\n not here"}
+        if path.endswith("/healthz"):
+            return 200, {"multi_user": False}
+        if path.endswith("/experiments"):
+            made = {"experiment_id": "e1", "display_name": "segdistill"}
+            return 200, made if method == "POST" else {"experiments": []}
+        if path.endswith("/runs"):
+            return 200, {"run_id": "r1", "experiment_id": "e1"}
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        if state is None:
+            return 503, {"error": "away"}
+        name, tasks, *error = state
+        details = [{"task_id": task, "display_name": task, "state": value} for task, value in tasks.items()]
+        answer = {"run_id": "r1", "state": name, "run_details": {"task_details": details}}
+        return 200, answer | ({"error": {"code": 1, "message": error[0]}} if error else {})
+
+    def sent(self) -> Any:
+        """The run as the server got it."""
+        (body,) = [body for method, path, _, body in self.requests if method == "POST" and path.endswith("/runs")]
+        return body
+
+
+@pytest.fixture
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
+    from kfp import client
+
+    for name in ("KF_PIPELINES_ENDPOINT", "KF_PIPELINES_UI_ENDPOINT", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(client.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "none/context.json"))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    stand_in = Api()
+    thread = threading.Thread(target=stand_in.server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield stand_in
+    stand_in.server.shutdown()
+    thread.join()
+    stand_in.server.server_close()
+
+
+def submit(*options: str, host: str | None = None) -> int:
+    from pipelines.__main__ import main
+
+    given = ["--params", str(GOLDEN / "params.yaml"), "--cluster", str(GOLDEN / "cluster.yaml")]
+    given += ["--host", host] if host else []
+    return main(["submit", *given, "--data-uri", "s3://bucket/streets", *options])
+
+
+def test_a_run_is_sent_with_the_parameters_of_the_file_and_its_page_is_printed(
+    api: Api, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert submit("--run-name", "first", "--service-account", "runner", host=api.host) == 0
+    out, err = capfd.readouterr()
+    assert (out, err) == (f"{api.host}/#/runs/details/r1\n", "")
+    run = api.sent()
+    assert (run["display_name"], run["experiment_id"], run["service_account"]) == ("first", "e1", "runner")
+    parameters = run["runtime_config"]["parameters"]
+    assert parameters["data_uri"] == "s3://bucket/streets"
+    assert [(job["experiment"], job["seed"]) for job in parameters["jobs"]] == [
+        ("none", 0), ("none", 1), ("kd", 0), ("kd", 1)
+    ]  # fmt: skip
+    assert json.loads(parameters["compare_params"])["seeds"] == [0, 1]
+    # The settings for Kubernetes travel beside the graph, and register stays uncached.
+    executors = run["pipeline_spec"]["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert executors["exec-distill"]["securityContext"]["runAsNonRoot"] is True
+    tasks = run["pipeline_spec"]["pipeline_spec"]["root"]["dag"]["tasks"]
+    assert "enableCache" not in tasks["register"].get("cachingOptions", {})
+    assert tasks["compare"]["cachingOptions"]["enableCache"] is True
+
+
+def test_without_caching_also_the_jobs_of_the_loop_run_anew(api: Api) -> None:
+    assert submit("--no-cache", host=api.host) == 0
+    loop = api.sent()["pipeline_spec"]["pipeline_spec"]["components"]["comp-for-loop-1"]["dag"]["tasks"]
+    assert not any(task.get("cachingOptions", {}).get("enableCache") for task in loop.values())
+
+
+def test_a_token_comes_from_the_named_variable_and_is_never_printed(
+    api: Api, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", TOKEN)
+    assert submit("--token-env", "MY_TOKEN", host=api.host) == 0
+    assert {headers["authorization"] for _, path, headers, _ in api.requests if "healthz" not in path} == {
+        f"Bearer {TOKEN}"
+    }
+    assert submit("--token-env", "MY_TOKEN", "--dry-run", host=api.host) == 0
+    assert TOKEN not in "".join(capfd.readouterr())
+
+
+def test_cookies_and_a_namespace_reach_the_server(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_COOKIES", f"authservice_session={TOKEN}")
+    assert submit("--cookies-env", "MY_COOKIES", "--namespace", "team", host=api.host) == 0
+    assert all(headers["Cookie"] == f"authservice_session={TOKEN}" for _, _, headers, _ in api.requests)
+    (experiment,) = [body for method, path, _, body in api.requests if method == "POST" and "experiments" in path]
+    assert experiment["namespace"] == "team"
+
+
+def test_in_a_cluster_the_token_of_the_service_account_is_used(
+    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
+    assert submit("--in-cluster", host=api.host) == 2
+    assert capfd.readouterr().err.startswith(f"pipelines submit: {tmp_path / 'token'}: no such file; --in-cluster")
+    (tmp_path / "token").write_text(TOKEN)
+    assert submit("--in-cluster", host=api.host) == 0
+    assert api.requests[-1][2]["authorization"] == f"Bearer {TOKEN}"
+
+
+def test_a_dry_run_shows_what_would_be_sent_and_sends_nothing(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit("--dry-run", "--run-name", "first", host=api.host) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["host"], shown["run"], shown["authentication"]) == (api.host, "first", "none")
+    assert len(shown["images"]) == 2 and len(shown["arguments"]["jobs"]) == 4
+    assert api.requests == []
+
+
+@pytest.mark.parametrize(("end", "code"), [("SUCCEEDED", 0), ("FAILED", 1), ("CANCELED", 1)])
+def test_waiting_tells_of_the_tasks_and_ends_as_the_run_ends(
+    end: str, code: int, api: Api, capfd: pytest.CaptureFixture[str]
+) -> None:
+    api.states = [
+        ("PENDING", {}),
+        ("RUNNING", {"validate": "RUNNING"}),
+        None,  # an answer that does not come is not the end
+        ("RUNNING", {"validate": "SUCCEEDED", "prepare": "RUNNING"}),
+        (end, {"validate": "SUCCEEDED", "prepare": end}, *(["prepare did it"] if end == "FAILED" else [])),
+    ]
+    assert submit("--wait", host=api.host) == code
+    out, err = capfd.readouterr()
+    page, *lines = out.splitlines()
+    assert page == f"{api.host}/#/runs/details/r1"
+    told = [line.partition(" ")[2] for line in lines if line != "prepare did it"]
+    assert told == [
+        "validate: running", "validate: succeeded", "prepare: running", f"prepare: {end.lower()}"
+    ]  # fmt: skip
+    assert ("prepare did it" in lines) == (end == "FAILED")
+    assert err == ("" if code == 0 else f"pipelines submit: the run ended as {end.lower()}: {page}\n")
+
+
+@pytest.mark.parametrize("status", [401, 503])
+def test_a_server_that_does_not_want_it_gives_one_sentence(
+    status: int, api: Api, capfd: pytest.CaptureFixture[str]
+) -> None:
+    api.refuse = status
+    assert submit(host=api.host) == 2
+    out, err = capfd.readouterr()
+    assert err.startswith(f"pipelines submit: {api.host}: ") and err.count("\n") == 1 and out == ""
+
+
+def test_a_server_that_is_not_there_gives_one_sentence(api: Api, capfd: pytest.CaptureFixture[str]) -> None:
+    assert submit("--namespace", "team", host="http://127.0.0.1:9") == 2
+    err = capfd.readouterr().err
+    assert err.startswith("pipelines submit: http://127.0.0.1:9: no answer: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "--host: missing; give the URL"),
+        (["--host", "kubeflow.example"], "--host: 'kubeflow.example' is not a URL"),
+        (["--host", "http://h", "--token-env", "UNSET_VARIABLE"], "UNSET_VARIABLE: this environment variable"),
+        (["--host", "http://h", "--token-env", "A", "--in-cluster"], "--token-env, --cookies-env and --in-cluster"),
+        (["--host", "http://h", "--data-uri", "data"], "--data-uri: 'data' is not a URI"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(
+    options: list[str], sentence: str, api: Api, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit(*options) == 2
+    assert capsys.readouterr().err.startswith(f"pipelines submit: {sentence}")
