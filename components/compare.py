@@ -1,7 +1,7 @@
-"""The stage ``compare`` as a component."""
+"""The stage ``compare`` as a component, and the gate after it."""
 
 from kfp import dsl
-from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
+from kfp.dsl import HTML, Artifact, Dataset, Input, Markdown, Metrics, Model, Output
 
 from components.images import TRAIN
 
@@ -15,10 +15,13 @@ def compare(
     students: Input[list[Model]],
     evaluations: Input[list[Artifact]],
     report: Output[Artifact],
-    metrics: Output[Metrics],
-) -> None:
+    metrics: Output[Artifact],
+    scores: Output[Metrics],
+    page: Output[HTML],
+    summary: Output[Markdown],
+) -> bool:
     """Compare every student with its undistilled twin, over all seeds, in one report."""
-    from segdistill.execution import run_component
+    from segdistill.tasks import run_component
 
     paths = {
         "prepared": prepared.path,
@@ -29,4 +32,5 @@ def compare(
         "report": report.path,
         "metrics": metrics.path,
     }
-    run_component("compare", params, paths=paths)
+    shown = {"scores": scores, "page": page, "summary": summary}
+    return run_component("compare", params, paths=paths, shown=shown).passed

@@ -1,15 +1,22 @@
 """The stage ``evaluate_teacher`` as a component."""
 
 from kfp import dsl
-from kfp.dsl import Artifact, Dataset, Input, Model, Output
+from kfp.dsl import Artifact, ClassificationMetrics, Dataset, Input, Metrics, Model, Output
 
 from components.images import TRAIN
 
 
 @dsl.component(base_image=TRAIN, install_kfp_package=False)
-def evaluate_teacher(params: str, prepared: Input[Dataset], model: Input[Model], evaluation: Output[Artifact]) -> None:
+def evaluate_teacher(
+    params: str,
+    prepared: Input[Dataset],
+    model: Input[Model],
+    evaluation: Output[Artifact],
+    scores: Output[Metrics],
+    confusion: Output[ClassificationMetrics],
+) -> None:
     """Measure the teacher on the test split, at original resolution."""
-    from segdistill.execution import run_component
+    from segdistill.tasks import run_component
 
     paths = {"prepared": prepared.path, "model": model.path, "evaluation": evaluation.path}
-    run_component("evaluate_teacher", params, paths=paths)
+    run_component("evaluate_teacher", params, paths=paths, shown={"scores": scores, "confusion": confusion})

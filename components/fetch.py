@@ -1,4 +1,4 @@
-"""The step before the stages: a version of the data set, by git revision, from its S3 remote."""
+"""The step before the stages: a version of the data set, by git revision, from its DVC remote."""
 
 from typing import NamedTuple
 
@@ -12,8 +12,8 @@ from components.images import DATA
 def fetch(repository: str, revision: str, data: Output[Dataset]) -> NamedTuple(
     "Version", [("data_md5", str), ("data_commit", str)]
 ):
-    """Bring the data of a git revision from its S3 remote, verified file by file."""
-    from segdistill.execution import run_fetch
+    """Bring the data of a git revision from its DVC remote, verified file by file."""
+    from segdistill.tasks import run_fetch
 
     version = run_fetch(repository, revision, data=data.path)
     data.metadata.update(version)

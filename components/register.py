@@ -1,7 +1,7 @@
 """The stage ``register`` as a component."""
 
 from kfp import dsl
-from kfp.dsl import Artifact, Dataset, Input, Model, Output
+from kfp.dsl import Artifact, Dataset, Input, Markdown, Model, Output
 
 from components.images import TRAIN
 
@@ -13,9 +13,10 @@ def register(
     prepared: Input[Dataset],
     students: Input[list[Model]],
     registration: Output[Artifact],
+    summary: Output[Markdown],
 ) -> None:
     """Register the best student, and move the alias if it beats the champion."""
-    from segdistill.execution import run_component
+    from segdistill.tasks import run_component
 
     paths = {
         "comparison": comparison.path,
@@ -23,4 +24,4 @@ def register(
         "students": [folder.path for folder in students],
         "registration": registration.path,
     }
-    run_component("register", params, paths=paths)
+    run_component("register", params, paths=paths, shown={"summary": summary})

@@ -1,14 +1,15 @@
 """The stage ``train_teacher`` as a component."""
 
 from kfp import dsl
-from kfp.dsl import Dataset, Input, Model, Output
+from kfp.dsl import Dataset, Input, Metrics, Model, Output
 
 from components.images import TRAIN
 
 
 @dsl.component(base_image=TRAIN, install_kfp_package=False)
-def train_teacher(params: str, prepared: Input[Dataset], teacher: Output[Model]) -> None:
+def train_teacher(params: str, prepared: Input[Dataset], teacher: Output[Model], scores: Output[Metrics]) -> None:
     """Train the teacher, or import a checkpoint, and record its validation score."""
-    from segdistill.execution import run_component
+    from segdistill.tasks import run_component
 
-    run_component("train_teacher", params, paths={"prepared": prepared.path, "teacher": teacher.path})
+    paths = {"prepared": prepared.path, "teacher": teacher.path}
+    run_component("train_teacher", params, paths=paths, shown={"scores": scores})

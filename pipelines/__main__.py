@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -86,10 +87,9 @@ def submit(params: Mapping[str, Any], given: argparse.Namespace) -> int:
         in_cluster=given.in_cluster,
         certificates=given.ca_cert,
     )
-    if "://" not in given.data_uri:
-        raise UserError(f"--data-uri: '{given.data_uri}' is not a URI that a cluster can read, like s3://bucket/folder")
+    version = data_version(given.repository or origin(), given.revision)
     name = given.run_name or time.strftime("segdistill %Y-%m-%d %H:%M:%S")
-    what = Submission({"data_uri": given.data_uri, **arguments(params)}, given.experiment, name, given.service_account)
+    what = Submission({**version, **arguments(params)}, given.experiment, name, given.service_account)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pipeline.yaml"
         compile_to(file, params, cluster=given.cluster, caching=not given.no_cache)
@@ -112,26 +112,70 @@ def submit(params: Mapping[str, Any], given: argparse.Namespace) -> int:
     return 0 if state == "SUCCEEDED" else 1
 
 
-def run_here(params: Mapping[str, Any], data: Path, root: Path) -> dict[str, Path]:
+def origin() -> str:
+    """Where this working copy was cloned from.
+
+    Raises:
+        UserError: nowhere that is known.
+    """
+    done = subprocess.run(["git", "remote", "get-url", "origin"], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError("--repository: missing, and this folder has no git remote 'origin' to take it from")
+    return done.stdout.strip()
+
+
+def data_version(repository: str, revision: str) -> dict[str, str]:
+    """The parameters of ``fetch`` for a cluster. A name may move while the run waits, and its commit does not.
+
+    Raises:
+        UserError: a repository, revision or remote that pods cannot read.
+    """
+    from segdistill.adapters.dvc_version import find
+    from segdistill.adapters.git_files import shown
+
+    if Path(repository).exists() or repository.startswith("file:"):
+        raise UserError(
+            f"--repository: '{repository}' is a folder of this machine; give an address that pods can reach"
+        )
+    if shown(repository) != repository:
+        raise UserError(
+            f"--repository: '{shown(repository)}' was given with a password or token; docs/kubeflow.md says how"
+        )
+    found = find(repository, revision)
+    if found.remote.bucket is None:
+        raise UserError(f"{repository}: its DVC remote is a folder, '{found.remote.prefix}'; pods need one in S3")
+    return {"repository": repository, "revision": found.commit}
+
+
+def run_here(params: Mapping[str, Any], repository: str, revision: str, root: Path) -> dict[str, Path]:
     """Runs the pipeline, each task in a process of this environment; returns where its outputs lie.
 
     Args:
         params: the content of params.yaml.
-        data: the data set.
+        repository: of the data set: a folder, or an address that git understands.
+        revision: of the data set.
         root: gets a folder for this run, with one for each task's outputs.
+
+    Raises:
+        UserError: a mistake in the parameters, or no such version of the data.
+        RuntimeError: a task failed.
     """
-    given = arguments(params)
-    if not data.is_dir():
-        raise UserError(f"{data}: no such folder; make it with: segdistill data synth --out {data}")
+    from segdistill.adapters.dvc_version import find
+
+    given, version = arguments(params), find(repository, revision)
     from kfp import local
 
     from pipelines.cluster import Placement
     from pipelines.distillation import pipeline
 
     os.environ.setdefault("SEGDISTILL_PIPELINE_RUN", time.strftime("local-%Y%m%d-%H%M%S"))
+    place = Path(repository)
+    where = str(place.resolve()) if place.is_dir() else repository  # tasks run in other folders
+    before = set(root.glob("*"))
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root.resolve()))
-    done = pipeline(Placement(None))(data_uri=str(data.resolve()), **given)
-    return {name: Path(artifact.path) for name, artifact in done.outputs.items()}
+    pipeline(Placement(None))(repository=where, revision=version.commit, **given)
+    (run,) = set(root.glob("*")) - before
+    return {name: run / task / name for task, name in (("compare", "report"), ("register", "registration"))}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -141,7 +185,7 @@ def parser() -> argparse.ArgumentParser:
     compiling = commands.add_parser("compile", help="write the pipeline for a cluster")
     compiling.add_argument("--out", type=Path, default=Path("pipeline.yaml"), help="the file to write (%(default)s)")
     submitting = commands.add_parser("submit", help="start a run on a cluster, with the parameters of a params file")
-    submitting.add_argument("--data-uri", required=True, help="the data set, as s3://bucket/folder")
+    submitting.add_argument("--repository", help="the data set's git repository (the origin of this one)")
     submitting.add_argument("--host", help="the URL of the Kubeflow Pipelines API (KF_PIPELINES_ENDPOINT)")
     submitting.add_argument("--ui", help="the URL of its pages, if another (KF_PIPELINES_UI_ENDPOINT)")
     submitting.add_argument("--namespace", help="of the profile, where the server has several users")
@@ -159,8 +203,10 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--no-cache", action="store_true", help="run every task anew")
     running = commands.add_parser("run", help="run the pipeline on this machine")
     running.add_argument("--runner", choices=("subprocess",), default="subprocess")
-    running.add_argument("--data", type=Path, default=Path("data"), help="the data set (%(default)s)")
+    running.add_argument("--repository", default=".", help="the data set's git repository: a folder or an address")
     running.add_argument("--root", type=Path, default=Path("artifacts/kfp"), help="where outputs go (%(default)s)")
+    for command in (submitting, running):
+        command.add_argument("--revision", default="HEAD", help="the data set's: commit, tag or branch (%(default)s)")
     for command in (compiling, submitting, running):
         command.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (%(default)s)")
     return top
@@ -179,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         elif given.command == "submit":
             return submit(params, given)
         else:
-            for name, path in run_here(params, given.data, given.root).items():
+            for name, path in run_here(params, given.repository, given.revision, given.root).items():
                 sys.stdout.write(f"{name}: {path}\n")  # KFP replaces print while tasks run, and not always back
     except UserError as error:
         print(f"pipelines {given.command}: {error}", file=sys.stderr)

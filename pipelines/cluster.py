@@ -45,6 +45,7 @@ Memory = Annotated[str, AsText, _checked(r"\d+(\.\d+)?([KMGT]i?)?", "512Mi or 16
 Name = Annotated[str, Field(min_length=1)]
 Seconds = Annotated[int, Field(gt=0)]
 Id = Annotated[int, Field(gt=0)]  # 0 is root
+Kind = Literal["data", "train", "report"]  # of task
 
 
 @config
@@ -117,6 +118,7 @@ class Reference:
 
     name: Name
     optional: bool
+    tasks: Annotated[list[Kind], Field(min_length=1)]
     keys: Annotated[dict[Name, Name], Field(min_length=1)]
 
 
@@ -126,6 +128,7 @@ class Workspace:
 
     claim: Name
     path: Annotated[str, Field(pattern="^/.")]
+    share_data: bool
 
 
 @config
@@ -137,6 +140,7 @@ class Cluster:
     tasks: Tasks
     accelerator: Accelerator | None
     shared_memory: Memory
+    parallel_jobs: Annotated[int, Field(gt=0)] | None
     retries: Retries
     config_maps: list[Reference]
     secrets: list[Reference]
@@ -169,13 +173,18 @@ class Placement:
     def __init__(self, cluster: Cluster | None, *, caching: bool = True) -> None:
         self.cluster, self.caching = cluster, caching
 
+    @property
+    def parallelism(self) -> int | None:
+        """How many jobs run at a time; None: as many as there is room for."""
+        return self.cluster.parallel_jobs if self.cluster else None
+
     def data(self, task: dsl.PipelineTask) -> dsl.PipelineTask:
         """A task that reads the data set."""
-        return self._place(task, self.cluster, self.cluster.tasks.data) if self.cluster else task
+        return self._place(task, self.cluster, "data") if self.cluster else task
 
     def report(self, task: dsl.PipelineTask) -> dsl.PipelineTask:
         """A task that reads results."""
-        return self._place(task, self.cluster, self.cluster.tasks.report) if self.cluster else task
+        return self._place(task, self.cluster, "report") if self.cluster else task
 
     def train(self, task: dsl.PipelineTask) -> dsl.PipelineTask:
         """A task that trains or evaluates."""
@@ -189,13 +198,15 @@ class Placement:
             for taint in asked.accelerator.tolerations:
                 operator: Literal["Equal", "Exists"] = "Exists" if taint.value is None else "Equal"
                 kubernetes.add_toleration(task, taint.key, operator, taint.value, taint.effect)
+            if asked.accelerator.count > 1:
+                task.set_env_variable("SEGDISTILL_PROCESSES", str(asked.accelerator.count))
         kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=asked.shared_memory)
         if asked.workspace is not None:
-            kubernetes.mount_pvc(task, asked.workspace.claim, asked.workspace.path)
-            task.set_env_variable("SEGDISTILL_WORK", asked.workspace.path)
-        return self._place(task, asked, asked.tasks.train)
+            task.set_env_variable("SEGDISTILL_WORK", f"{asked.workspace.path}/work")
+        return self._place(task, asked, "train")
 
-    def _place(self, task: dsl.PipelineTask, asked: Cluster, resources: Resources) -> dsl.PipelineTask:
+    def _place(self, task: dsl.PipelineTask, asked: Cluster, kind: Kind) -> dsl.PipelineTask:
+        resources: Resources = getattr(asked.tasks, kind)
         task.set_cpu_request(resources.cpu_request).set_cpu_limit(resources.cpu_limit)
         task.set_memory_request(resources.memory_request).set_memory_limit(resources.memory_limit)
         task.set_caching_options(self.caching)
@@ -206,11 +217,17 @@ class Placement:
             backoff_factor=asked.retries.factor,
             backoff_max_duration=RETRY_WINDOW,
         )
+        if asked.workspace is not None and (kind == "train" or asked.workspace.share_data):
+            kubernetes.mount_pvc(task, asked.workspace.claim, asked.workspace.path)
+        if asked.workspace is not None and asked.workspace.share_data:
+            task.set_env_variable("SEGDISTILL_SHARED", f"{asked.workspace.path}/shared")
         kubernetes.set_image_pull_policy(task, asked.pull_policy)
         kubernetes.set_security_context(task, asked.security.user, asked.security.group, run_as_non_root=True)
         kubernetes.use_field_path_as_env(task, "SEGDISTILL_PIPELINE_RUN", "metadata.labels['pipeline/runid']")
         for item in asked.config_maps:
-            kubernetes.use_config_map_as_env(task, item.name, item.keys, optional=item.optional)
+            if kind in item.tasks:
+                kubernetes.use_config_map_as_env(task, item.name, item.keys, optional=item.optional)
         for item in asked.secrets:
-            kubernetes.use_secret_as_env(task, item.name, item.keys, optional=item.optional)
+            if kind in item.tasks:
+                kubernetes.use_secret_as_env(task, item.name, item.keys, optional=item.optional)
         return task

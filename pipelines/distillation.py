@@ -3,26 +3,47 @@
 from typing import NamedTuple
 
 from kfp import dsl
-from kfp.dsl import Artifact, Collected, Dataset, ParallelFor
+from kfp.dsl import Artifact, Collected, Dataset, ExitHandler, If, Input, Model, ParallelFor
 from kfp.dsl.graph_component import GraphComponent
 
-from components import compare, distill, evaluate, evaluate_teacher, prepare, register, train_teacher, validate
+from components import (
+    compare,
+    distill,
+    evaluate,
+    evaluate_teacher,
+    fetch,
+    finish,
+    prepare,
+    register,
+    train_teacher,
+    validate,
+)
 from pipelines.cluster import Placement
 
 
-class Outputs(NamedTuple):
-    """What the pipeline leaves for people."""
+class Trained(NamedTuple):
+    """What the loop over the jobs leaves, in the order of the matrix."""
 
-    report: Artifact
-    registration: Artifact
+    students: list[Model]
+    evaluations: list[Artifact]
 
 
 def pipeline(place: Placement) -> GraphComponent:
     """The pipeline; ``place`` says what each kind of task asks of the cluster."""
 
+    @dsl.pipeline(name="matrix")  # a pipeline of its own: only then do its lists reach a task behind the gate
+    def matrix(jobs: list[dict], evaluate_params: str, prepared: Input[Dataset], teacher: Input[Model]) -> Trained:
+        with ParallelFor(jobs, parallelism=place.parallelism) as job:
+            which = {"experiment": job.experiment, "seed": job.seed}
+            students = place.train(distill(params=job.params, prepared=prepared, teacher=teacher, **which))
+            model = students.outputs["students"]
+            measured = place.train(evaluate(params=evaluate_params, prepared=prepared, model=model, **which))
+        return Trained(Collected(model), Collected(measured.outputs["evaluation"]))
+
     @dsl.pipeline(name="segdistill", description="From a version of a data set to a registered student")
     def distillation(
-        data_uri: str,  # a folder that never changes: KFP imports a URI once
+        repository: str,  # of git, with data.dvc
+        revision: str,  # a commit: KFP's cache knows only the name
         jobs: list[dict],  # the matrix: {experiment, seed, params of distill}
         validate_params: str,
         prepare_params: str,
@@ -30,41 +51,34 @@ def pipeline(place: Placement) -> GraphComponent:
         evaluate_params: str,
         compare_params: str,
         register_params: str,
-    ) -> Outputs:
+    ) -> None:
         """Trains a teacher, distills every job's students from it, compares them, and registers the best."""
-        data = dsl.importer(artifact_uri=data_uri, artifact_class=Dataset, reimport=not place.caching).output
-        report = place.data(validate(params=validate_params, data=data)).outputs["report"]
-        prepared = place.data(prepare(params=prepare_params, data=data, report=report)).outputs["prepared"]
-        teacher = place.train(train_teacher(params=train_teacher_params, prepared=prepared)).outputs["teacher"]
-        taught = place.train(evaluate_teacher(params=evaluate_params, prepared=prepared, model=teacher))
-
-        with ParallelFor(jobs) as job:
-            which = {"experiment": job.experiment, "seed": job.seed}
-            students = place.train(distill(params=job.params, prepared=prepared, teacher=teacher, **which))
-            measured = place.train(
-                evaluate(params=evaluate_params, prepared=prepared, model=students.outputs["students"], **which)
+        with ExitHandler(place.data(finish())):
+            data = place.data(fetch(repository=repository, revision=revision)).outputs["data"]
+            report = place.data(validate(params=validate_params, data=data)).outputs["report"]
+            prepared = place.data(prepare(params=prepare_params, data=data, report=report)).outputs["prepared"]
+            teacher = place.train(train_teacher(params=train_teacher_params, prepared=prepared)).outputs["teacher"]
+            taught = place.train(evaluate_teacher(params=evaluate_params, prepared=prepared, model=teacher))
+            trained = matrix(jobs=jobs, evaluate_params=evaluate_params, prepared=prepared, teacher=teacher)
+            compared = place.report(
+                compare(
+                    params=compare_params,
+                    prepared=prepared,
+                    teacher=teacher,
+                    teacher_evaluation=taught.outputs["evaluation"],
+                    students=trained.outputs["students"],
+                    evaluations=trained.outputs["evaluations"],
+                )
             )
-
-        # Each consumer needs a Collected of its own. The library puts the lists in the order of the matrix.
-        compared = place.report(
-            compare(
-                params=compare_params,
-                prepared=prepared,
-                teacher=teacher,
-                teacher_evaluation=taught.outputs["evaluation"],
-                students=Collected(students.outputs["students"]),
-                evaluations=Collected(measured.outputs["evaluation"]),
-            )
-        )
-        registered = place.report(
-            register(
-                params=register_params,
-                comparison=compared.outputs["report"],
-                prepared=prepared,
-                students=Collected(students.outputs["students"]),
-            )
-        )
-        registered.set_caching_options(False)  # the registry may have changed since
-        return Outputs(report=compared.outputs["report"], registration=registered.outputs["registration"])
+            with If(compared.outputs["Output"] == True, name="good enough"):  # noqa: E712  a condition of KFP's
+                registered = place.report(
+                    register(
+                        params=register_params,
+                        comparison=compared.outputs["report"],
+                        prepared=prepared,
+                        students=trained.outputs["students"],
+                    )
+                )
+                registered.set_caching_options(False)  # the registry may have changed since
 
     return distillation

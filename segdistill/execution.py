@@ -1,4 +1,4 @@
-"""How a stage is run from the command line or a component: parameters in, tracker, clock, and a true exit."""
+"""How a stage is run, from the command line or as a task: parameters in, tracker, clock, and a true exit."""
 
 import importlib
 import importlib.util
@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 from segdistill.config import parse
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker, Tracker
 from segdistill.errors import Interrupted, UserError, nearest
-from segdistill.stages import BY_NAME, STAGES, Job, Stage, check_sections, jobs
+from segdistill.stages import STAGES, Job, Stage, check_sections, jobs
 
 TIMINGS = Path("artifacts/timings")
 
@@ -75,8 +74,7 @@ def open_tracker(kind: str, here: Context, stage: Stage, job: Job | None) -> Tra
     """
     if int(os.environ.get("RANK", "0")):
         return NullTracker()  # rank 0 speaks
-    if kind == "auto":
-        kind = "mlflow" if _installed("mlflow") else "jsonl"
+    kind = _chosen(kind)
     if kind == "mlflow":
         from segdistill.adapters.mlflow_tracking import open_pipeline_run
 
@@ -86,6 +84,18 @@ def open_tracker(kind: str, here: Context, stage: Stage, job: Job | None) -> Tra
         tracker.tags(here.tags(stage, job))
         return tracker
     return NullTracker()
+
+
+def finish_pipeline(kind: str, here: Context, status: str) -> None:
+    """Ends the pipeline run that stages have logged to: FINISHED, FAILED or KILLED."""
+    if _chosen(kind) == "mlflow":
+        from segdistill.adapters.mlflow_store import default_store, finish_parent
+
+        finish_parent(default_store(Path()), here.pipeline_run, status)
+
+
+def _chosen(kind: str) -> str:
+    return ("mlflow" if _installed("mlflow") else "jsonl") if kind == "auto" else kind
 
 
 def _installed(package: str) -> bool:
@@ -106,7 +116,7 @@ def check_params(params: Mapping[str, Any]) -> None:
     check_sections(params)
     jobs(params)
     for stage in STAGES:
-        parse(_module(stage).Config, params[stage.params[0]], stage.params[0])
+        parse(stage_module(stage).Config, params[stage.params[0]], stage.params[0])
     for name, experiment in params["experiments"].items():
         parse(ExperimentConfig, experiment, f"experiments.{name}")
 
@@ -146,7 +156,7 @@ def run_stage(
         started: when the process began, in seconds since the epoch; what no activity claims is start-up.
         work: where a stage that trains keeps its checkpoint, its fingerprint appended; None is beside its output.
     """
-    module = _module(stage)
+    module = stage_module(stage)
     status = "FAILED"
     try:
         own, *others = stage.params
@@ -213,7 +223,8 @@ def _label(stage: Stage, job: Job | None) -> str:
     return f"{stage.name}-{job}" if job else stage.name
 
 
-def _module(stage: Stage) -> Any:
+def stage_module(stage: Stage) -> Any:
+    """The module that has the stage's ``Config`` and ``run``."""
     return importlib.import_module(f"segdistill.stages.{stage.module}")
 
 
@@ -226,100 +237,3 @@ def quiet_libraries() -> None:
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False  # a library may have given the root logger a format of its own
-
-
-COMPLETED = ".completed"  # written last into every folder that a component makes: by which stage, for which job
-
-
-def run_component(
-    name: str,
-    params: str,
-    *,
-    paths: Mapping[str, str | list[str]],
-    experiment: str | None = None,
-    seed: int | None = None,
-) -> None:
-    """Runs one stage as a task of Kubeflow Pipelines; ends the process as the command line does.
-
-    Args:
-        name: the stage.
-        params: its :func:`sections` as JSON.
-        paths: all its inputs and outputs; the folders of every job may come in any order.
-        experiment: of a stage that runs once per job.
-        seed: likewise.
-    """
-    started, stage = time.time(), BY_NAME[name]
-    job = Job(experiment, seed) if experiment is not None and seed is not None else None
-    quiet_libraries()
-    try:
-        chosen = _read_sections(stage, params, job)
-        places: dict[str, Path | list[Path]] = {
-            key: _by_job(stage, value, chosen) if isinstance(value, list) else Path(value)
-            for key, value in paths.items()
-        }
-        here = context()
-        tracker = open_tracker(os.environ.get("SEGDISTILL_TRACKER", "auto"), here, stage, job)
-        # A pod that is tried again finds nothing beside its output. A volume that outlives it may hold the checkpoint.
-        volume = os.environ.get("SEGDISTILL_WORK")
-        work = Path(volume) / here.pipeline_run / _label(stage, job) if volume else None
-        run_stage(stage, chosen, paths=places, job=job, tracker=tracker, started=started, work=work)
-        for output in stage.outputs:
-            mark = {"stage": name, "job": str(job) if job else None}
-            (Path(str(paths[output])) / COMPLETED).write_text(json.dumps(mark) + "\n")
-    except (UserError, Interrupted) as error:
-        print(f"segdistill {name}: {error}", file=sys.stderr)
-        raise SystemExit(75 if isinstance(error, Interrupted) else 2) from None
-
-
-def run_fetch(repository: str, revision: str, *, data: str) -> dict[str, str]:
-    """Brings a version of the data set as a task of Kubeflow Pipelines; ends the process as the command line does.
-
-    Args:
-        repository: a git repository's address.
-        revision: a branch, a tag or a commit; a cache is right about a commit only.
-        data: the folder to make.
-
-    Returns:
-        ``data_md5`` and ``data_commit``, which the folder's completion mark has too.
-    """
-    quiet_libraries()
-    mark = Path(data) / COMPLETED
-    try:
-        from segdistill.adapters.dvc_remote import fetch
-
-        mark.unlink(missing_ok=True)  # of an earlier attempt
-        version = fetch(repository, revision, Path(data))
-        facts = {"data_md5": version.md5, "data_commit": version.commit}
-        mark.write_text(json.dumps({"stage": "fetch", "job": None, **facts}) + "\n")
-    except UserError as error:
-        print(f"segdistill fetch: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    return facts
-
-
-def _read_sections(stage: Stage, params: str, job: Job | None) -> dict[str, Any]:
-    expected = [key.format(experiment=job.experiment if job else "") for key in stage.params]
-    try:
-        chosen = json.loads(params)
-    except json.JSONDecodeError as error:
-        raise UserError(f"params of {stage.name}: not valid JSON: {error}") from None
-    if not isinstance(chosen, dict) or sorted(chosen) != sorted(expected):
-        found = ", ".join(chosen) if isinstance(chosen, dict) else type(chosen).__name__
-        raise UserError(f"params of {stage.name}: expected the sections {', '.join(expected)}, found {found}")
-    return chosen
-
-
-def _by_job(stage: Stage, folders: list[str], chosen: Mapping[str, Any]) -> list[Path]:
-    """The folders in the order of the matrix, by what they say of themselves: no orchestrator promises an order."""
-    made: dict[str, Path] = {}
-    for folder in map(Path, folders):
-        mark = folder / COMPLETED
-        if not mark.is_file():
-            raise UserError(f"{folder}: {stage.name} needs it, but the task that makes it did not complete")
-        made[json.loads(mark.read_text())["job"]] = folder
-    wanted = [str(Job(experiment, seed)) for experiment in chosen["run"] for seed in chosen["seeds"]]
-    if sorted(made) != sorted(wanted) or len(folders) != len(wanted):
-        raise UserError(
-            f"{stage.name}: its parameters name the jobs {', '.join(wanted)}, the pipeline ran {', '.join(made)}"
-        )
-    return [made[cell] for cell in wanted]

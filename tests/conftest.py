@@ -12,8 +12,9 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "true"
 os.environ["SEGDISTILL_WARM"] = "0"  # a test's process is the test's own
 
-# A shell that starts the tests in the background has Ctrl-C ignored, and their children inherit that.
+# A shell that starts the tests in the background has Ctrl-C ignored, nohup has the hang-up: children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 

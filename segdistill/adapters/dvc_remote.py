@@ -1,6 +1,6 @@
-"""DVC data of any git revision, from its S3 remote into a folder, every byte verified.
+"""DVC data of any git revision, from its remote into a folder, every byte verified.
 
-``git`` gives ``data.dvc`` and ``.dvc/config`` of the revision, ``.dvc/config`` the S3 remote, and the remote the
+``git`` gives ``data.dvc`` and ``.dvc/config`` of the revision, ``.dvc/config`` the remote, and the remote the
 objects ``files/md5/xx/yyyy``: first the list of the folder (``.dir``), then its files. An object's name is the md5 of
 its content, so all that arrives can be verified.
 
@@ -28,7 +28,7 @@ from typing import TypeVar
 import yaml
 
 from segdistill.adapters.dvc_version import CONFIG_FILE, Remote, Version, find, is_true
-from segdistill.adapters.s3 import Bucket, MissingObject
+from segdistill.adapters.objects import MissingObject, ObjectFolder, ObjectStore
 from segdistill.data.folders import disk_errors, write_file
 from segdistill.data.parallel import progress
 from segdistill.errors import UserError
@@ -62,20 +62,24 @@ def fetch(repository: str, revision: str, out: Path, *, patience: float = 120.0)
     record = out.absolute().with_name(f"{out.absolute().name}.dvc")
     _check_record(record, version)
     kept = "what has arrived is kept, and the same command continues"
-    with open_remote(version.remote, patience) as bucket, disk_errors(out, kept):
-        files = list_files(bucket, version)
+    with open_remote(version.remote, patience) as store, disk_errors(out, kept):
+        files = list_files(store, version)
         if _holds_something(out):
             _check_folder(out, files, version)
             logger.info("%s: is %s already", out, version.md5)
         else:
-            _fill(out, bucket, version, files)
+            _fill(out, store, version, files)
             logger.info("%s: %d files of %s, commit %s", out, len(files), version.md5, version.commit[:12])
         _write_record(record, out, version)
     return version
 
 
-def open_remote(remote: Remote, patience: float) -> Bucket:
-    """The remote's bucket. As in DVC, an ``endpointurl`` goes before ``AWS_ENDPOINT_URL``."""
+def open_remote(remote: Remote, patience: float) -> contextlib.AbstractContextManager[ObjectStore]:
+    """The remote's objects. As in DVC, an ``endpointurl`` goes before ``AWS_ENDPOINT_URL``."""
+    if remote.bucket is None:
+        return contextlib.nullcontext(ObjectFolder(Path(remote.prefix)))
+    from segdistill.adapters.s3 import Bucket
+
     verify = remote.settings.get("ssl_verify", "true")
     return Bucket(
         remote.bucket,
@@ -96,10 +100,11 @@ def _threads(remote: Remote) -> int:
 
 
 def _key(remote: Remote, md5: str) -> str:
-    return "/".join(part for part in (remote.prefix, "files/md5", md5[:2], md5[2:]) if part)
+    prefix = remote.prefix if remote.bucket else ""
+    return "/".join(part for part in (prefix, "files/md5", md5[:2], md5[2:]) if part)
 
 
-def list_files(bucket: Bucket, version: Version) -> dict[str, str]:
+def list_files(store: ObjectStore, version: Version) -> dict[str, str]:
     """The version's files: md5 by relative path, itself verified. This list is held in memory, and no file is.
 
     Raises:
@@ -107,13 +112,13 @@ def list_files(bucket: Bucket, version: Version) -> dict[str, str]:
     """
     key = _key(version.remote, version.md5)
     try:
-        content = bucket.read(key)
+        content = store.read(key)
     except MissingObject as error:
         raise UserError(f"{error}: data version {version.md5} was never pushed there; run dvc push") from None
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if f"{found}.dir" != version.md5:
         raise UserError(
-            f"{bucket.url(key)}: the list of files is corrupted: expected md5 {version.md5[:32]}, found {found}"
+            f"{store.url(key)}: the list of files is corrupted: expected md5 {version.md5[:32]}, found {found}"
         )
     files: dict[str, str] = {}
     try:
@@ -123,11 +128,11 @@ def list_files(bucket: Bucket, version: Version) -> dict[str, str]:
                 raise ValueError
             files[path.as_posix()] = md5
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{bucket.url(key)}: not a list of files below one folder, as dvc push writes it") from None
+        raise UserError(f"{store.url(key)}: not a list of files below one folder, as dvc push writes it") from None
     return files
 
 
-def _fill(out: Path, bucket: Bucket, version: Version, files: Mapping[str, str]) -> None:
+def _fill(out: Path, store: ObjectStore, version: Version, files: Mapping[str, str]) -> None:
     with _partial_folder(out) as partial:
         arrived, incoming = partial / "files", partial / "incoming"
         shutil.rmtree(incoming, ignore_errors=True)  # halves of files
@@ -144,12 +149,12 @@ def _fill(out: Path, bucket: Bucket, version: Version, files: Mapping[str, str])
         def bring(number: int, path: str, md5: str) -> str | None:
             key, half = _key(version.remote, md5), incoming / str(number)
             try:
-                found = bucket.download(key, half)
+                found = store.download(key, half)
             except MissingObject:
-                return f"{bucket.url(key)} ({path}) is missing"
+                return f"{store.url(key)} ({path}) is missing"
             if found != md5:
                 half.unlink()
-                return f"{bucket.url(key)} ({path}) is corrupted: expected md5 {md5}, found {found}"
+                return f"{store.url(key)} ({path}) is corrupted: expected md5 {md5}, found {found}"
             half.rename(arrived / path)
             return None
 

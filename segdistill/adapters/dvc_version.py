@@ -1,9 +1,11 @@
-"""What a git revision says of its DVC data: which version of the folder, and which S3 remote has it."""
+"""What a git revision says of its DVC data: which version of the folder, and where its objects are."""
 
+import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -22,11 +24,11 @@ CREDENTIALS = ("access_key_id", "secret_access_key", "session_token", "profile",
 
 @dataclass(frozen=True)
 class Remote:
-    """Where the objects are."""
+    """Where the objects are: below a prefix of an S3 bucket, or in a folder that this machine sees."""
 
-    bucket: str
-    prefix: str
-    settings: Mapping[str, str]  # the rest of its section in .dvc/config
+    bucket: str | None  # None: a folder
+    prefix: str  # in the bucket; or the folder
+    settings: Mapping[str, str] = field(default_factory=dict)  # the rest of its section in .dvc/config
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,10 @@ class Version:
 def find(repository: str, revision: str) -> Version:
     """What a revision says of its data: the version, and the remote that has it.
 
+    A repository that is a folder of this machine may have the version in DVC's cache; then that is where it comes from.
+
     Raises:
-        UserError: no such repository or revision, or one whose data is not a folder in an S3 remote of DVC 3.
+        UserError: no such repository or revision, or one whose data is not a folder in a remote of DVC 3.
     """
     found = read_revision(repository, revision, (DATA_FILE, CONFIG_FILE))
     where = f"{shown(repository)} at {found.commit[:12]}"
@@ -56,7 +60,22 @@ def find(repository: str, revision: str) -> Version:
     if recorded is None:
         raise UserError(f"{where}: has no {DATA_FILE}; expected a folder 'data' under DVC: dvc add data")
     entry = _entry(recorded, f"{where}: {DATA_FILE}")
-    return Version(shown(repository), found.commit, entry, _remote(configured or "", entry, f"{where}: {CONFIG_FILE}"))
+    sections = _read_config(configured or "", f"{where}: {CONFIG_FILE}")
+    base = Path(repository).absolute() / ".dvc"  # what relative paths in its config are relative to
+    cache = base / sections.get("cache", {}).get("dir", "cache")
+    if _is_cached(cache, entry["md5"]):
+        return Version(shown(repository), found.commit, entry, Remote(None, str(cache)))
+    return Version(shown(repository), found.commit, entry, _remote(sections, entry, base, f"{where}: {CONFIG_FILE}"))
+
+
+def _is_cached(cache: Path, md5: str) -> bool:
+    """Whether a DVC cache has every object of a version. Whether they are right, who reads them sees."""
+    objects = cache / "files/md5"
+    try:
+        files = json.loads((objects / md5[:2] / md5[2:]).read_bytes())
+        return all((objects / entry["md5"][:2] / entry["md5"][2:]).is_file() for entry in files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _entry(text: str, where: str) -> Mapping[str, Any]:
@@ -72,14 +91,17 @@ def _entry(text: str, where: str) -> Mapping[str, Any]:
     return dict(entry)
 
 
-def _remote(text: str, entry: Mapping[str, Any], where: str) -> Remote:
+def _read_config(text: str, where: str) -> dict[str, Mapping[str, Any]]:
     from configobj import ConfigObj, ConfigObjError
 
     try:
         config = ConfigObj(text.splitlines(), interpolation=False)
     except ConfigObjError as error:
         raise UserError(f"{where}: cannot be read: {error}") from None
-    sections = {str(key).strip("'"): value for key, value in config.items() if isinstance(value, Mapping)}
+    return {str(key).strip("'"): value for key, value in config.items() if isinstance(value, Mapping)}
+
+
+def _remote(sections: Mapping[str, Mapping[str, Any]], entry: Mapping[str, Any], base: Path, where: str) -> Remote:
     remotes = {
         match.group(1): value for key, value in sections.items() if (match := re.fullmatch(r'remote "(.+)"', key))
     }
@@ -89,10 +111,13 @@ def _remote(text: str, entry: Mapping[str, Any], where: str) -> Remote:
     if name not in remotes:
         raise UserError(f"{where}: no remote '{name}'{nearest(str(name), remotes)}")
     settings = {str(key): str(value) for key, value in remotes[name].items()}
-    match = re.fullmatch(r"s3://([^/@]+)(?:/(.*))?", settings.get("url", ""))
-    if match is None:
+    url = settings.get("url", "")
+    match = re.fullmatch(r"s3://([^/@]+)(?:/(.*))?", url)
+    folder = base / url if url and "://" not in url else None
+    if match is None and (folder is None or not folder.is_dir()):
         raise UserError(
-            f"{where}: remote '{name}' is at '{shown(settings.get('url', ''))}'; only s3://BUCKET/PREFIX can be fetched"
+            f"{where}: remote '{name}' is at '{shown(url)}'; it can be fetched from s3://BUCKET/PREFIX, "
+            "or from a folder that this machine sees"
         )
     for key in ("version_aware", "worktree"):
         if is_true(settings.get(key)):
@@ -104,6 +129,8 @@ def _remote(text: str, entry: Mapping[str, Any], where: str) -> Remote:
             where, ", ".join(ignored), name,
         )  # fmt: skip
     rest = {key: value for key, value in settings.items() if key not in ("url", *CREDENTIALS)}
+    if match is None:
+        return Remote(None, str(folder), rest)
     return Remote(match.group(1), (match.group(2) or "").strip("/"), rest)
 
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from segdistill.adapters.git_files import shown
+from segdistill.adapters.objects import CHUNK_BYTES, MissingObject, Stopped
 from segdistill.errors import UserError
 
 try:
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-CHUNK_BYTES = 1 << 20  # what one thread holds of an object at any time
 LONGEST_PAUSE_SECONDS = 5.0
 
 WRONG_KEY = {
@@ -34,14 +34,6 @@ FORBIDDEN = {"AccessDenied", "AllAccessDisabled", "Forbidden", "403"}
 NO_BUCKET = {"NoSuchBucket"}
 NO_KEY = {"NoSuchKey", "404", "NotFound"}
 BUSY = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests"}
-
-
-class MissingObject(UserError):
-    """The bucket answers, but has no such object."""
-
-
-class Stopped(Exception):
-    """The bucket was closed while a thread was reading from it."""
 
 
 class Bucket:

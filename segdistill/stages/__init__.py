@@ -29,8 +29,10 @@ class Stage:
     params: tuple[str, ...]  # dotted keys of params.yaml, which are also what DVC watches
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
+    large: tuple[str, ...] = ()  # outputs that a cluster may keep on a volume, to be read there by every pod
     metrics: Mapping[str, str] = field(default_factory=dict)  # outputs that are small, readable and kept in git
     per_job: bool = False
+    shows: tuple[str, ...] = ()  # its highlights (stages/highlights.py), which Kubeflow's pages show
     help: str = ""
 
 
@@ -44,6 +46,7 @@ STAGES: tuple[Stage, ...] = (
         params=("validate",),
         inputs={"data": "data"},
         outputs={"report": "reports/validation"},
+        shows=("page", "summary"),
         help="check every file of the data set (Great Expectations) before anything is built on it",
     ),
     Stage(
@@ -53,6 +56,7 @@ STAGES: tuple[Stage, ...] = (
         params=("prepare",),
         inputs={"data": "data", "report": "reports/validation"},
         outputs={"prepared": "artifacts/prepared"},
+        large=("prepared",),
         help="turn the data set into Arrow shards with train ids and a manifest",
     ),
     Stage(
@@ -62,6 +66,7 @@ STAGES: tuple[Stage, ...] = (
         params=("train_teacher",),
         inputs={"prepared": "artifacts/prepared"},
         outputs={"teacher": "artifacts/teacher"},
+        shows=("scores",),
         help="train the teacher, or import a checkpoint, and record its validation score",
     ),
     Stage(
@@ -71,6 +76,7 @@ STAGES: tuple[Stage, ...] = (
         params=("evaluate",),
         inputs={"prepared": "artifacts/prepared", "model": "artifacts/teacher"},
         outputs={"evaluation": "reports/evaluation/teacher"},
+        shows=("scores", "confusion"),
         help="the teacher on the test split, at original resolution",
     ),
     Stage(
@@ -81,6 +87,7 @@ STAGES: tuple[Stage, ...] = (
         inputs={"prepared": "artifacts/prepared", "teacher": "artifacts/teacher"},
         outputs={"students": f"artifacts/students/{JOB}"},
         per_job=True,
+        shows=("scores",),
         help="train one experiment's student (or co-trained students) with one seed",
     ),
     Stage(
@@ -91,6 +98,7 @@ STAGES: tuple[Stage, ...] = (
         inputs={"prepared": "artifacts/prepared", "model": f"artifacts/students/{JOB}"},
         outputs={"evaluation": f"reports/evaluation/{JOB}"},
         per_job=True,
+        shows=("scores", "confusion"),
         help="one job's students on the test split, at original resolution",
     ),
     Stage(
@@ -107,6 +115,7 @@ STAGES: tuple[Stage, ...] = (
         },
         outputs={"report": "reports/comparison"},
         metrics={"metrics": "reports/metrics.json"},
+        shows=("scores", "page", "summary"),
         help="mean and spread over seeds, paired bootstrap against the undistilled student, one HTML report",
     ),
     Stage(
@@ -120,6 +129,7 @@ STAGES: tuple[Stage, ...] = (
             "students": "artifacts/students/{job}",
         },
         outputs={"registration": "reports/registration"},
+        shows=("summary",),
         help="register the best student by validation score, and move the alias if it beats the champion",
     ),
 )

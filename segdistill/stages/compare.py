@@ -14,6 +14,7 @@ from segdistill.config import config as config_class
 from segdistill.config import parse, to_dict
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
+from segdistill.stages.highlights import Highlights, scores_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +38,8 @@ class Config:
     bootstrap_seed: Annotated[int, Field(ge=0)]
     # Test images shown in the report; evaluate must have kept at least as many.
     overlays: Annotated[int, Field(ge=0)]
+    # The gate: points of test mIoU (0..100) that a student must reach, or nothing is registered.
+    min_test_miou: Annotated[float, Field(ge=0, le=100)]
 
 
 def run(
@@ -194,7 +197,8 @@ def _compare(
         bootstrap_seed=config.bootstrap_seed,
         dataset_md5=read_json(prepared / "dataset.json").get("source_md5"),
     )
-    return Comparison(row, tuple(rows), best_row(rows), protocol, tuple(warnings(rows)))
+    passed = 100 * max(one.test_miou.mean for one in rows) >= config.min_test_miou
+    return Comparison(row, tuple(rows), best_row(rows), protocol, tuple(warnings(rows)), passed)
 
 
 def _write(
@@ -271,3 +275,17 @@ def _tracked(comparison: "Comparison") -> dict[str, float]:
             for student, numbers in entries.items():
                 values |= {f"compare/{experiment}.{student}/{key}": value for key, value in numbers.items()}
     return values
+
+
+def highlights(paths: Mapping[str, Any]) -> Highlights:
+    """The table, the page, and whether a student is good enough to be registered."""
+    report = paths["report"]
+    results = json.loads((report / "results.json").read_text())
+    rows = {f"{row['experiment']}.{row['student']}": {"test/miou": row["test_miou"]["mean"]} for row in results["rows"]}
+    taught = {TEACHER: {"test/miou": results["teacher"]["test_miou"]["mean"]}}
+    return Highlights(
+        scores=scores_of(taught | rows, ("test/miou",)),
+        page=(report / "report.html").read_text(encoding="utf-8"),
+        summary=(report / "report.md").read_text(encoding="utf-8"),
+        passed=results["passed"],
+    )

@@ -1,6 +1,7 @@
 """One cell of the matrix: an experiment's student learns from the frozen teacher, or its students from each other."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from segdistill.engine.settings import InferenceConfig, NonNegative, OptimizerCo
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.models.config import ModelConfig
+from segdistill.stages.highlights import Highlights, trained
 
 if TYPE_CHECKING:
     from segdistill.data.shards import ShardDataset
@@ -177,3 +179,8 @@ def _verified_teacher(folder: Path, val_set: "ShardDataset", config: Config, pro
             f"{100 * record:.2f} %; distill.teacher_tolerance allows a fall of {config.teacher_tolerance} points"
         )
     return teacher
+
+
+def highlights(paths: Mapping[str, Any]) -> Highlights:
+    """The validation scores."""
+    return trained(paths["students"])

@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from segdistill.config import config as config_class
 from segdistill.data.settings import Positive
 from segdistill.engine.settings import InferenceConfig
 from segdistill.engine.tracker import Tracker
+from segdistill.stages.highlights import Highlights, scores_of
 
 if TYPE_CHECKING:
     from segdistill.data.shards import DatasetInfo, ShardDataset
@@ -184,3 +186,16 @@ def _track(tracker: Tracker, name: str, result: dict[str, Any], folder: Path) ->
             tracker.metrics({f"{key}_{column}": value for key, value in result[column].items()})
     tracker.artifact(folder / "pictures" / name, "pictures")
     tracker.close()
+
+
+def highlights(paths: Mapping[str, Any]) -> Highlights:
+    """Scores and cost, and the confusion matrix; of several networks, that of the best."""
+    import numpy as np
+
+    folder = paths["evaluation"]
+    networks = json.loads((folder / "evaluation.json").read_text())["models"]
+    best = max(networks, key=lambda name: networks[name]["test/miou"])
+    with np.load(folder / f"{best}.npz") as counted:
+        confusion = counted["confusion"].tolist()
+    names = ("test/miou", "test/pixel_accuracy", "params", "images_per_second")
+    return Highlights(scores_of(networks, names), (list(networks[best]["per_class_iou"]), confusion))

@@ -6,7 +6,7 @@ champion on the same test data by more than ``min_gain`` points (the rule stands
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +14,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from segdistill.config import config as config_class
+from segdistill.data.folders import new_folder
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError, nearest
+from segdistill.stages.highlights import Highlights
 
 
 @config_class
@@ -73,17 +75,16 @@ def run(
     Raises:
         UserError: no student is within the budget, a file is missing, or the registered model serves other logits.
     """
-    best = choose(read_candidates(run, seeds, students, comparison), config)
+    candidates = read_candidates(run, seeds, students, comparison)
+    if not passed(comparison):
+        with new_folder(registration) as partial:
+            _write(partial, {"name": config.model_name, "version": None, "reason": "no student passed the gate"})
+        return
+    best = choose(candidates, config)
 
     from segdistill.models.export import ExportedSegmenter, load_model
 
     segmenter, document = load_model(best.folder, best.student)
-    partial = registration.with_name(registration.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "model").mkdir(parents=True)
-    for suffix in (".safetensors", ".json"):
-        shutil.copy2(best.folder / f"{best.student}{suffix}", partial / "model" / f"{best.student}{suffix}")
-
     from segdistill.adapters.mlflow_registry import Submission, register
 
     submission = Submission(
@@ -106,9 +107,22 @@ def run(
     )
     scores = {name: getattr(best, name) for name in ("experiment", "seed", "student", "val_miou", "test_miou")}
     result = {**asdict(registered), **scores}
-    (partial / "registration.json").write_text(json.dumps(result, indent=2) + "\n")
-    shutil.rmtree(registration, ignore_errors=True)
-    partial.replace(registration)
+    with new_folder(registration) as partial:
+        (partial / "model").mkdir()
+        for suffix in (".safetensors", ".json"):
+            shutil.copy2(best.folder / f"{best.student}{suffix}", partial / "model" / f"{best.student}{suffix}")
+        _write(partial, result)
+
+
+def _write(folder: Path, result: Mapping[str, Any]) -> None:
+    (folder / "registration.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def passed(comparison: Path) -> bool:
+    """What the gate ``compare.min_test_miou`` said."""
+    from segdistill.stages.comparison.inputs import read_json
+
+    return bool(read_json(comparison / "results.json")["passed"])
 
 
 def read_candidates(
@@ -187,3 +201,19 @@ def identity_of_test_data(prepared: Path) -> str:
             for column in ("image", "label"):
                 found.update(record[column][0].as_buffer())
     return found.hexdigest()
+
+
+def sentence(result: Mapping[str, Any]) -> str:
+    """``registration.json`` in words."""
+    if result["version"] is None:
+        return f"Not registered: {result['reason']} (compare.min_test_miou)"
+    return (
+        f"Registered: {result['name']} version {result['version']} as {result['alias'] or 'no alias'} "
+        f"({result['reason']}): the '{result['student']}' of {result['experiment']}, seed {result['seed']}, "
+        "the best by validation"
+    )
+
+
+def highlights(paths: Mapping[str, Any]) -> Highlights:
+    """What was registered, and why."""
+    return Highlights(summary=sentence(json.loads((paths["registration"] / "registration.json").read_text())))

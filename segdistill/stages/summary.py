@@ -21,6 +21,7 @@ def show(root: Path = Path(), console: Console | None = None) -> None:
         UserError: nothing was compared here yet.
     """
     from segdistill.stages.compare import table
+    from segdistill.stages.register import sentence
 
     console = console or Console(width=None if sys.stdout.isatty() else 110)
     comparison = root / BY_NAME["compare"].outputs["report"]
@@ -32,12 +33,7 @@ def show(root: Path = Path(), console: Console | None = None) -> None:
     console.print(f"Report: {comparison / 'report.html'}", soft_wrap=True)
     registration = _read(root / BY_NAME["register"].outputs["registration"] / "registration.json")
     if registration:
-        console.print(
-            f"Registered: {registration['name']} version {registration['version']} "
-            f"as {registration['alias'] or 'no alias'} ({registration['reason']}): the '{registration['student']}' "
-            f"of {registration['experiment']}, seed {registration['seed']}, the best by validation",
-            soft_wrap=True,
-        )
+        console.print(sentence(registration), soft_wrap=True)
     timings = _timings(root / "artifacts/timings")
     if timings:
         console.print(timings)

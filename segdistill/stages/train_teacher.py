@@ -1,7 +1,8 @@
 """Trains the teacher, or imports one, and records the validation score that every distillation checks."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -11,6 +12,7 @@ from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainCo
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.models.config import ModelConfig
+from segdistill.stages.highlights import Highlights, trained
 
 if TYPE_CHECKING:
     from segdistill.engine.distributed import Processes
@@ -97,3 +99,8 @@ def _import(
         write(teacher, Learner({NAME: network}), result, info, seed=config.seed, facts=facts, trackers={NAME: tracker})
     processes.barrier()
     return {"evaluation": time.monotonic() - started}
+
+
+def highlights(paths: Mapping[str, Any]) -> Highlights:
+    """The validation scores."""
+    return trained(paths["teacher"])

@@ -1,8 +1,9 @@
 """The stage ``validate``: every file of the data set is looked at before anything is built on it."""
 
+import html
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from pydantic import Field
 from segdistill.config import config
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
+from segdistill.stages.highlights import Highlights
 
 if TYPE_CHECKING:
     from segdistill.stages._rules import Tables
@@ -144,3 +146,18 @@ def _markdown(summary: dict[str, Any], data: Path) -> str:
             hidden = len(finding["sentences"]) - SHOWN
             lines += [f"* and {hidden} more: see summary.json"] * (hidden > 0) + [""]
     return "\n".join([*lines, "", "Every expectation and its values: data_docs/index.html", ""])
+
+
+def highlights(paths: Mapping[str, Any]) -> Highlights:
+    """The summary, and the results of Data Docs on one page: who shows a single file has no links to follow."""
+    report = paths["report"]
+    docs = report / "data_docs"
+    styles = "".join(f"<style>{path.read_text()}</style>" for path in sorted((docs / "static/styles").glob("*.css")))
+    parts = []
+    for path in sorted((docs / "validations").rglob("*.html")):
+        table = path.relative_to(docs / "validations").parts[0]
+        inner = html.escape(styles + path.read_text(encoding="utf-8"))
+        frame = f'<iframe srcdoc="{inner}" style="width:100%;height:80vh;border:0"></iframe>'
+        parts.append(f"<h2>{html.escape(table)}</h2>{frame}")
+    page = f"<!DOCTYPE html><meta charset=utf-8><title>Data Docs</title>{''.join(parts)}"
+    return Highlights(page=page, summary=(report / "summary.md").read_text(encoding="utf-8"))

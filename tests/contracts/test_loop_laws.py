@@ -26,7 +26,9 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 # Children of a server that has imported torch and computed nothing: clean processes, without the seconds of import.
 CLEAN = multiprocessing.get_context("forkserver")
-CLEAN.set_forkserver_preload(["segdistill.engine.trainer", "segdistill.methods.apd", "torch._dynamo"])
+CLEAN.set_forkserver_preload(
+    ["segdistill.engine.trainer", "segdistill.methods.apd", "torch._dynamo", "segmentation_models_pytorch", "timm"]
+)
 
 
 def start(*arguments: Any, environment: dict[str, str] | None = None) -> Any:

@@ -317,7 +317,7 @@ def test_the_identity_of_the_test_data_does_not_depend_on_the_shards_but_on_each
 
 
 def results(rows: list[dict]) -> str:
-    return json.dumps({"rows": rows})
+    return json.dumps({"rows": rows, "passed": True})
 
 
 def row(experiment: str, test_miou: float, student: str = "cnn") -> dict:
@@ -332,6 +332,24 @@ def test_a_comparison_of_other_jobs_is_refused(tmp_path: Path) -> None:
     (folder / "metrics.json").write_text(json.dumps({"students": {"cnn": {"val/miou": 0.3}}}))
     with pytest.raises(UserError, match=r"results.json: nothing about kd \(cnn\) with seed 0; run compare again"):
         stage.read_candidates(["kd"], [0], [folder], tmp_path)
+
+
+def test_nothing_is_registered_if_no_student_passed_the_gate(root: Path, prepared: Path) -> None:
+    folder = root / "kd-s0"
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps({"students": {"cnn": {"val/miou": 0.3}}}))
+    one_row = {**row("kd", 0.3), "seeds": [{"seed": 0, "test_miou": 0.3}]}
+    (root / "results.json").write_text(json.dumps({"rows": [one_row], "passed": False}))
+    registration, one = root / "registration", tracker(root)
+    stage.run(
+        ANY, run=["kd"], seeds=[0], comparison=root, prepared=prepared, students=[folder],
+        registration=registration, tracker=one,
+    )  # fmt: skip
+    one.close()
+    found = json.loads((registration / "registration.json").read_text())
+    assert found["version"] is None and found["name"] == NAME
+    assert stage.sentence(found) == "Not registered: no student passed the gate (compare.min_test_miou)"
+    assert not (registration / "model").exists()
 
 
 def test_the_stage_registers_a_student_that_serves_any_image_size(root: Path, prepared: Path) -> None:

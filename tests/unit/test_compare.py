@@ -31,7 +31,7 @@ EXPERIMENTS: dict[str, Any] = {
 }
 ACCURACY = {"teacher": 0.95, "none": 0.70, "none_vit": 0.75, "kd": 0.85, "dml": 0.74}
 PARAMS = {"teacher": 12_000_000, "cnn": 900_000, "vit": 3_700_000}
-CONFIG = compare.Config(confidence=0.95, resamples=200, bootstrap_seed=0, overlays=2)
+CONFIG = compare.Config(confidence=0.95, resamples=200, bootstrap_seed=0, overlays=2, min_test_miou=0.0)
 
 
 class Inputs:
@@ -312,7 +312,7 @@ def test_page_has_the_pictures_of_truth_teacher_and_every_student(compared: tupl
 
 
 def test_no_picture_is_asked_for_and_none_is_shown(inputs: Inputs) -> None:
-    config = compare.Config(confidence=0.95, resamples=200, bootstrap_seed=0, overlays=0)
+    config = compare.Config(confidence=0.95, resamples=200, bootstrap_seed=0, overlays=0, min_test_miou=0.0)
     inputs.compare(["none", "kd"], [0, 1], config=config)
     assert 'class="scene"' not in (inputs.report / "report.html").read_text()
 

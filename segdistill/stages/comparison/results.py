@@ -113,6 +113,8 @@ class Comparison:
     protocol: Protocol
     # What makes a number of this comparison less comparable than it looks.
     warnings: tuple[str, ...]
+    # The gate: whether a student is good enough to be registered.
+    passed: bool
 
 
 def find_reference(experiment: str, student: str, run: Sequence[str], experiments: Mapping[str, Any]) -> str | None:

@@ -1,0 +1,314 @@
+"""Stages as tasks of Kubeflow Pipelines: what the body of a component calls.
+
+KFP names the folders of a task's inputs and outputs, and promises little about them. So a task writes a mark last into
+each folder that it makes, which also carries the version of the data set from task to task; a folder without its mark
+is refused, whatever a runner says of the task that was to make it.
+
+The environment says what is not a matter of the pipeline: ``SEGDISTILL_WORK`` (a volume for checkpoints),
+``SEGDISTILL_SHARED`` (a volume for large outputs), ``SEGDISTILL_PROCESSES`` (how many processes train together).
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from segdistill.errors import Interrupted, UserError
+from segdistill.execution import context, finish_pipeline, open_tracker, quiet_libraries, run_stage, stage_module
+from segdistill.stages import BY_NAME, Job, Stage
+from segdistill.stages.highlights import Highlights
+
+logger = logging.getLogger(__name__)
+
+COMPLETED = ".completed"  # the mark: which stage made the folder, for which job, from which version of the data
+ELSEWHERE = ".elsewhere"  # in place of an output's content: the folder of a volume that has it
+
+Paths = Mapping[str, str | list[str]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One stage with what KFP gave it."""
+
+    name: str
+    params: str  # the sections of params.yaml that the stage declares, as JSON
+    paths: Paths  # inputs and outputs; the folders of every job may come in any order
+    experiment: str | None = None
+    seed: int | None = None
+
+    @property
+    def stage(self) -> Stage:
+        """The stage's line in the table."""
+        return BY_NAME[self.name]
+
+    @property
+    def job(self) -> Job | None:
+        """The cell of the matrix, of a stage that runs once per job."""
+        return Job(self.experiment, self.seed) if self.experiment is not None and self.seed is not None else None
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a task's inputs and outputs really are, and the version of the data that they come from."""
+
+    chosen: Mapping[str, Any]  # the parameters
+    paths: Mapping[str, Path | list[Path]]
+    data: Mapping[str, str] = field(default_factory=dict)  # data_md5 and data_commit
+    shared: Mapping[str, Path] = field(default_factory=dict)  # outputs on a volume, by name
+
+
+def run_component(
+    name: str,
+    params: str,
+    *,
+    paths: Paths,
+    shown: Mapping[str, Any] | None = None,
+    experiment: str | None = None,
+    seed: int | None = None,
+) -> Highlights:
+    """Runs one stage as a task; ends the process as the command line does.
+
+    Args:
+        name: the stage.
+        params: its ``sections`` of params.yaml as JSON.
+        paths: all its inputs and outputs; the folders of every job may come in any order.
+        shown: KFP's artifacts for its highlights, by name: Metrics for ``scores``, ClassificationMetrics for
+            ``confusion``, HTML for ``page``, Markdown for ``summary``.
+        experiment: of a stage that runs once per job.
+        seed: likewise.
+    """
+    task = Task(name, params, paths, experiment, seed)
+    quiet_libraries()
+    with _ended_as_the_command_line(name):
+        places, count = _places(task), _processes()
+        if places.shared and all(folder.is_dir() for folder in places.shared.values()):
+            logger.info("%s: is on the volume already", ", ".join(map(str, places.shared.values())))
+        elif count > 1:
+            _run_together(task, count)
+        else:
+            _execute(task, places)
+        _complete(task, places)
+        found = stage_module(task.stage).highlights(places.paths) if task.stage.shows else Highlights()
+        _show(found, shown or {})
+    return found
+
+
+def run_fetch(repository: str, revision: str, *, data: str) -> dict[str, str]:
+    """Brings a version of the data set as a task; ends the process as the command line does.
+
+    Args:
+        repository: a git repository's address.
+        revision: a branch, a tag or a commit; a cache is right about a commit only.
+        data: the folder to make.
+
+    Returns:
+        ``data_md5`` and ``data_commit``, which the folder's mark has too.
+    """
+    quiet_libraries()
+    with _ended_as_the_command_line("fetch"):
+        from segdistill.adapters.dvc_remote import fetch
+        from segdistill.adapters.dvc_version import find
+
+        output, volume = Path(data), os.environ.get("SEGDISTILL_SHARED")
+        (output / COMPLETED).unlink(missing_ok=True)  # of an earlier attempt
+        where = Path(volume) / "data" / find(repository, revision).md5 if volume else output
+        version = fetch(repository, revision, where)
+        facts = {"data_md5": version.md5, "data_commit": version.commit}
+        if volume:
+            _point(output, where)
+        _mark(output, {"stage": "fetch", "job": None, **facts})
+    return facts
+
+
+def run_finish(state: str) -> None:
+    """Ends the pipeline's run in MLflow with the state that KFP gave the pipeline."""
+    quiet_libraries()
+    status = {"SUCCEEDED": "FINISHED", "CANCELLED": "KILLED", "CANCELED": "KILLED"}.get(state, "FAILED")
+    with _ended_as_the_command_line("finish"):
+        finish_pipeline(os.environ.get("SEGDISTILL_TRACKER", "auto"), context(), status)
+
+
+@contextlib.contextmanager
+def _ended_as_the_command_line(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (UserError, Interrupted) as error:
+        print(f"segdistill {name}: {error}", file=sys.stderr)
+        raise SystemExit(75 if isinstance(error, Interrupted) else 2) from None
+
+
+# Where things are
+
+
+def _places(task: Task) -> Places:
+    """Reads the marks of all inputs.
+
+    Raises:
+        UserError: parameters that are not the stage's, or an input that is not complete.
+    """
+    stage, chosen = task.stage, _read_sections(task)
+    paths: dict[str, Path | list[Path]] = {}
+    data: dict[str, str] = {}
+    for name, given in task.paths.items():
+        if name not in stage.inputs:
+            paths[name] = Path(str(given))
+            continue
+        folders = [Path(given)] if isinstance(given, str) else list(map(Path, given))
+        marks = [_read_mark(stage, folder) for folder in folders]
+        data = next(({key: mark[key] for key in mark if key.startswith("data_")} for mark in marks), {}) or data
+        real = [_real(folder) for folder in folders]
+        paths[name] = real[0] if isinstance(given, str) else _in_order(stage, marks, real, chosen)
+    shared = _on_volume(task, chosen, data)
+    return Places(chosen, {**paths, **shared}, data, shared)
+
+
+def _read_sections(task: Task) -> dict[str, Any]:
+    expected = [key.format(experiment=task.experiment or "") for key in task.stage.params]
+    try:
+        chosen = json.loads(task.params)
+    except json.JSONDecodeError as error:
+        raise UserError(f"params of {task.name}: not valid JSON: {error}") from None
+    if not isinstance(chosen, dict) or sorted(chosen) != sorted(expected):
+        found = ", ".join(chosen) if isinstance(chosen, dict) else type(chosen).__name__
+        raise UserError(f"params of {task.name}: expected the sections {', '.join(expected)}, found {found}")
+    return chosen
+
+
+def _read_mark(stage: Stage, folder: Path) -> dict[str, Any]:
+    mark = folder / COMPLETED
+    if not mark.is_file():
+        raise UserError(f"{folder}: {stage.name} needs it, but the task that makes it did not complete")
+    return dict(json.loads(mark.read_text()))
+
+
+def _in_order(
+    stage: Stage, marks: Sequence[Mapping[str, Any]], folders: Sequence[Path], chosen: Mapping[str, Any]
+) -> list[Path]:
+    """The folders in the order of the matrix, by what they say of themselves: no orchestrator promises an order."""
+    made = {mark["job"]: folder for mark, folder in zip(marks, folders, strict=True)}
+    wanted = [str(Job(experiment, seed)) for experiment in chosen["run"] for seed in chosen["seeds"]]
+    if sorted(made) != sorted(wanted) or len(folders) != len(wanted):
+        raise UserError(
+            f"{stage.name}: its parameters name the jobs {', '.join(wanted)}, the pipeline ran {', '.join(made)}"
+        )
+    return [made[cell] for cell in wanted]
+
+
+def _real(folder: Path) -> Path:
+    """An input's content, which may lie on a volume."""
+    pointer = folder / ELSEWHERE
+    if not pointer.is_file():
+        return folder
+    real = Path(json.loads(pointer.read_text())["folder"])
+    if not real.is_dir():
+        raise UserError(f"{real}: no longer on the volume; run the pipeline again with --no-cache")
+    return real
+
+
+def _on_volume(task: Task, chosen: Mapping[str, Any], data: Mapping[str, str]) -> dict[str, Path]:
+    """Where large outputs go if there is a volume for them: a folder that every run with the same cause shares."""
+    volume = os.environ.get("SEGDISTILL_SHARED")
+    if not volume or not task.stage.large:
+        return {}
+    cause = [task.name, dict(chosen), dict(data), context().git_commit]
+    name = f"{task.name}-{sha256(json.dumps(cause, sort_keys=True).encode()).hexdigest()[:16]}"
+    return {output: Path(volume) / name / output for output in task.stage.large}
+
+
+def _point(output: Path, real: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    (output / ELSEWHERE).write_text(json.dumps({"folder": str(real)}) + "\n")
+
+
+def _mark(output: Path, facts: Mapping[str, Any]) -> None:
+    (output / COMPLETED).write_text(json.dumps(facts) + "\n")
+
+
+def _complete(task: Task, places: Places) -> None:
+    facts = {"stage": task.name, "job": str(task.job) if task.job else None, **places.data}
+    for output in task.stage.outputs:
+        folder = Path(str(task.paths[output]))
+        if output in places.shared:
+            _point(folder, places.shared[output])
+        _mark(folder, facts)
+
+
+# Running
+
+
+def _execute(task: Task, places: Places) -> None:
+    started, here = time.time(), context()
+    here = replace(here, data_md5=places.data.get("data_md5", here.data_md5))
+    for output in places.shared.values():
+        output.parent.mkdir(parents=True, exist_ok=True)
+    tracker = open_tracker(os.environ.get("SEGDISTILL_TRACKER", "auto"), here, task.stage, task.job)
+    # A pod that is tried again finds nothing beside its output. A volume that outlives it may hold the checkpoint.
+    volume, label = os.environ.get("SEGDISTILL_WORK"), f"{task.name}-{task.job}" if task.job else task.name
+    work = Path(volume) / here.pipeline_run / label if volume else None
+    run_stage(
+        task.stage, places.chosen, paths=places.paths, job=task.job, tracker=tracker, started=started, work=work
+    )  # fmt: skip
+
+
+def _processes() -> int:
+    text = os.environ.get("SEGDISTILL_PROCESSES", "1")
+    if not text.isdecimal() or not int(text):
+        raise UserError(f"SEGDISTILL_PROCESSES: '{text}' is not a number of processes; expected 1 or more")
+    return int(text)
+
+
+def _run_together(task: Task, count: int) -> None:
+    """Runs the stage in several processes of this machine, as torchrun does."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the stage has said what was wrong
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "task.json"
+        file.write_text(json.dumps(asdict(task)))
+        launch = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=count, max_restarts=0,
+            rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=task.name,
+        )  # fmt: skip
+        try:
+            elastic_launch(launch, sys.executable)("-m", __name__, str(file))
+        except ChildFailedError as error:
+            codes = {failure.exitcode for failure in error.failures.values()}
+            raise SystemExit(next((code for code in (2, 75) if code in codes), 1)) from None
+        except SignalException:
+            raise Interrupted("stopped; the checkpoint is written, and the next attempt goes on from it") from None
+
+
+def _show(found: Highlights, shown: Mapping[str, Any]) -> None:
+    """Hands the highlights to KFP's artifacts; duck-typed, as this package does not import kfp."""
+    for name, artifact in shown.items():
+        value = getattr(found, name)
+        if name == "scores":
+            for key, number in value.items():
+                artifact.log_metric(key, number)
+        elif name == "confusion":
+            artifact.log_confusion_matrix(list(value[0]), [list(row) for row in value[1]])
+        else:
+            Path(artifact.path).write_text(value, encoding="utf-8")
+
+
+def main(path: str) -> None:
+    """One of the processes of a task."""
+    task = Task(**json.loads(Path(path).read_text()))
+    quiet_libraries()
+    with _ended_as_the_command_line(task.name):
+        _execute(task, _places(task))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
