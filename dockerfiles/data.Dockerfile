@@ -2,29 +2,35 @@
 # How to build it: docs/kubeflow.md
 ARG BASE_IMAGE=python:3.11-slim
 
-FROM ${BASE_IMAGE} AS build
-WORKDIR /build
-# Names here, versions in requirements.lock: whatever these names pull in is held to the lock.
-# The certificates are there only behind a private authority; nothing of this stage but /opt/segdistill goes on.
-COPY requirements.lock certificates.pe[m] ./
-RUN if [ -f certificates.pem ]; then export SSL_CERT_FILE=$PWD/certificates.pem PIP_CERT=$PWD/certificates.pem; fi \
-    && python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir --quiet uv \
-    && python3 -m venv --without-pip /opt/segdistill \
-    && /opt/uv/bin/uv pip install --no-cache --compile-bytecode --python /opt/segdistill/bin/python \
-       --constraints requirements.lock \
-       boto3 configobj great-expectations kfp mlflow numpy pandas pillow pyarrow pydantic pyyaml rich
-COPY pyproject.toml README.md LICENSE ./
-COPY segdistill segdistill
-RUN if [ -f certificates.pem ]; then export SSL_CERT_FILE=$PWD/certificates.pem; fi \
-    && /opt/uv/bin/uv pip install --no-cache --compile-bytecode --python /opt/segdistill/bin/python \
-       --build-constraints requirements.lock --no-deps .
-
-FROM ${BASE_IMAGE}
+# What changes rarely, in a layer of its own. uv comes and goes within it.
+FROM ${BASE_IMAGE} AS libraries
 # git reads data.dvc of a revision.
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends git ca-certificates > /dev/null \
-    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log \
-    && useradd --uid 1000 --create-home segdistill
-COPY --from=build /opt/segdistill /opt/segdistill
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log
+# Names here, versions in requirements.lock: whatever these names pull in is held to the lock.
+# The secret is there only behind a private authority: certificates to trust while building.
+RUN --mount=type=bind,source=requirements.lock,target=/tmp/requirements.lock --mount=type=secret,id=certificates \
+    if [ -f /run/secrets/certificates ]; then export SSL_CERT_FILE=/run/secrets/certificates PIP_CERT=/run/secrets/certificates; fi \
+    && python3 -m venv /tmp/uv && /tmp/uv/bin/pip install --no-cache-dir --quiet uv \
+    && python3 -m venv --without-pip /opt/segdistill \
+    && /tmp/uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/segdistill/bin/python \
+       --constraints /tmp/requirements.lock \
+       boto3 configobj great-expectations kfp mlflow numpy pandas pillow pyarrow pydantic pyyaml rich \
+    && rm -rf /tmp/uv
+
+FROM libraries AS package
+WORKDIR /build
+COPY pyproject.toml requirements.lock README.md LICENSE ./
+COPY segdistill segdistill
+RUN --mount=type=secret,id=certificates \
+    if [ -f /run/secrets/certificates ]; then export SSL_CERT_FILE=/run/secrets/certificates PIP_CERT=/run/secrets/certificates; fi \
+    && python3 -m venv /tmp/uv && /tmp/uv/bin/pip install --no-cache-dir --quiet uv \
+    && /tmp/uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/segdistill/bin/python \
+       --build-constraints requirements.lock --no-deps --prefix /package .
+
+FROM libraries
+RUN useradd --uid 1000 --create-home segdistill
+COPY --from=package /package /opt/segdistill
 ARG GIT_COMMIT=unknown
 ARG VERSION=unknown
 # USER is for libraries that ask for a name, where a container runs as a user that /etc/passwd does not know.
@@ -44,7 +50,7 @@ WORKDIR /home/segdistill
 # The image is good if what its stages and KFP's executor import is there, and torch is not.
 RUN export HOME=/tmp/check && git --version > /dev/null \
     && python3 -c "import great_expectations, mlflow, kfp.dsl.executor_main" \
-    && python3 -c "import segdistill.execution, segdistill.data.sharding, segdistill.adapters.gx" \
+    && python3 -c "import segdistill.tasks, segdistill.data.sharding, segdistill.adapters.gx" \
     && python3 -c "import segdistill.adapters.dvc_remote" \
     && python3 -c "import importlib.util; assert not importlib.util.find_spec('torch')" \
     && python3 -m segdistill prepare --help > /dev/null \

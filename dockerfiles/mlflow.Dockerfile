@@ -1,18 +1,15 @@
 # An MLflow server that keeps its runs in PostgreSQL and its artifacts in S3: for compose.yaml and the end-to-end tests.
 ARG BASE_IMAGE=python:3.11-slim
 
-FROM ${BASE_IMAGE} AS build
-WORKDIR /build
-COPY requirements.lock certificates.pe[m] ./
-RUN if [ -f certificates.pem ]; then export SSL_CERT_FILE=$PWD/certificates.pem PIP_CERT=$PWD/certificates.pem; fi \
-    && python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir --quiet uv \
-    && python3 -m venv --without-pip /opt/mlflow \
-    && /opt/uv/bin/uv pip install --no-cache --compile-bytecode --python /opt/mlflow/bin/python \
-       --constraints requirements.lock boto3 mlflow psycopg2-binary==2.9.11
-
 FROM ${BASE_IMAGE}
-RUN useradd --uid 1000 --create-home mlflow
-COPY --from=build /opt/mlflow /opt/mlflow
+# The secret is there only behind a private authority: certificates to trust while building.
+RUN --mount=type=bind,source=requirements.lock,target=/tmp/requirements.lock --mount=type=secret,id=certificates \
+    if [ -f /run/secrets/certificates ]; then export SSL_CERT_FILE=/run/secrets/certificates PIP_CERT=/run/secrets/certificates; fi \
+    && python3 -m venv /tmp/uv && /tmp/uv/bin/pip install --no-cache-dir --quiet uv \
+    && python3 -m venv --without-pip /opt/mlflow \
+    && /tmp/uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/mlflow/bin/python \
+       --constraints /tmp/requirements.lock boto3 mlflow psycopg2-binary==2.9.11 \
+    && rm -rf /tmp/uv && useradd --uid 1000 --create-home mlflow
 ARG GIT_COMMIT=unknown
 ARG VERSION=unknown
 ENV PATH=/opt/mlflow/bin:$PATH \

@@ -2,29 +2,36 @@
 # How to build it: docs/kubeflow.md
 ARG BASE_IMAGE=python:3.11-slim
 
-FROM ${BASE_IMAGE} AS build
-WORKDIR /build
+# What changes rarely, in a layer of its own: gigabytes that no change of our code moves. uv comes and goes within it.
+FROM ${BASE_IMAGE} AS libraries
 # Empty: the registry's torch, which brings its CUDA libraries and serves nodes with and without a GPU; the driver is
 # the node's. Or what uv's --torch-backend knows: cpu leaves CUDA out, torchvision likewise, from PyTorch's own index.
 ARG TORCH_BACKEND=
-# Names here and in pyproject.toml, versions in requirements.lock. This layer is the large one, and changes rarely.
-# The certificates are there only behind a private authority; nothing of this stage but /opt/segdistill goes on.
-COPY requirements.lock pyproject.toml certificates.pe[m] ./
-RUN if [ -f certificates.pem ]; then export SSL_CERT_FILE=$PWD/certificates.pem PIP_CERT=$PWD/certificates.pem; fi \
-    && python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir --quiet uv \
+# Names here, versions in requirements.lock: whatever these names pull in is held to the lock.
+# The secret is there only behind a private authority: certificates to trust while building.
+RUN --mount=type=bind,source=requirements.lock,target=/tmp/requirements.lock --mount=type=secret,id=certificates \
+    if [ -f /run/secrets/certificates ]; then export SSL_CERT_FILE=/run/secrets/certificates PIP_CERT=/run/secrets/certificates; fi \
+    && python3 -m venv /tmp/uv && /tmp/uv/bin/pip install --no-cache-dir --quiet uv \
     && python3 -m venv --without-pip /opt/segdistill \
-    && /opt/uv/bin/uv pip install --no-cache --compile-bytecode --python /opt/segdistill/bin/python \
-       ${TORCH_BACKEND:+--torch-backend ${TORCH_BACKEND}} \
-       --constraints requirements.lock --requirements pyproject.toml boto3 kfp mlflow
-COPY README.md LICENSE ./
-COPY segdistill segdistill
-RUN if [ -f certificates.pem ]; then export SSL_CERT_FILE=$PWD/certificates.pem; fi \
-    && /opt/uv/bin/uv pip install --no-cache --compile-bytecode --python /opt/segdistill/bin/python \
-       --build-constraints requirements.lock --no-deps .
+    && /tmp/uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/segdistill/bin/python \
+       ${TORCH_BACKEND:+--torch-backend ${TORCH_BACKEND}} --constraints /tmp/requirements.lock \
+       boto3 kfp matplotlib mlflow numpy pillow pyarrow pydantic pyyaml rich safetensors \
+       segmentation-models-pytorch timm torch torchvision \
+    && rm -rf /tmp/uv
 
-FROM ${BASE_IMAGE}
+FROM libraries AS package
+WORKDIR /build
+COPY pyproject.toml requirements.lock README.md LICENSE ./
+COPY segdistill segdistill
+RUN --mount=type=secret,id=certificates \
+    if [ -f /run/secrets/certificates ]; then export SSL_CERT_FILE=/run/secrets/certificates PIP_CERT=/run/secrets/certificates; fi \
+    && python3 -m venv /tmp/uv && /tmp/uv/bin/pip install --no-cache-dir --quiet uv \
+    && /tmp/uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/segdistill/bin/python \
+       --build-constraints requirements.lock --no-deps --prefix /package .
+
+FROM libraries
 RUN useradd --uid 1000 --create-home segdistill
-COPY --from=build /opt/segdistill /opt/segdistill
+COPY --from=package /package /opt/segdistill
 ARG GIT_COMMIT=unknown
 ARG VERSION=unknown
 # USER is for libraries that ask for a name, where a container runs as a user that /etc/passwd does not know.
@@ -43,7 +50,7 @@ USER 1000
 WORKDIR /home/segdistill
 # The image is good if what its stages and KFP's executor import is there.
 RUN export HOME=/tmp/check \
-    && python3 -c "import mlflow.pytorch, kfp.dsl.executor_main" \
-    && python3 -c "import segdistill.methods, segdistill.engine.trainer, segdistill.models.segmenter" \
+    && python3 -c "import boto3, mlflow.pytorch, kfp.dsl.executor_main" \
+    && python3 -c "import segdistill.tasks, segdistill.methods, segdistill.engine.trainer, segdistill.models.segmenter" \
     && python3 -m segdistill distill --help > /dev/null \
     && rm -rf /tmp/*
