@@ -4,8 +4,8 @@ ARG BASE_IMAGE=python:3.11-slim
 FROM ${BASE_IMAGE}
 # The secret is there only behind a private authority: certificates to trust while building.
 RUN --mount=type=bind,source=requirements.lock,target=/tmp/requirements.lock --mount=type=secret,id=certificates \
-    if [ -f /run/secrets/certificates ]; then export SSL_CERT_FILE=/run/secrets/certificates PIP_CERT=/run/secrets/certificates; fi \
-    && python3 -m venv /tmp/uv && /tmp/uv/bin/pip install --no-cache-dir --quiet uv \
+    trusted=/run/secrets/certificates; if [ -f $trusted ]; then export SSL_CERT_FILE=$trusted PIP_CERT=$trusted; fi; \
+    python3 -m venv /tmp/uv && /tmp/uv/bin/pip install --no-cache-dir --quiet uv \
     && python3 -m venv --without-pip /opt/mlflow \
     && /tmp/uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/mlflow/bin/python \
        --constraints /tmp/requirements.lock boto3 mlflow psycopg2-binary==2.9.11 \
