@@ -147,17 +147,20 @@ def data_version(repository: str, revision: str) -> dict[str, str]:
     return {"repository": repository, "revision": found.commit}
 
 
-def run_here(params: Mapping[str, Any], repository: str, revision: str, root: Path) -> dict[str, Path]:
-    """Runs the pipeline, each task in a process of this environment; returns where its outputs lie.
+def run_here(
+    params: Mapping[str, Any], repository: str, revision: str, root: Path, runner: str = "subprocess"
+) -> dict[str, Path]:
+    """Runs the pipeline, each task in a process of this environment or in a container; returns where its outputs lie.
 
     Args:
         params: the content of params.yaml.
         repository: of the data set: a folder, or an address that git understands.
         revision: of the data set.
         root: gets a folder for this run, with one for each task's outputs.
+        runner: "subprocess" or "docker".
 
     Raises:
-        UserError: a mistake in the parameters, or no such version of the data.
+        UserError: a mistake in the parameters, or no such version of the data, or no Docker engine.
         RuntimeError: a task failed.
     """
     from segdistill.adapters.dvc_version import find
@@ -171,8 +174,19 @@ def run_here(params: Mapping[str, Any], repository: str, revision: str, root: Pa
     os.environ.setdefault("SEGDISTILL_PIPELINE_RUN", time.strftime("local-%Y%m%d-%H%M%S"))
     place = Path(repository)
     where = str(place.resolve()) if place.is_dir() else repository  # tasks run in other folders
+    if runner == "docker":
+        if place.is_dir():
+            raise UserError(
+                f"--repository: '{repository}' is a folder, which a container does not see; give an address"
+            )
+        from pipelines import docker_runner
+
+        work = os.environ.get("SEGDISTILL_WORK")
+        chosen = docker_runner.runner(root.resolve(), work=Path(work) if work else None)
+    else:
+        chosen = local.SubprocessRunner(use_venv=False)
     before = set(root.glob("*"))
-    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root.resolve()))
+    local.init(chosen, pipeline_root=str(root.resolve()))
     pipeline(Placement(None))(repository=where, revision=version.commit, **given)
     (run,) = set(root.glob("*")) - before
     return {name: run / task / name for task, name in (("compare", "report"), ("register", "registration"))}
@@ -202,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--cluster", type=Path, help="what tasks ask of it (pipelines/cluster.yaml)")
         command.add_argument("--no-cache", action="store_true", help="run every task anew")
     running = commands.add_parser("run", help="run the pipeline on this machine")
-    running.add_argument("--runner", choices=("subprocess",), default="subprocess")
+    running.add_argument("--runner", choices=("subprocess", "docker"), default="subprocess")
     running.add_argument("--repository", default=".", help="the data set's git repository: a folder or an address")
     running.add_argument("--root", type=Path, default=Path("artifacts/kfp"), help="where outputs go (%(default)s)")
     for command in (submitting, running):
@@ -225,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
         elif given.command == "submit":
             return submit(params, given)
         else:
-            for name, path in run_here(params, given.repository, given.revision, given.root).items():
+            for name, path in run_here(params, given.repository, given.revision, given.root, given.runner).items():
                 sys.stdout.write(f"{name}: {path}\n")  # KFP replaces print while tasks run, and not always back
     except UserError as error:
         print(f"pipelines {given.command}: {error}", file=sys.stderr)

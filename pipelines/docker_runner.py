@@ -29,7 +29,7 @@ PASSED_ON = ("AWS_", "MLFLOW_", "SEGDISTILL_")
 # Places on this machine, and what the images know better.
 KEPT = (
     "AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE",
-    "SEGDISTILL_GIT_COMMIT", "SEGDISTILL_IMAGE_", "SEGDISTILL_WORK",
+    "SEGDISTILL_GIT_COMMIT", "SEGDISTILL_IMAGE_", "SEGDISTILL_SHARED", "SEGDISTILL_WORK",
 )  # fmt: skip
 ORDINARY_USER = 1000  # the images' user, for a caller who is root
 WORK = "/work"  # where a container sees the folder of checkpoints

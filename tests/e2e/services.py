@@ -57,6 +57,15 @@ def stop(process: subprocess.Popen[bytes] | None, number: int = signal.SIGTERM) 
         process.wait()
 
 
+def docker_client() -> str:
+    """A client that knows BuildKit: 20.10 does, a later one by the plugin buildx."""
+    for name in filter(None, (shutil.which("docker"), shutil.which("docker", path="/usr/bin"))):
+        version = subprocess.run([name, "--version"], capture_output=True, text=True).stdout
+        if " 20.10." in version or subprocess.run([name, "buildx", "version"], capture_output=True).returncode == 0:
+            return name
+    raise Missing("needs a Docker client that knows BuildKit; on Debian: apt-get install docker.io")
+
+
 @dataclass
 class Engine:
     """A Docker engine: the one that DOCKER_HOST names, or one of our own, in a folder."""
@@ -64,8 +73,10 @@ class Engine:
     folder: Path
     process: subprocess.Popen[bytes] | None = None
     address: str = field(default_factory=lambda: os.environ.get("DOCKER_HOST", ""))
+    docker: str = "docker"
 
     def start(self) -> None:
+        self.docker = docker_client()
         if self.address:
             return
         missing = [name for name in ("dockerd", "iptables") if shutil.which(name) is None]
@@ -85,7 +96,7 @@ class Engine:
             raise Missing(f"Docker does not start here: {error}") from None
 
     def _alive(self) -> bool:
-        return subprocess.run(["docker", "version"], env=self.environment(), capture_output=True).returncode == 0
+        return subprocess.run([self.docker, "version"], env=self.environment(), capture_output=True).returncode == 0
 
     def environment(self) -> dict[str, str]:
         return {**os.environ, "DOCKER_HOST": self.address}
@@ -97,22 +108,22 @@ class Engine:
         """``BASE_IMAGE`` of the environment, or Debian's Python by debootstrap where no registry is in reach."""
         if os.environ.get("BASE_IMAGE"):
             return os.environ["BASE_IMAGE"]
-        known = subprocess.run(["docker", "image", "inspect", BASE], env=self.environment(), capture_output=True)
+        known = subprocess.run([self.docker, "image", "inspect", BASE], env=self.environment(), capture_output=True)
         if known.returncode:
             archive = CACHE / "base-bookworm.tar"
             if not archive.exists():
                 _debootstrap(archive, self.folder / "base")
-            command = ["docker", "import", "--change", 'CMD ["python3"]', str(archive), BASE]
+            command = [self.docker, "import", "--change", 'CMD ["python3"]', str(archive), BASE]
             subprocess.run(command, env=self.environment(), check=True, stdout=subprocess.DEVNULL)
         return BASE
 
     def build(self, *images: str) -> dict[str, str]:
         """The images of the committed tree, by name; the environment variables that name them."""
-        settings = {"BASE_IMAGE": self.base_image(), "IMAGES": " ".join(images)}
+        settings = {"BASE_IMAGE": self.base_image(), "IMAGES": " ".join(images), "DOCKER": self.docker}
         log = self.folder / "build.log"
         with log.open("wb") as output:
             done = subprocess.run(
-                [str(ROOT / "dockerfiles" / "build"), "--network", "host"],
+                [str(ROOT / "dockerfiles" / "build"), "--network", "host", "--progress", "plain"],
                 env={**self.environment(), **settings}, stdout=subprocess.PIPE, stderr=output, text=True,
             )  # fmt: skip
         assert done.returncode == 0, log.read_text(errors="replace")[-5000:]
