@@ -1,6 +1,6 @@
 """One component as a pipeline, in containers: ``python one_task.py SETTINGS`` with the settings as JSON.
 
-``component``, its ``parameters``, its input ``artifacts`` by path below ``root``, ``work`` for checkpoints, ``retries``.
+``component``, its ``parameters``, its input ``artifacts`` below ``root``, ``work`` for checkpoints, ``retries``.
 """
 
 import json
