@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data streets preset repro test lint format ui clean
+.PHONY: help setup data streets preset repro test e2e images lint format ui clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,12 @@ repro: data preset  ## run the pipeline: validate ... register (PRESET=name: wit
 
 test: $(READY)  ## run the tests
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest
+
+e2e: $(READY)  ## run the pipeline in containers, between real servers (root, or DOCKER_HOST)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest tests/e2e -n 0 --durations 30
+
+images:  ## build the container images of what is committed
+	@dockerfiles/build
 
 lint: $(READY)  ## ruff, mypy, and who may import what
 	@$(BIN)/ruff check .
