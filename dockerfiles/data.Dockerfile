@@ -16,7 +16,7 @@ RUN --mount=type=bind,source=requirements.lock,target=/tmp/requirements.lock --m
     && /tmp/uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/segdistill/bin/python \
        --constraints /tmp/requirements.lock \
        boto3 configobj great-expectations kfp mlflow numpy pandas pillow pyarrow pydantic pyyaml rich \
-    && rm -rf /tmp/uv
+    && rm -rf /tmp/uv*
 
 FROM libraries AS package
 WORKDIR /build

@@ -9,7 +9,7 @@ RUN --mount=type=bind,source=requirements.lock,target=/tmp/requirements.lock --m
     && python3 -m venv --without-pip /opt/mlflow \
     && /tmp/uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/mlflow/bin/python \
        --constraints /tmp/requirements.lock boto3 mlflow psycopg2-binary==2.9.11 \
-    && rm -rf /tmp/uv && useradd --uid 1000 --create-home mlflow
+    && rm -rf /tmp/uv* && useradd --uid 1000 --create-home mlflow
 ARG GIT_COMMIT=unknown
 ARG VERSION=unknown
 ENV PATH=/opt/mlflow/bin:$PATH \

@@ -17,7 +17,7 @@ RUN --mount=type=bind,source=requirements.lock,target=/tmp/requirements.lock --m
        ${TORCH_BACKEND:+--torch-backend ${TORCH_BACKEND}} --constraints /tmp/requirements.lock \
        boto3 kfp matplotlib mlflow numpy pillow pyarrow pydantic pyyaml rich safetensors \
        segmentation-models-pytorch timm torch torchvision \
-    && rm -rf /tmp/uv
+    && rm -rf /tmp/uv*
 
 FROM libraries AS package
 WORKDIR /build
