@@ -61,18 +61,16 @@ def _lacking(lack: Missing) -> None:
 def engine(folder: Path) -> Iterator[Engine]:
     (folder / "docker").mkdir()
     engine = start(Engine(folder / "docker"))
-    before = os.environ.get("DOCKER_HOST")
-    os.environ["DOCKER_HOST"] = engine.address
-    yield engine
+    with pytest.MonkeyPatch.context() as patch:
+        if engine.address:
+            patch.setenv("DOCKER_HOST", engine.address)
+        yield engine
     engine.stop()
-    os.environ.pop("DOCKER_HOST")
-    if before is not None:
-        os.environ["DOCKER_HOST"] = before
 
 
 @pytest.fixture(scope="session")
 def client(engine: Engine) -> Iterator[docker.DockerClient]:
-    client = docker.DockerClient(base_url=engine.address, timeout=300)
+    client = docker.from_env(timeout=300)
     yield client
     client.close()
 

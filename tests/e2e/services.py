@@ -68,7 +68,7 @@ def docker_client() -> str:
 
 @dataclass
 class Engine:
-    """A Docker engine: the one that DOCKER_HOST names, or one of our own, in a folder."""
+    """A Docker engine: the one that answers already (DOCKER_HOST, or the usual socket), or one of our own."""
 
     folder: Path
     process: subprocess.Popen[bytes] | None = None
@@ -77,12 +77,12 @@ class Engine:
 
     def start(self) -> None:
         self.docker = docker_client()
-        if self.address:
+        if self._alive():
             return
         missing = [name for name in ("dockerd", "iptables") if shutil.which(name) is None]
         if missing or os.getuid():
-            lacks = f"{', '.join(missing)} and root's rights" if missing else "root's rights, to start its own engine"
-            raise Missing(f"needs Docker: set DOCKER_HOST to a running engine's socket, or else {lacks}")
+            lacks = f"{', '.join(missing)} and root's rights" if missing else "root's rights"
+            raise Missing(f"needs Docker: no engine answers (DOCKER_HOST), and to start one it needs {lacks}")
         self.address = f"unix://{self.folder}/docker.sock"
         log = self.folder / "dockerd.log"
         options = [f"--data-root={self.folder}/root", f"--exec-root={self.folder}/exec", f"--host={self.address}"]
@@ -99,7 +99,7 @@ class Engine:
         return subprocess.run([self.docker, "version"], env=self.environment(), capture_output=True).returncode == 0
 
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "DOCKER_HOST": self.address}
+        return {**os.environ, "DOCKER_HOST": self.address} if self.address else dict(os.environ)
 
     def stop(self) -> None:
         stop(self.process)
