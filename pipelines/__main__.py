@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -137,10 +138,8 @@ def data_version(repository: str, revision: str) -> dict[str, str]:
         raise UserError(
             f"--repository: '{repository}' is a folder of this machine; give an address that pods can reach"
         )
-    if shown(repository) != repository:
-        raise UserError(
-            f"--repository: '{shown(repository)}' was given with a password or token; docs/kubeflow.md says how"
-        )
+    if re.match(r"https?://[^/]*@|[^:]+://[^/@]*:[^/@]*@", repository):
+        raise UserError(f"--repository: '{shown(repository)}' was given with credentials; docs/kubeflow.md says how")
     found = find(repository, revision)
     if found.remote.bucket is None:
         raise UserError(f"{repository}: its DVC remote is a folder, '{found.remote.prefix}'; pods need one in S3")

@@ -53,7 +53,8 @@ def pipeline(place: Placement) -> GraphComponent:
         register_params: str,
     ) -> None:
         """Trains a teacher, distills every job's students from it, compares them, and registers the best."""
-        with ExitHandler(place.data(finish())):
+        closing = place.data(finish()).set_caching_options(False)
+        with ExitHandler(closing):
             data = place.data(fetch(repository=repository, revision=revision)).outputs["data"]
             report = place.data(validate(params=validate_params, data=data)).outputs["report"]
             prepared = place.data(prepare(params=prepare_params, data=data, report=report)).outputs["prepared"]

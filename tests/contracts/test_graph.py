@@ -16,6 +16,9 @@ from segdistill.config import read_yaml
 from segdistill.stages import BY_NAME, JOB, STAGES, Stage, jobs
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests/pipeline"))
+from compiled import Graphs  # noqa: E402
+
 DVC: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 every_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 
@@ -103,12 +106,20 @@ def test_dvc_depends_on_code_that_exists_and_that_the_stage_imports(stage: Stage
 # Components
 
 
+SHOWN = {  # what a highlight is to KFP's pages
+    "scores": "system.Metrics@0.0.1",
+    "confusion": "system.ClassificationMetrics@0.0.1",
+    "page": "system.HTML@0.0.1",
+    "summary": "system.Markdown@0.0.1",
+}
+
+
 def read_component(stage: Stage) -> Any:
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     import components
 
-    assert sorted(components.__all__) == sorted(BY_NAME)
+    assert sorted(components.__all__) == sorted({*BY_NAME, "fetch", "finish"})
     return getattr(components, stage.name)
 
 
@@ -123,7 +134,11 @@ def test_a_component_takes_and_gives_what_the_table_says(stage: Stage) -> None:
     assert set(artifacts) == set(stage.inputs)
     for name, item in artifacts.items():
         assert item.is_artifact_list == stage.inputs[name].endswith("{job}"), name
-    assert set(spec.outputs) == {*stage.outputs, *stage.metrics}
+    shown = {name: SHOWN[name] for name in stage.shows}
+    files = {name: item.type for name, item in spec.outputs.items() if name not in shown and name != "Output"}
+    assert set(files) == {*stage.outputs, *stage.metrics}
+    assert {name: item.type for name, item in spec.outputs.items() if name in shown} == shown
+    assert ("Output" in spec.outputs) == (stage.name == "compare"), "only the gate is a parameter"
 
 
 @every_stage
@@ -139,95 +154,90 @@ def test_a_component_calls_the_library_once_for_its_stage_with_every_path(stage:
     (call,) = calls
     assert ast.unparse(call.func) == "run_component"
     assert ast.literal_eval(call.args[0]) == stage.name
-    (paths,) = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
-    given = {ast.literal_eval(key): ast.unparse(value) for key, value in zip(paths.keys, paths.values, strict=True)}
+    tables = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
+    paths, *shown = [
+        {ast.literal_eval(k): ast.unparse(v) for k, v in zip(t.keys, t.values, strict=True)} for t in tables
+    ]
+    assert shown == ([{name: name for name in stage.shows}] if stage.shows else [])
     expected = {name: f"{name}.path" for name in (*stage.inputs, *stage.outputs, *stage.metrics)}
     lists = {name for name, path in stage.inputs.items() if path.endswith("{job}")}
-    assert given == expected | {name: f"[folder.path for folder in {name}]" for name in lists}
-    passed = {item.arg: ast.unparse(item.value) for item in call.keywords if item.arg != "paths"}
+    assert paths == expected | {name: f"[folder.path for folder in {name}]" for name in lists}
+    passed = {item.arg: ast.unparse(item.value) for item in call.keywords if item.arg not in ("paths", "shown")}
     assert passed == ({"experiment": "experiment", "seed": "seed"} if stage.per_job else {})
 
 
 # The compiled pipeline
 
 LOOP = "for-loop-1"
+AROUND = {"fetch", "finish"}  # steps of the pipeline that are no stages
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The first document of the compiled pipeline."""
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
     sys.path.insert(0, str(ROOT))
     from pipelines.__main__ import compile_to
 
     path = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
     compile_to(path, read_yaml(ROOT / "params.yaml"))
-    return next(iter(yaml.safe_load_all(path.read_text())))
+    return Graphs(next(iter(yaml.safe_load_all(path.read_text()))))
 
 
-def tasks_of(compiled: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Every task by the name of its stage, with the name of the graph it is in."""
-    graphs = {"root": compiled["root"], LOOP: compiled["components"][f"comp-{LOOP}"]}
-    return {
-        name.replace("-", "_"): (graph, task)
-        for graph, content in graphs.items()
-        for name, task in content["dag"]["tasks"].items()
-    }
+def task_name(stage: Stage) -> str:
+    return stage.name.replace("_", "-")
 
 
-def origin(compiled: dict[str, Any], graph: str, selector: dict[str, Any]) -> tuple[str, str]:
-    """Follows an input artifact through the loop's border to (task, name of its output)."""
-    if "componentInputArtifact" in selector:
-        outer = compiled["root"]["dag"]["tasks"][graph]["inputs"]["artifacts"][selector["componentInputArtifact"]]
-        return origin(compiled, "root", outer)
-    task, key = selector["taskOutputArtifact"]["producerTask"], selector["taskOutputArtifact"]["outputArtifactKey"]
-    if task == LOOP:
-        selectors = compiled["components"][f"comp-{LOOP}"]["dag"]["outputs"]["artifacts"][key]["artifactSelectors"]
-        (inner,) = selectors
-        task, key = inner["producerSubtask"], inner["outputArtifactKey"]
-    return task.replace("-", "_"), key
-
-
-def test_the_pipeline_has_the_stages_of_the_table_the_jobs_in_a_loop(compiled: dict[str, Any]) -> None:
-    found = tasks_of(compiled)
-    assert set(found) == {*BY_NAME, "importer", LOOP.replace("-", "_")}
-    assert {name for name, (graph, _) in found.items() if graph == LOOP} == {s.name for s in STAGES if s.per_job}
+def test_the_pipeline_has_the_stages_of_the_table_the_jobs_in_a_loop(graphs: Graphs) -> None:
+    assert set(graphs.leaves) == {task_name(stage) for stage in STAGES} | AROUND
+    in_loop = {name for name in graphs.leaves if graphs.inside(name, LOOP)}
+    assert in_loop == {task_name(stage) for stage in STAGES if stage.per_job}
 
 
 @every_stage
-def test_the_pipeline_joins_outputs_to_inputs_as_the_table_does(stage: Stage, compiled: dict[str, Any]) -> None:
-    makers = {path: (one.name, name) for one in STAGES for name, path in (one.outputs | one.metrics).items()}
-    makers["data"] = ("importer", "artifact")
-    graph, task = tasks_of(compiled)[stage.name]
-    found = {name: origin(compiled, graph, selector) for name, selector in task["inputs"]["artifacts"].items()}
-    assert found == {name: makers[path.replace("{job}", JOB)] for name, path in stage.inputs.items()}
+def test_the_pipeline_joins_outputs_to_inputs_as_the_table_does(stage: Stage, graphs: Graphs) -> None:
+    makers = {path: (task_name(one), name) for one in STAGES for name, path in (one.outputs | one.metrics).items()}
+    makers["data"] = ("fetch", "data")
+    name = task_name(stage)
+    inputs = graphs.tasks[name]["inputs"]["artifacts"]
+    found = {key: graphs.origin(name, source, "Artifact") for key, source in inputs.items()}
+    assert found == {key: makers[path.replace("{job}", JOB)] for key, path in stage.inputs.items()}
 
 
 @every_stage
-def test_the_pipeline_gives_a_stage_the_sections_that_the_table_declares(
-    stage: Stage, compiled: dict[str, Any]
-) -> None:
-    inputs = compiled["root"]["inputDefinitions"]["parameters"]
-    graph, task = tasks_of(compiled)[stage.name]
-    given = task["inputs"]["parameters"]["params"]
-    source = given["componentInputParameter"].removeprefix("pipelinechannel--")
+def test_the_pipeline_gives_a_stage_the_sections_that_the_table_declares(stage: Stage, graphs: Graphs) -> None:
+    defaults = graphs.spec["root"]["inputDefinitions"]["parameters"]
+    given = graphs.tasks[task_name(stage)]["inputs"]["parameters"]["params"]
+    task, parameter = graphs.origin(task_name(stage), given, "Parameter")
     if stage.name == "distill":
-        assert source == "jobs-loop-item" and given["parameterExpressionSelector"].endswith('["params"]')
-        values = [(job["experiment"], job["params"]) for job in inputs["jobs"]["defaultValue"]]
+        assert (task, parameter) == (LOOP, "pipelinechannel--jobs-loop-item")
+        assert given["parameterExpressionSelector"].endswith('["params"]')
+        values = [(job["experiment"], job["params"]) for job in defaults["jobs"]["defaultValue"]]
     else:
-        assert source == f"{stage.params[0]}_params", graph
-        values = [("", inputs[source]["defaultValue"])]
+        assert (task, parameter) == ("root", f"{stage.params[0]}_params")
+        values = [("", defaults[parameter]["defaultValue"])]
     for experiment, value in values:
         assert list(json.loads(value)) == [key.format(experiment=experiment) for key in stage.params]
 
 
-def test_the_pipeline_runs_the_jobs_of_params_yaml(compiled: dict[str, Any]) -> None:
+def test_the_pipeline_runs_the_jobs_of_params_yaml(graphs: Graphs) -> None:
     params = read_yaml(ROOT / "params.yaml")
-    found = compiled["root"]["inputDefinitions"]["parameters"]["jobs"]["defaultValue"]
+    found = graphs.spec["root"]["inputDefinitions"]["parameters"]["jobs"]["defaultValue"]
     assert [(job["experiment"], job["seed"]) for job in found] == [(job.experiment, job.seed) for job in jobs(params)]
     for job in found:
         settings = json.loads(job["params"])
         assert settings["distill"] == params["distill"]
         assert settings[f"experiments.{job['experiment']}"] == params["experiments"][job["experiment"]]
+
+
+def test_only_a_student_that_passed_the_gate_is_registered_and_the_run_is_always_closed(graphs: Graphs) -> None:
+    gate = graphs.graph_of["register"]
+    condition = graphs.tasks[gate]["triggerPolicy"]["condition"]
+    (parameter,) = re.findall(r"\['(.+?)'\] == true", condition)
+    source = graphs.tasks[gate]["inputs"]["parameters"][parameter]
+    assert graphs.origin(gate, source, "Parameter") == ("compare", "Output")
+    closing = graphs.tasks["finish"]
+    assert closing["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
+    (everything_else,) = closing["dependentTasks"]
+    assert all(graphs.inside(name, everything_else) for name in set(graphs.leaves) - {"finish"})
 
 
 # The data image

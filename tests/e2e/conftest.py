@@ -116,7 +116,7 @@ def mlflow_server(
     folder: Path, client: docker.DockerClient, images: dict[str, str], store: Server, database: Postgres
 ) -> Iterator[MlflowServer]:
     environment = {
-        "MLFLOW_BACKEND_STORE_URI": f"postgresql://mlflow@127.0.0.1:{database.port}/postgres",
+        "MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg2://mlflow@127.0.0.1:{database.port}/postgres",
         "PGPASSWORD": database.password,
         "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{ARTIFACTS}/artifacts",
         "MLFLOW_S3_ENDPOINT_URL": store.endpoint,

@@ -2,11 +2,15 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compiled import Graphs
 
 from segdistill.config import parse, read_yaml
 from segdistill.errors import UserError
@@ -16,7 +20,7 @@ pytest.importorskip("kfp")
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 CLUSTERS = {"default": ROOT / "pipelines/cluster.yaml", "everything": GOLDEN / "cluster.yaml"}
-TASKS = {stage.name.replace("_", "-") for stage in STAGES}
+TASKS = {stage.name.replace("_", "-") for stage in STAGES} | {"fetch", "finish"}
 TRAINING = {"train-teacher", "evaluate-teacher", "distill", "evaluate"}
 
 
@@ -34,14 +38,15 @@ class Compiled:
         }
         executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
         self.settings = {name.removeprefix("exec-"): one for name, one in executors.items()}
-        loop = spec["components"]["comp-for-loop-1"]["dag"]["tasks"]
-        every = spec["root"]["dag"]["tasks"] | loop
-        self.tasks = {name: every[name] for name in TASKS}
-        self.importer = every["importer"]
+        self.graphs = Graphs(spec)
+        self.tasks = self.graphs.leaves
 
-    def kind(self, name: str) -> Any:
-        kinds = {"validate": "data", "prepare": "data", "compare": "report", "register": "report"}
-        return getattr(self.cluster.tasks, kinds.get(name, "train"))
+    def kind(self, name: str) -> str:
+        kinds = dict.fromkeys(("fetch", "validate", "prepare", "finish"), "data")
+        return (kinds | {"compare": "report", "register": "report"}).get(name, "train")
+
+    def resources(self, name: str) -> Any:
+        return getattr(self.cluster.tasks, self.kind(name))
 
 
 def compile_with(cluster: Path, folder: Path, **options: Any) -> Compiled:
@@ -80,7 +85,7 @@ def test_every_task_that_trains_has_its_accelerators_a_toleration_and_shared_mem
 def test_every_task_asks_for_processors_and_memory_within_a_limit(compiled: Compiled) -> None:
     assert set(compiled.containers) == TASKS
     for name, container in compiled.containers.items():
-        found, asked = container["resources"], compiled.kind(name)
+        found, asked = container["resources"], compiled.resources(name)
         assert found["resourceCpuRequest"] == asked.cpu_request
         assert found["resourceCpuLimit"] == asked.cpu_limit
         assert found["resourceMemoryRequest"] == asked.memory_request
@@ -90,13 +95,13 @@ def test_every_task_asks_for_processors_and_memory_within_a_limit(compiled: Comp
 def test_every_task_has_a_timeout_and_is_tried_again(compiled: Compiled) -> None:
     assert set(compiled.settings) == TASKS
     for name, task in compiled.tasks.items():
-        assert compiled.settings[name]["activeDeadlineSeconds"] == str(compiled.kind(name).timeout_seconds)
+        assert compiled.settings[name]["activeDeadlineSeconds"] == str(compiled.resources(name).timeout_seconds)
         policy = task["retryPolicy"]
         assert policy["maxRetryCount"] == compiled.cluster.retries.count > 0
         assert policy["backoffDuration"] == f"{compiled.cluster.retries.wait_seconds}s" != "0s"
         assert policy["backoffFactor"] == compiled.cluster.retries.factor
         # After this KFP tries nothing again, however few the attempts were.
-        attempts = (compiled.cluster.retries.count + 1) * compiled.kind(name).timeout_seconds
+        attempts = (compiled.cluster.retries.count + 1) * compiled.resources(name).timeout_seconds
         assert int(policy["backoffMaxDuration"].removesuffix("s")) > attempts
 
 
@@ -113,10 +118,14 @@ def test_every_task_is_told_its_pipeline_run_and_gets_its_environment_by_referen
         assert run == {"name": "SEGDISTILL_PIPELINE_RUN", "fieldPath": "metadata.labels['pipeline/runid']"}
         (store,) = task["configMapAsEnv"]
         assert [entry["envVar"] for entry in store["keyToEnv"]] == ["MLFLOW_TRACKING_URI"]
-        asked = [(item.name, item.optional, list(item.keys.values())) for item in compiled.cluster.secrets]
+        asked = [
+            (item.name, item.optional, list(item.keys.values()))
+            for item in compiled.cluster.secrets
+            if compiled.kind(name) in item.tasks
+        ]
         found = [
             (item["secretName"], item["optional"], [entry["envVar"] for entry in item["keyToEnv"]])
-            for item in task["secretAsEnv"]
+            for item in task.get("secretAsEnv", [])
         ]
         assert found == asked
         assert task["imagePullPolicy"] == compiled.cluster.pull_policy, name
@@ -127,7 +136,7 @@ def test_no_secret_is_in_the_compiled_file(compiled: Compiled) -> None:
     assert not [name for name in compiled.inputs if secret.search(name)]
     for container in compiled.containers.values():
         literal = {entry["name"] for entry in container.get("env", [])}
-        assert literal <= {"SEGDISTILL_WORK"}
+        assert literal <= {"SEGDISTILL_WORK", "SEGDISTILL_SHARED", "SEGDISTILL_PROCESSES"}
         assert not secret.search(" ".join([*container["command"], *container["args"]]))
     names = {text for item in compiled.cluster.secrets for text in (item.name, *item.keys, *item.keys.values())}
     schema = {"secretAsEnv", "secretKey", "secretName", "secretNameParameter"}
@@ -141,29 +150,40 @@ def test_no_image_is_one_that_moves(compiled: Compiled) -> None:
         assert tag and tag != "latest", name
 
 
-def test_only_registration_is_never_cached(compiled: Compiled) -> None:
+def test_only_what_changes_mlflow_is_never_cached(compiled: Compiled) -> None:
     # A key of our own would be one string for all jobs: kfp compiles a loop's item into it as a word, not as its value.
-    assert compiled.tasks["register"]["cachingOptions"] == {}
-    for name in TASKS - {"register"}:
+    assert compiled.tasks["register"]["cachingOptions"] == compiled.tasks["finish"]["cachingOptions"] == {}
+    for name in TASKS - {"register", "finish"}:
         assert compiled.tasks[name]["cachingOptions"] == {"enableCache": True}
 
 
 def test_without_caching_no_task_takes_over_a_result(tmp_path: Path) -> None:
     compiled = compile_with(CLUSTERS["default"], tmp_path, caching=False)
     assert all(task["cachingOptions"] == {} for task in compiled.tasks.values())
-    assert "reimport: true" in compiled.text
 
 
 def test_a_workspace_is_mounted_where_training_looks_for_it(tmp_path: Path) -> None:
     compiled = compile_with(CLUSTERS["everything"], tmp_path)
     for name in TASKS:
         mounts = [(one["pvcNameParameter"], one["mountPath"]) for one in compiled.settings[name].get("pvcMount", [])]
-        environment = compiled.containers[name].get("env", [])
-        if name in TRAINING:
-            assert mounts == [({"runtimeValue": {"constant": "segdistill-workspace"}}, "/workspace")]
-            assert environment == [{"name": "SEGDISTILL_WORK", "value": "/workspace"}]
-        else:
-            assert (mounts, environment) == ([], [])
+        environment = {one["name"]: one["value"] for one in compiled.containers[name].get("env", [])}
+        assert mounts == [({"runtimeValue": {"constant": "segdistill-workspace"}}, "/workspace")]
+        training = {"SEGDISTILL_WORK": "/workspace/work", "SEGDISTILL_PROCESSES": "2"} if name in TRAINING else {}
+        assert environment == {"SEGDISTILL_SHARED": "/workspace/shared"} | training
+
+
+def test_a_volume_for_checkpoints_alone_is_mounted_only_where_there_are_any(tmp_path: Path) -> None:
+    content = read_yaml(CLUSTERS["everything"])
+    content["workspace"]["share_data"] = False
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(content))
+    compiled = compile_with(tmp_path / "cluster.yaml", tmp_path)
+    assert {name for name, one in compiled.settings.items() if "pvcMount" in one} == TRAINING
+    assert "SEGDISTILL_SHARED" not in compiled.text
+
+
+def test_jobs_run_at_most_so_many_at_a_time(compiled: Compiled) -> None:
+    policy = compiled.graphs.tasks["for-loop-1"].get("iteratorPolicy", {})
+    assert policy.get("parallelismLimit") == compiled.cluster.parallel_jobs
 
 
 def test_without_an_accelerator_tasks_run_on_any_node(tmp_path: Path) -> None:
@@ -189,7 +209,11 @@ def test_without_an_accelerator_tasks_run_on_any_node(tmp_path: Path) -> None:
         ("tasks.data.cpu_request", "9", "tasks.data: cpu_request 9 is above cpu_limit 8"),
         ("shared_memory", "48Gi", "shared_memory 48Gi leaves nothing of tasks.train.memory_limit 48Gi"),
         ("pull_policy", "Sometimes", "pull_policy: 'Sometimes' is not allowed; allowed: 'Always', 'IfNotPresent'"),
-        ("workspace", {"claim": "w", "path": "work"}, "workspace.path: string should match pattern"),
+        (
+            "workspace",
+            {"claim": "w", "path": "work", "share_data": True},
+            "workspace.path: string should match pattern",
+        ),
     ],
 )
 def test_a_mistake_in_the_file_is_named(path: str, value: Any, sentence: str, tmp_path: Path) -> None:
@@ -248,8 +272,9 @@ def test_the_manifests_have_what_the_default_file_names() -> None:
 def test_a_component_names_its_checkpoint_after_pipeline_run_and_job(
     volume: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from segdistill import execution
+    from segdistill import execution, tasks
     from segdistill.stages import distill
+    from segdistill.stages.highlights import Highlights
 
     seen: dict[str, Any] = {}
 
@@ -263,8 +288,13 @@ def test_a_component_names_its_checkpoint_after_pipeline_run_and_job(
             students.mkdir()
             return {}
 
+        @staticmethod
+        def highlights(paths: Any) -> Highlights:
+            return Highlights()
+
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(execution, "_module", lambda stage: Module)
+    for module in (execution, tasks):
+        monkeypatch.setattr(module, "stage_module", lambda stage: Module)
     monkeypatch.setenv("SEGDISTILL_PIPELINE_RUN", "run-7")
     monkeypatch.setenv("SEGDISTILL_TRACKER", "none")
     monkeypatch.delenv("SEGDISTILL_WORK", raising=False)
@@ -274,8 +304,9 @@ def test_a_component_names_its_checkpoint_after_pipeline_run_and_job(
     chosen = execution.sections(stage, read_yaml(GOLDEN / "params.yaml"), job)
     for name in stage.inputs:
         (tmp_path / name).mkdir()
+        (tmp_path / name / tasks.COMPLETED).write_text('{"stage": "any", "job": null}')
     paths = {name: str(tmp_path / name) for name in ("prepared", "teacher", "students")}
-    execution.run_component("distill", json.dumps(chosen), paths=paths, experiment="kd", seed=1)
+    tasks.run_component("distill", json.dumps(chosen), paths=paths, experiment="kd", seed=1)
     assert seen["work"] == (tmp_path / volume / "run-7" / "distill-kd-s1" if volume else None)
 
 

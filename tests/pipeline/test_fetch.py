@@ -18,7 +18,9 @@ import yaml
 pytest.importorskip("boto3")
 pytest.importorskip("dvc")
 
+sys.path.insert(0, str(Path(__file__).parent))
 from s3_server import KEY, SECRET, Server, credentials, weed_binary
+from versioned import commit_data
 
 from segdistill.adapters.dvc_remote import fetch
 from segdistill.errors import UserError
@@ -342,7 +344,7 @@ def test_what_a_repository_lacks_is_said(repository: Repository, tmp_path: Path)
         "no-data": (lambda: (repository.folder / "data.dvc").unlink(), "has no data.dvc"),
         "no-default": (change("remote = store", ""), "no default remote"),
         "typo": (change("remote = store", "remote = stroe"), "no remote 'stroe'; did you mean 'store'?"),
-        "ssh": (change("s3://", "ssh://"), "only s3://BUCKET/PREFIX can be fetched"),
+        "ssh": (change("s3://", "ssh://"), "it can be fetched from s3://BUCKET/PREFIX, or from a folder"),
         "bucket": (change(BUCKET, "nowhere"), "has no such bucket"),
         "prefix": (change(PREFIX, "elsewhere"), "was never pushed there; run dvc push"),
         "closed": (
@@ -365,12 +367,45 @@ def test_a_second_fetch_into_the_same_folder_at_once_is_refused(repository: Repo
     assert read(out) == repository.versions["two"]
 
 
+def test_a_repository_of_this_machine_may_have_the_version_in_its_own_cache(tmp_path: Path) -> None:
+    files = contents(1)
+    write(tmp_path / "source", files)
+    repository = commit_data(tmp_path / "repository", tmp_path / "source")
+    out = tmp_path / "data"
+    version = fetch(str(repository), "HEAD", out)
+    assert read(out) == files
+    assert version.remote.bucket is None
+    # A cache that lacks an object is no source, and there is no remote.
+    lost = hashlib.md5(files["classes.json"]).hexdigest()
+    place = repository / ".dvc/cache/files/md5" / lost[:2] / lost[2:]
+    content = place.read_bytes()
+    place.unlink()
+    assert "no default remote" in sentence(str(repository), "HEAD", tmp_path / "again")
+    # A wrong object is named, and nothing is left that looks complete.
+    place.write_bytes(content[:-1] + b"?")
+    message = sentence(str(repository), "HEAD", tmp_path / "again")
+    assert f"{lost[2:]} (classes.json) is corrupted: expected md5 {lost}" in message
+
+
+def test_a_remote_may_be_a_folder_that_this_machine_sees(tmp_path: Path) -> None:
+    write(tmp_path / "source", contents(2))
+    repository = commit_data(tmp_path / "repository", tmp_path / "source")
+    shutil.move(repository / ".dvc/cache", tmp_path / "store")
+    for place in (tmp_path / "store", "../../store"):  # a relative one is relative to .dvc
+        (repository / ".dvc/config").write_text(f"[core]\nremote = s\n['remote \"s\"']\nurl = {place}\n")
+        made = Repository(repository, None, {})  # type: ignore[arg-type]
+        made.git("-c", "user.name=ci", "-c", "user.email=ci", "commit", "--quiet", "--all", "--message", "remote")
+        out = tmp_path / f"data-{Path(place).is_absolute()}"
+        fetch(str(repository), "HEAD", out)
+        assert read(out) == contents(2)
+
+
 def test_the_component_marks_its_folder_and_names_the_version(
     repository: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dsl = pytest.importorskip("kfp.dsl")
     from components.fetch import fetch as component
-    from segdistill.execution import COMPLETED
+    from segdistill.tasks import COMPLETED
 
     for _ in range(2):  # a retry finds the folder of the first attempt
         data = dsl.Dataset(name="data", uri=str(tmp_path / "data"))

@@ -1,19 +1,21 @@
 """The compiled pipeline against KFP's own schemas and our rules for a cluster, and one run of it on this machine."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parent))
+from compiled import Graphs
+from versioned import commit_data
+
 from segdistill.config import read_yaml
-from segdistill.execution import COMPLETED, run_component
 from segdistill.stages import STAGES
 
 pytest.importorskip("kfp")
@@ -73,20 +75,22 @@ def test_the_compiled_file_is_a_pipeline_to_kfp(
     for task in settings.values():
         json_format.ParseDict(task, KubernetesExecutorConfig())
     inputs = components.load_component_from_file(str(compiled)).component_spec.inputs
-    assert [name for name, item in inputs.items() if not item.optional] == ["data_uri"]
+    assert [name for name, item in inputs.items() if not item.optional] == ["repository", "revision"]
 
 
 def test_the_loop_is_handed_all_that_its_tasks_read(documents: tuple[dict[str, Any], dict[str, Any]]) -> None:
     # kfp 2.17.0 compiles a resource setting that is a pipeline parameter, and forgets to hand it into a loop.
-    loop = documents[0]["components"]["comp-for-loop-1"]
-    for name, task in loop["dag"]["tasks"].items():
+    graphs = Graphs(documents[0])
+    assert graphs.inside("distill", "for-loop-1")
+    for name, task in graphs.tasks.items():
+        around = graphs.content[graphs.graph_of[name]].get("inputDefinitions", {})
         for kind, key in (("parameters", "componentInputParameter"), ("artifacts", "componentInputArtifact")):
-            read = {source[key] for source in task["inputs"][kind].values() if key in source}
-            assert read <= set(loop["inputDefinitions"][kind]), name
+            read = {source[key] for source in task.get("inputs", {}).get(kind, {}).values() if key in source}
+            assert read <= set(around.get(kind, {})), name
 
 
 def test_every_image_names_its_version(containers: dict[str, dict[str, Any]]) -> None:
-    assert set(containers) == {stage.name.replace("_", "-") for stage in STAGES}
+    assert set(containers) == {stage.name.replace("_", "-") for stage in STAGES} | {"fetch", "finish"}
     for name, container in containers.items():
         tag = container["image"].rpartition("/")[2].partition(":")[2]
         assert tag and tag != "latest", f"{name}: {container['image']}"
@@ -129,73 +133,6 @@ def test_the_compiled_pipeline_is_the_one_under_version_control(tmp_path: Path) 
         )
 
 
-# run_component: what a component's body calls
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was() -> Iterator[None]:
-    """run_component sets up logging for a process of its own."""
-    logger = logging.getLogger("segdistill")
-    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
-
-
-def prepare(tmp_path: Path, **params: Any) -> None:
-    paths = {name: str(tmp_path / name) for name in ("data", "report", "prepared")}
-    run_component("prepare", json.dumps(params), paths=paths)
-
-
-def test_a_component_given_other_sections_ends_with_a_users_mistake(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        prepare(tmp_path, validate={})
-    assert ended.value.code == 2
-    expected = "segdistill prepare: params of prepare: expected the sections prepare, found validate\n"
-    assert capsys.readouterr().err == expected
-
-
-def register(students: list[str]) -> None:
-    paths: dict[str, str | list[str]] = {"students": students}
-    params = {"register": {}, "run": ["none", "kd"], "seeds": [0]}
-    run_component("register", json.dumps(params), paths=paths)
-
-
-def test_jobs_that_are_not_those_of_the_parameters_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for job in ("kd-s0", "dml-s0"):
-        (tmp_path / job).mkdir()
-        (tmp_path / job / COMPLETED).write_text(json.dumps({"stage": "distill", "job": job}))
-    with pytest.raises(SystemExit):
-        register([str(tmp_path / "kd-s0"), str(tmp_path / "dml-s0")])
-    message = capsys.readouterr().err
-    assert "its parameters name the jobs none-s0, kd-s0, the pipeline ran kd-s0, dml-s0" in message
-
-
-def test_the_output_of_a_task_that_did_not_complete_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "half").mkdir()
-    with pytest.raises(SystemExit):
-        register([str(tmp_path / "half")])
-    assert "the task that makes it did not complete" in capsys.readouterr().err
-
-
-def test_folders_of_jobs_are_put_in_the_order_of_the_matrix(tmp_path: Path) -> None:
-    from segdistill.execution import _by_job
-    from segdistill.stages import BY_NAME
-
-    wanted = ["none-s0", "none-s1", "kd-s0", "kd-s1"]
-    for number, job in enumerate(reversed(wanted)):
-        (tmp_path / f"iteration-{number}").mkdir()
-        (tmp_path / f"iteration-{number}" / COMPLETED).write_text(json.dumps({"stage": "distill", "job": job}))
-    given = [str(tmp_path / f"iteration-{number}") for number in (2, 0, 3, 1)]
-    ordered = _by_job(BY_NAME["compare"], given, {"run": ["none", "kd"], "seeds": [0, 1]})
-    assert [folder.name for folder in ordered] == ["iteration-3", "iteration-2", "iteration-1", "iteration-0"]
-
-
 # The whole pipeline in processes of this machine
 
 
@@ -235,28 +172,29 @@ def tiny(params: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_pipeline(data: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipelines", "run", "--runner", "subprocess", "--data", str(data)]
+def run_pipeline(repository: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipelines", "run", "--runner", "subprocess", "--repository", str(repository)]
     surroundings = os.environ | {"PYTHONPATH": str(ROOT), "SEGDISTILL_TRACKER": "jsonl"} | environment
     return subprocess.run(command, cwd=folder, env=surroundings, capture_output=True, text=True)
 
 
-def test_a_task_that_fails_fails_the_pipeline_and_nothing_after_it_runs(tmp_path: Path) -> None:
+def test_a_task_that_fails_fails_the_pipeline_and_nothing_but_the_end_runs_after_it(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(PARAMS.read_text())
-    (tmp_path / "data").mkdir()
-    done = run_pipeline(tmp_path / "data", tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/classes.json").write_text("[]")
+    repository = commit_data(tmp_path / "repository", tmp_path / "empty")
+    done = run_pipeline(repository, tmp_path)
     assert done.returncode == 1
     assert "segdistill validate: " in done.stdout and "Traceback" not in done.stdout + done.stderr
-    assert "'validate'" in done.stderr.replace("\x1b[96m", "").splitlines()[-1]
     (run,) = (tmp_path / "artifacts/kfp").iterdir()
-    assert [task.name for task in run.iterdir()] == ["validate"]
+    assert {task.name for task in run.iterdir()} <= {"fetch", "validate", "finish"}
 
 
-def test_without_a_data_set_nothing_runs(tmp_path: Path) -> None:
+def test_without_a_version_of_the_data_nothing_runs(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(PARAMS.read_text())
-    done = run_pipeline(tmp_path / "data", tmp_path)
+    done = run_pipeline(tmp_path, tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"pipelines run: {tmp_path / 'data'}: no such folder")
+    assert done.stderr.startswith(f"pipelines run: {tmp_path}: not a git repository that can be read")
     assert not (tmp_path / "artifacts").exists()
 
 
@@ -264,12 +202,13 @@ def test_without_a_data_set_nothing_runs(tmp_path: Path) -> None:
 def test_the_whole_pipeline_runs_in_local_processes_and_registers_a_student(tiny_data: Path, tmp_path: Path) -> None:
     params = tiny(read_yaml(PARAMS))
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    repository = commit_data(tmp_path / "repository", tiny_data)
+    md5 = yaml.safe_load((repository / "data.dvc").read_text())["outs"][0]["md5"]
     done = run_pipeline(
-        tiny_data,
+        repository,
         tmp_path,
         MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path / 'mlflow.db'}",
         SEGDISTILL_PIPELINE_RUN="local-test",
-        SEGDISTILL_DATA_MD5="0123",
         SEGDISTILL_GIT_COMMIT="4567",
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
@@ -286,5 +225,5 @@ def test_the_whole_pipeline_runs_in_local_processes_and_registers_a_student(tiny
     }
     assert {path.name for path in tracked.iterdir()} == expected
     first = json.loads((tracked / "distill-kd-s0.jsonl").read_text().splitlines()[0])["values"]
-    assert (first["data_md5"], first["git_commit"], first["pipeline_run"]) == ("0123", "4567", "local-test")
+    assert (first["data_md5"], first["git_commit"], first["pipeline_run"]) == (md5, "4567", "local-test")
     assert (first["experiment"], first["seed"]) == ("kd", "0")

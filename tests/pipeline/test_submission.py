@@ -1,7 +1,13 @@
 """``python -m pipelines submit``, by KFP's own client, against a small server that stands for its API."""
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -9,7 +15,11 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from compiled import Graphs
+
 pytest.importorskip("kfp")
+MD5 = "0123456789abcdef0123456789abcdef.dir"
 GOLDEN = Path(__file__).parent / "golden"
 TOKEN = "not-for-anyones-eyes"
 
@@ -86,24 +96,55 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     stand_in.server.server_close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a git server, with a repository whose data is in S3."""
+    root = tmp_path_factory.mktemp("git")
+    folder = root / "streets"
+    (folder / ".dvc").mkdir(parents=True)
+    (folder / "data.dvc").write_text(f"outs:\n- {{md5: {MD5}, hash: md5, path: data}}\n")
+    (folder / ".dvc/config").write_text("[core]\nremote = s\n['remote \"s\"']\nurl = s3://bucket/streets\n")
+    author = {f"GIT_{who}_{what}": "ci" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    for command in (["init", "--quiet", "--initial-branch", "main"], ["add", "."], ["commit", "--quiet", "-m", "data"]):
+        subprocess.run(["git", *command], cwd=folder, env=os.environ | author, check=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["git", "daemon", f"--base-path={root}", "--export-all", "--listen=127.0.0.1", f"--port={port}"]
+    daemon = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    address = f"git://127.0.0.1:{port}/streets"
+    deadline = time.monotonic() + 30
+    while subprocess.run(["git", "ls-remote", address], capture_output=True).returncode:
+        assert time.monotonic() < deadline and daemon.poll() is None
+    yield address
+    os.killpg(daemon.pid, signal.SIGTERM)  # it has a child that serves
+    daemon.wait()
+
+
+@pytest.fixture(autouse=True)
+def _its_address(repository: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.__main__.origin", lambda: repository)
+
+
 def submit(*options: str, host: str | None = None) -> int:
     from pipelines.__main__ import main
 
     given = ["--params", str(GOLDEN / "params.yaml"), "--cluster", str(GOLDEN / "cluster.yaml")]
     given += ["--host", host] if host else []
-    return main(["submit", *given, "--data-uri", "s3://bucket/streets", *options])
+    return main(["submit", *given, *options])
 
 
 def test_a_run_is_sent_with_the_parameters_of_the_file_and_its_page_is_printed(
-    api: Api, capfd: pytest.CaptureFixture[str]
+    api: Api, repository: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert submit("--run-name", "first", "--service-account", "runner", host=api.host) == 0
+    assert submit("--revision", "main", "--run-name", "first", "--service-account", "runner", host=api.host) == 0
     out, err = capfd.readouterr()
     assert (out, err) == (f"{api.host}/#/runs/details/r1\n", "")
     run = api.sent()
     assert (run["display_name"], run["experiment_id"], run["service_account"]) == ("first", "e1", "runner")
     parameters = run["runtime_config"]["parameters"]
-    assert parameters["data_uri"] == "s3://bucket/streets"
+    head = subprocess.run(["git", "ls-remote", repository, "HEAD"], capture_output=True, text=True).stdout.split()[0]
+    assert (parameters["repository"], parameters["revision"]) == (repository, head), "a branch may move"
     assert [(job["experiment"], job["seed"]) for job in parameters["jobs"]] == [
         ("none", 0), ("none", 1), ("kd", 0), ("kd", 1)
     ]  # fmt: skip
@@ -111,15 +152,15 @@ def test_a_run_is_sent_with_the_parameters_of_the_file_and_its_page_is_printed(
     # The settings for Kubernetes travel beside the graph, and register stays uncached.
     executors = run["pipeline_spec"]["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert executors["exec-distill"]["securityContext"]["runAsNonRoot"] is True
-    tasks = run["pipeline_spec"]["pipeline_spec"]["root"]["dag"]["tasks"]
+    tasks = Graphs(run["pipeline_spec"]["pipeline_spec"]).tasks
     assert "enableCache" not in tasks["register"].get("cachingOptions", {})
     assert tasks["compare"]["cachingOptions"]["enableCache"] is True
 
 
 def test_without_caching_also_the_jobs_of_the_loop_run_anew(api: Api) -> None:
     assert submit("--no-cache", host=api.host) == 0
-    loop = api.sent()["pipeline_spec"]["pipeline_spec"]["components"]["comp-for-loop-1"]["dag"]["tasks"]
-    assert not any(task.get("cachingOptions", {}).get("enableCache") for task in loop.values())
+    tasks = Graphs(api.sent()["pipeline_spec"]["pipeline_spec"]).leaves
+    assert not any(task.get("cachingOptions", {}).get("enableCache") for task in tasks.values())
 
 
 def test_a_token_comes_from_the_named_variable_and_is_never_printed(
@@ -207,7 +248,9 @@ def test_a_server_that_is_not_there_gives_one_sentence(api: Api, capfd: pytest.C
         (["--host", "kubeflow.example"], "--host: 'kubeflow.example' is not a URL"),
         (["--host", "http://h", "--token-env", "UNSET_VARIABLE"], "UNSET_VARIABLE: this environment variable"),
         (["--host", "http://h", "--token-env", "A", "--in-cluster"], "--token-env, --cookies-env and --in-cluster"),
-        (["--host", "http://h", "--data-uri", "data"], "--data-uri: 'data' is not a URI"),
+        (["--host", "http://h", "--repository", "."], "--repository: '.' is a folder of this machine"),
+        (["--host", "http://h", "--repository", "https://me:pass@h/x"], "--repository: 'https://h/x' was given"),
+        (["--host", "http://h", "--revision", "v9"], "git://127.0.0.1"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(

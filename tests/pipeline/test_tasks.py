@@ -1,0 +1,255 @@
+"""Stages as tasks of Kubeflow Pipelines: marks, the version of the data, a shared volume, several processes."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from segdistill import tasks
+from segdistill.config import read_yaml
+from segdistill.execution import sections
+from segdistill.stages import BY_NAME
+from segdistill.tasks import COMPLETED, ELSEWHERE, run_component
+
+ROOT = Path(__file__).resolve().parents[2]
+VERSION = {"data_md5": "0123.dir", "data_commit": "4567"}
+
+
+@pytest.fixture(autouse=True)
+def _as_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder and an environment of its own; run_component sets up logging for a process of its own."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("SEGDISTILL_") and name != "SEGDISTILL_WARM"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SEGDISTILL_TRACKER", "jsonl")
+    monkeypatch.setenv("SEGDISTILL_PIPELINE_RUN", "run-7")
+    logger = logging.getLogger("segdistill")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
+
+
+def mark(folder: Path, stage: str = "fetch", job: str | None = None, **more: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / COMPLETED).write_text(json.dumps({"stage": stage, "job": job, **more}))
+
+
+def mistake(capsys: pytest.CaptureFixture[str], name: str, params: Any, paths: Mapping[str, Any]) -> str:
+    """The one sentence with which a task ends."""
+    with pytest.raises(SystemExit) as ended:
+        run_component(name, json.dumps(params), paths=paths)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"segdistill {name}: ") and message.count("\n") == 1
+    return message
+
+
+def chosen(name: str, **changes: Any) -> str:
+    params = read_yaml(ROOT / "params.yaml")
+    params[name] |= changes
+    return json.dumps(sections(BY_NAME[name], params, None))
+
+
+# Marks
+
+
+def test_sections_of_another_stage_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = {name: str(tmp_path / name) for name in ("data", "report", "prepared")}
+    message = mistake(capsys, "prepare", {"validate": {}}, paths)
+    assert message == "segdistill prepare: params of prepare: expected the sections prepare, found validate\n"
+
+
+def test_the_output_of_a_task_that_did_not_complete_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "half").mkdir()
+    message = mistake(capsys, "register", {"register": {}, "run": ["none"], "seeds": [0]}, {"students": ["half"]})
+    assert "half: register needs it, but the task that makes it did not complete" in message
+
+
+def test_jobs_that_are_not_those_of_the_parameters_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for job in ("kd-s0", "dml-s0"):
+        mark(tmp_path / job, "distill", job)
+    params = {"register": {}, "run": ["none", "kd"], "seeds": [0]}
+    message = mistake(capsys, "register", params, {"students": ["kd-s0", "dml-s0"]})
+    assert "its parameters name the jobs none-s0, kd-s0, the pipeline ran kd-s0, dml-s0" in message
+
+
+def test_folders_of_jobs_are_put_in_the_order_of_the_matrix(tmp_path: Path) -> None:
+    wanted = ["none-s0", "none-s1", "kd-s0", "kd-s1"]
+    for number, job in enumerate(reversed(wanted)):
+        mark(tmp_path / f"iteration-{number}", "distill", job)
+    given = [str(tmp_path / f"iteration-{number}") for number in (2, 0, 3, 1)]
+    params = json.dumps({"register": {}, "run": ["none", "kd"], "seeds": [0, 1]})
+    places = tasks._places(tasks.Task("register", params, {"students": given}))
+    assert [folder.name for folder in places.paths["students"]] == [f"iteration-{number}" for number in (3, 2, 1, 0)]
+
+
+def prepare(data: Path, out: Path) -> None:
+    mark(data, **VERSION)
+    mark(out / "report", "validate", **VERSION)
+    (out / "report/summary.json").write_text('{"success": true, "layout": "folder"}')
+    paths = {"data": str(data), "report": str(out / "report"), "prepared": str(out / "prepared")}
+    run_component("prepare", chosen("prepare", workers=1), paths=paths)
+
+
+@pytest.fixture
+def data(tiny_data: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(tiny_data, tmp_path / "data"))
+
+
+def test_the_version_of_the_data_goes_from_mark_to_mark_and_into_the_run(data: Path, tmp_path: Path) -> None:
+    prepare(data, tmp_path / "out")
+    assert json.loads((tmp_path / "out/prepared" / COMPLETED).read_text()) == {
+        "stage": "prepare", "job": None, **VERSION
+    }  # fmt: skip
+    tracked = Path("artifacts/tracking/run-7/prepare.jsonl").read_text().splitlines()
+    assert json.loads(tracked[0])["values"]["data_md5"] == VERSION["data_md5"]
+
+
+# A volume that all tasks see
+
+
+def test_with_a_volume_the_shards_are_made_once_and_read_there(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SEGDISTILL_SHARED", str(tmp_path / "volume"))
+    for run in ("one", "two"):
+        prepare(data, tmp_path / run)
+        assert sorted(path.name for path in (tmp_path / run / "prepared").iterdir()) == [COMPLETED, ELSEWHERE]
+    assert "is on the volume already" in capsys.readouterr().err
+    (made,) = (tmp_path / "volume").iterdir()
+    task = tasks.Task("train_teacher", chosen("train_teacher"), {"prepared": str(tmp_path / "two/prepared")})
+    assert tasks._places(task).paths["prepared"] == made / "prepared"
+    assert (made / "prepared/dataset.json").is_file()
+    made.rename(tmp_path / "gone")
+    paths = {"prepared": str(tmp_path / "two/prepared"), "teacher": str(tmp_path / "teacher")}
+    message = mistake(capsys, "train_teacher", json.loads(chosen("train_teacher")), paths)
+    assert "no longer on the volume; run the pipeline again with --no-cache" in message
+
+
+def test_other_parameters_make_other_shards(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGDISTILL_SHARED", str(tmp_path / "volume"))
+    prepare(data, tmp_path / "one")
+    monkeypatch.setenv("SEGDISTILL_GIT_COMMIT", "other code")
+    prepare(data, tmp_path / "two")
+    assert len(list((tmp_path / "volume").iterdir())) == 2
+
+
+# Highlights
+
+
+class Shown:
+    """Stands for KFP's artifacts, whose class this package does not know."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.metrics: dict[str, float] = {}
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics[name] = value
+
+
+def test_validation_shows_its_summary_and_data_docs_on_one_page(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("great_expectations")
+    mark(data, **VERSION)
+    page, summary = Shown(tmp_path / "page.html"), Shown(tmp_path / "summary.md")
+    paths = {"data": str(data), "report": str(tmp_path / "report")}
+    small = {"min_samples": {"train": 1, "val": 1, "test": 1}, "workers": 1}
+    run_component("validate", chosen("validate", **small), paths=paths, shown={"page": page, "summary": summary})
+    assert Path(summary.path).read_text().startswith("# Validation of")
+    html = Path(page.path).read_text()
+    assert html.count("<iframe srcdoc=") == 3 and "data_docs" in html.lower()
+
+
+# Several processes
+
+
+def teacher_task(prepared: Path, tmp_path: Path, **train: Any) -> dict[str, Any]:
+    mark(prepared, "prepare", **VERSION)
+    section = read_yaml(ROOT / "params.yaml")["train_teacher"]
+    base = {"iterations": 2, "batch_size": 4, "validate_every": 2, "checkpoint_every": 1, "log_every": 1}
+    crop = {**section["train"]["augmentation"], "crop_size": [32, 32]}
+    model = {
+        "architecture": "DeepLabV3Plus", "encoder": "mobilenetv3_small_050", "encoder_weights": "none",
+        "output_stride": 16, "decoder": {"decoder_channels": 16},
+    }  # fmt: skip
+    params = chosen("train_teacher", model=model, train={**section["train"], **base, "augmentation": crop, **train})
+    return {"params": params, "paths": {"prepared": str(prepared), "teacher": str(tmp_path / "teacher")}}
+
+
+CALL = """
+import json, sys
+from segdistill.tasks import run_component
+run_component(sys.argv[1], **json.loads(sys.argv[2]))
+"""
+
+
+def start(name: str, task: Mapping[str, Any], **environment: str) -> subprocess.Popen[str]:
+    surroundings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(
+        [sys.executable, "-c", CALL, name, json.dumps(task)],
+        env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_several_processes_train_together_and_one_of_them_speaks(tiny_prepared: Path, tmp_path: Path) -> None:
+    running = start("train_teacher", teacher_task(tiny_prepared, tmp_path), SEGDISTILL_PROCESSES="2")
+    out, err = running.communicate(timeout=300)
+    assert running.returncode == 0, out + err
+    assert json.loads((tmp_path / "teacher" / COMPLETED).read_text())["stage"] == "train_teacher"
+    assert json.loads((tmp_path / "teacher/metrics.json").read_text())["iterations"] == 2
+    assert len(list(Path("artifacts/tracking/run-7").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_a_mistake_in_one_of_several_processes_ends_the_task_without_a_traceback(
+    tiny_prepared: Path, tmp_path: Path
+) -> None:
+    task = teacher_task(tiny_prepared, tmp_path, batch_size=3)  # for one process it is none
+    running = start("train_teacher", task, SEGDISTILL_PROCESSES="2")
+    out, err = running.communicate(timeout=300)
+    assert running.returncode == 2, out + err
+    assert "segdistill train_teacher: " in err and "times 2 processes" in err and "Traceback" not in out + err
+    assert not (tmp_path / "teacher").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_task_reaches_its_processes_which_save_and_ask_for_a_retry(
+    tiny_prepared: Path, tmp_path: Path
+) -> None:
+    volume = tmp_path / "volume"
+    task = teacher_task(tiny_prepared, tmp_path, iterations=5000, validate_every=5000)
+    running = start("train_teacher", task, SEGDISTILL_PROCESSES="2", SEGDISTILL_WORK=str(volume))
+    deadline = time.monotonic() + 240
+    while not list(volume.rglob("resume.safetensors")):
+        assert running.poll() is None and time.monotonic() < deadline, running.communicate()
+        time.sleep(0.2)
+    running.send_signal(signal.SIGTERM)
+    out, err = running.communicate(timeout=120)
+    assert running.returncode == 75, out + err
+    assert "Traceback" not in out + err
+    (checkpoint,) = volume.rglob("resume.safetensors")
+    assert checkpoint.relative_to(volume).parts[0] == "run-7"
+
+
+def test_a_number_of_processes_that_is_none_is_named(
+    tiny_prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SEGDISTILL_PROCESSES", "two")
+    task = teacher_task(tiny_prepared, tmp_path)
+    message = mistake(capsys, "train_teacher", json.loads(task["params"]), task["paths"])
+    assert "SEGDISTILL_PROCESSES: 'two' is not a number of processes" in message
