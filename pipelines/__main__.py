@@ -243,6 +243,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"pipelines {given.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"pipelines {given.command}: stopped", file=sys.stderr)
+        return 130
     except RuntimeError as error:  # KFP's word for a task that failed; the task has said why
         print(f"pipelines {given.command}: {error}", file=sys.stderr)
         return 1

@@ -24,8 +24,8 @@ from kfp.local import docker_task_handler
 
 from segdistill.errors import UserError
 
-# What tasks get of this process's environment, by prefix: where servers are, and the credentials for them.
-PASSED_ON = ("AWS_", "MLFLOW_", "SEGDISTILL_")
+# What tasks get of this process's environment, by prefix: where servers are, the credentials for them, threads.
+PASSED_ON = ("AWS_", "MLFLOW_", "OMP_", "SEGDISTILL_")
 # Places on this machine, and what the images know better.
 KEPT = (
     "AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE",

@@ -51,7 +51,7 @@ def stop(process: subprocess.Popen[bytes] | None, number: int = signal.SIGTERM) 
         return
     process.send_signal(number)
     try:
-        process.wait(30)
+        process.wait(60)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
@@ -102,7 +102,10 @@ class Engine:
         return {**os.environ, "DOCKER_HOST": self.address} if self.address else dict(os.environ)
 
     def stop(self) -> None:
-        stop(self.process)
+        if self.process is not None:
+            stop(self.process)
+            # It leaves a mount behind, and with it a folder that cannot be removed.
+            subprocess.run(["umount", f"{self.folder}/exec/netns/default"], capture_output=True)
 
     def base_image(self) -> str:
         """``BASE_IMAGE`` of the environment, or Debian's Python by debootstrap where no registry is in reach."""
