@@ -70,17 +70,17 @@ def _copy(source: Path, folder: Path) -> Path:
     if target.is_dir():
         return target
     partial = target.with_name(f".{target.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    for name, _ in files:
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     # The half of a file lies elsewhere: another attempt may have the copy complete, and named, at any time.
     with tempfile.TemporaryDirectory(prefix=".incoming-", dir=folder) as incoming:
         half = Path(incoming) / "half"
         try:
+            partial.mkdir(exist_ok=True)
             for name, size in files:
                 place = partial / name
                 if not place.is_file() or place.stat().st_size != size:
                     shutil.copyfile(source / name, half)
+                    place.parent.mkdir(parents=True, exist_ok=True)
                     half.replace(place)
             partial.rename(target)
         except OSError:

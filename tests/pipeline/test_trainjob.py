@@ -20,8 +20,9 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import yaml
 
-from segdistill.adapters import trainjob
-from segdistill.adapters.trainjob import LAUNCH, TrainJob, TrainJobFailed, job_name, manifest, run
+from segdistill.adapters import trainjob_run
+from segdistill.adapters.trainjob import LAUNCH, MOST_NODES, TrainJob, job_name, manifest
+from segdistill.adapters.trainjob_run import TrainJobFailed, run
 from segdistill.config import parse
 from segdistill.errors import Interrupted, UserError
 
@@ -196,7 +197,7 @@ def test_a_jobs_name_is_the_tasks_own_and_fits_the_names_of_its_pods() -> None:
     assert len(names) == 6
     for name in names:
         job(LEAST, name=name)  # the pattern is checked
-        assert len(f"{name}-node-0-{trainjob.MOST_NODES - 1}-abcde") <= 63  # as JobSet does
+        assert len(f"{name}-node-0-{MOST_NODES - 1}-abcde") <= 63  # as JobSet does
 
 
 def test_torch_reads_from_the_environment_what_the_controller_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,8 +393,8 @@ def test_a_job_is_made_waited_for_and_removed(api: Api, caplog: pytest.LogCaptur
     shown = f"TrainJob team/{LEAST['name']}"
     assert told == [
         f"{shown}: created, 2 nodes with 4 processes each",
-        f"{shown}: created, 1 of 2 pods waits (Unschedulable: no GPU is free), 1 of 2 pods waits (ImagePullBackOff)",
-        f"{shown}: created, 2 of 2 pods running",
+        f"{shown}: 1 of 2 pods waits (Unschedulable: no GPU is free), 1 of 2 pods waits (ImagePullBackOff)",
+        f"{shown}: 2 of 2 pods running",
         f"{shown}: complete, 2 of 2 pods running",
     ]
 
@@ -489,7 +490,7 @@ def test_a_job_over_its_deadline_is_a_failure_and_a_controller_that_sleeps_too(
         run_against(api)
     api.jobs.clear()
     api.conditions = [None]
-    monkeypatch.setattr(trainjob, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(trainjob_run, "GRACE_SECONDS", 0.0)
     with pytest.raises(TrainJobFailed, match="is the controller of Kubeflow Trainer running"):
         run_against(api, timeout_seconds=1)
     assert api.asked()[-1] == "DELETE"
@@ -497,7 +498,7 @@ def test_a_job_over_its_deadline_is_a_failure_and_a_controller_that_sleeps_too(
 
 def test_the_time_in_kueues_queue_does_not_count(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(monotonic=iter(range(0, 10**6, 500)).__next__, strftime=time.strftime)
-    monkeypatch.setattr(trainjob, "time", clock)
+    monkeypatch.setattr(trainjob_run, "time", clock)
     api.conditions = [("Suspended", "Suspended", "TrainJob is suspended")] * 50 + [("Complete", "", "")]
     run_against(api)
 
@@ -652,119 +653,3 @@ def test_the_role_has_the_rights_that_are_used_and_no_more(api: Api) -> None:
                     for verb in rule["verbs"]
                 }
     assert granted == used
-
-
-# The volume
-
-
-def folder(path: Path, **files: str) -> Path:
-    for name, content in files.items():
-        place = path / name.replace("__", "/")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(content)
-    return path
-
-
-def content(path: Path) -> dict[str, str]:
-    return {str(file.relative_to(path)): file.read_text() for file in path.rglob("*") if file.is_file()}
-
-
-def share(tmp_path: Path, task: str = "task") -> Any:
-    from segdistill.adapters.shared_volume import shared
-
-    inputs = {"prepared": tmp_path / "prepared"}
-    return shared(inputs, {"students": tmp_path / "here/students"}, volume=tmp_path / "volume", task=task)
-
-
-def test_an_input_is_copied_once_for_all_tasks_and_again_when_it_is_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from segdistill import execution
-    from segdistill.adapters import shared_volume
-
-    assert shared_volume.MARK == execution.COMPLETED
-    source = folder(tmp_path / "prepared", a="1", b__c="22", **{".completed": '{"stage": "prepare"}'})
-    first = share(tmp_path)
-    assert content(first.inputs["prepared"]) == content(source)
-    copies: list[Any] = []
-    monkeypatch.setattr(shared_volume.shutil, "copyfile", lambda *paths: copies.append(paths))
-    again = share(tmp_path, "another")
-    assert again.inputs == first.inputs and again.outputs != first.outputs and not copies
-    monkeypatch.undo()
-    for change in ({".completed": '{"stage": "prepare", "data": "2"}'}, {"a": "333"}):
-        folder(source, **change)
-        fresh = share(tmp_path)
-        assert fresh.inputs != first.inputs and content(fresh.inputs["prepared"]) == content(source)
-        first = fresh
-
-
-def test_a_copy_that_was_stopped_is_not_taken_for_whole_and_is_continued(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from segdistill.adapters import shared_volume
-
-    source = folder(tmp_path / "prepared", a="1", b="22", c="333")
-    real, copied = shared_volume.shutil.copyfile, []
-
-    def copyfile(place: Path, half: Path) -> None:
-        copied.append(place.name)
-        if copied == ["a", "b"]:
-            half.write_text("2")
-            raise KeyboardInterrupt
-        real(place, half)
-
-    monkeypatch.setattr(shared_volume.shutil, "copyfile", copyfile)
-    with pytest.raises(KeyboardInterrupt):
-        share(tmp_path)
-    assert not [path for path in (tmp_path / "volume/inputs").iterdir() if not path.name.startswith(".")]
-    copy_of = share(tmp_path).inputs["prepared"]
-    assert content(copy_of) == content(source) and copied == ["a", "b", "b", "c"]
-    assert list((tmp_path / "volume/inputs").iterdir()) == [copy_of]
-
-
-def test_tasks_that_copy_the_same_input_at_the_same_time_end_with_one_copy(tmp_path: Path) -> None:
-    source = folder(tmp_path / "prepared", **{f"f{number}": str(number) for number in range(200)})
-    found: list[Path] = []
-    errors: list[BaseException] = []
-
-    def copy_it(number: int) -> None:
-        try:
-            found.append(share(tmp_path, f"task-{number}").inputs["prepared"])
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=copy_it, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors and len(found) == 4 and len(set(found)) == 1
-    assert content(found[0]) == content(source)
-    assert list((tmp_path / "volume/inputs").iterdir()) == [found[0]]
-
-
-def test_the_outputs_come_back_whole(tmp_path: Path) -> None:
-    folder(tmp_path / "prepared", a="1")
-    places = share(tmp_path)
-    folder(places.outputs["students"], student__weights="w")
-    assert not places.completed
-    folder(places.outputs["students"], **{".completed": "{}"})
-    assert share(tmp_path).completed  # a later attempt sees it
-    folder(tmp_path / "here/students", old="of an earlier attempt")
-    places.bring_back()
-    assert content(tmp_path / "here/students") == {"student/weights": "w", ".completed": "{}"}
-    assert not places.outputs["students"].exists()
-
-
-def test_a_full_volume_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
-
-    from segdistill.adapters import shared_volume
-
-    def copyfile(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    folder(tmp_path / "prepared", a="1")
-    monkeypatch.setattr(shared_volume.shutil, "copyfile", copyfile)
-    with pytest.raises(UserError, match="volume: no space left on the disk; what has been copied is kept"):
-        share(tmp_path)
