@@ -209,7 +209,7 @@ def _fares(pod: dict[str, Any]) -> str:
             return f"waits ({waiting['reason']})"
     for condition in status.get("conditions", []):
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return f"waits ({condition.get('reason')}: {condition.get('message')})"
+            return f"waits ({condition.get('reason')}: {' '.join(condition.get('message', '').split())})"
     return str(status.get("phase", "Unknown")).lower()
 
 

@@ -510,10 +510,24 @@ def test_a_job_that_somebody_deletes_is_a_failure(api: Api) -> None:
         run_against(api)
 
 
+def test_a_job_that_somebody_made_anew_is_not_ours_to_delete(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    def replace(number: int) -> None:
+        if number == 3:
+            api.jobs.clear()
+            api.there_is(None)
+
+    api.conditions, api.on_look = [None], replace
+    with pytest.raises(TrainJobFailed, match="deleted by somebody else"):
+        run_against(api)
+    (there,) = api.jobs.values()
+    assert there["metadata"]["uid"] == "uid-2" and "deletionTimestamp" not in there["metadata"]
+    assert "not deleted" not in caplog.text
+
+
 def test_an_api_that_is_away_for_a_while_is_waited_for(api: Api, caplog: pytest.LogCaptureFixture) -> None:
-    api.outages = [503, 0, 500]  # the first request: a job may or may not have been made
+    api.outages = [503, 0, 429, 500]  # the first request: a job may or may not have been made
     api.conditions = [None] * 3 + [("Complete", "", "")]
-    api.on_look = lambda number: api.outages.extend([0, 429, 504]) if number == 2 else None
+    api.on_look = lambda number: api.outages.extend([0, 504]) if number == 2 else None
     run_against(api)
     assert api.made == 1 and api.asked()[-1] == "DELETE"
     assert caplog.text.count("trying for up to 20 seconds") == caplog.text.count("answers again") == 2
