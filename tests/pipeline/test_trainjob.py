@@ -378,12 +378,13 @@ FAILED = ("Failed", "FailedJobs", "jobset failed due to one or more job failures
 
 
 def test_a_job_is_made_waited_for_and_removed(api: Api, caplog: pytest.LogCaptureFixture) -> None:
-    api.conditions = [None, None, ("Complete", "JobsCompleted", "jobset completed")]
+    api.conditions = [None, None, None, ("Complete", "JobsCompleted", "jobset completed")]
     waiting = {"phase": "Pending", "containerStatuses": []}
     unschedulable = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no GPU is free"}
     api.pods = [
         [pod(0, **waiting, conditions=[unschedulable]), pod(1, {"waiting": {"reason": "ImagePullBackOff"}})],
         [pod(0), pod(1)],
+        [pod(0), pod(1)],  # told once
         [pod(0, ended(0, "09")), pod(1, ended(0, "09"))],
     ]
     run_against(api)
@@ -475,11 +476,15 @@ def test_a_failed_job_names_the_pod_that_failed_first_shows_its_log_and_is_remov
     assert api.asked()[-1] == "DELETE"
 
 
-def test_of_nodes_that_fail_in_the_same_second_rank_0_is_named(api: Api) -> None:
+def test_of_nodes_that_fail_in_the_same_second_rank_0_is_named_by_the_log_of_its_last_start(
+    api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
     api.conditions = [None, FAILED]
-    api.pods = [[pod(1, ended(1, "07")), pod(0, ended(1, "07"))]]
+    api.pods = [[pod(1, before=ended(1, "07")), pod(0, before=ended(1, "07"))], []]
+    api.logs = {("job-node-0-0-abcde", True): "bad luck", ("job-node-0-0-abcde", False): "started anew"}
     with pytest.raises(TrainJobFailed, match="job-node-0-0-abcde ended with exit code 1"):
         run_against(api)
+    assert caplog.records[-1].message.endswith(":\nbad luck")
 
 
 def test_a_job_over_its_deadline_is_a_failure_and_a_controller_that_sleeps_too(
