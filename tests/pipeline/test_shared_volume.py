@@ -42,7 +42,7 @@ def test_an_input_is_copied_once_for_all_tasks_and_again_when_it_is_another(
     again = share(tmp_path, "another")
     assert again.inputs == first.inputs and again.outputs != first.outputs and not copies
     monkeypatch.undo()
-    for change in ({".completed": '{"stage": "prepare", "data": "2"}'}, {"a": "333"}):
+    for change in ({".completed": '{"stage": "PREPARE"}'}, {"a": "333"}):
         folder(source, **change)
         fresh = share(tmp_path)
         assert fresh.inputs != first.inputs and content(fresh.inputs["prepared"]) == content(source)

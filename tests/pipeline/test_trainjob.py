@@ -269,7 +269,7 @@ class Api:
             return 200, {"items": self.pods.pop(0) if len(self.pods) > 1 else self.pods[0]}
         if path.startswith(PODS):
             assert query["container"] == ["node"] and query["tailLines"] == ["20"]
-            log = self.logs.get((path.split("/")[-2], query["previous"] == ["true"]))
+            log = self.logs.get((path.split("/")[-2], query["previous"] == ["True"]))
             return (200, log) if log is not None else status(400, "BadRequest", "previous container not found")
         if method == "POST":
             # By default the server drops a field that it does not know.
