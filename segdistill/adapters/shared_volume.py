@@ -18,8 +18,8 @@ MARK = ".completed"  # what a component writes last into a folder that it makes;
 class Shared:
     """Where the folders of a task are."""
 
-    inputs: Mapping[str, Path]  # by name, on the volume
-    outputs: Mapping[str, Path]  # by name, on the volume
+    inputs: dict[str, Path]  # by name, on the volume
+    outputs: dict[str, Path]  # by name, on the volume
     targets: Mapping[str, Path]  # by name, where the outputs belong
 
     @property
