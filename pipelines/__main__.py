@@ -220,8 +220,8 @@ def parser() -> argparse.ArgumentParser:
     running.add_argument("--root", type=Path, default=Path("artifacts/kfp"), help="where outputs go (%(default)s)")
     for command in (submitting, running):
         command.add_argument("--revision", default="HEAD", help="the data set's: commit, tag or branch (%(default)s)")
-    for command in (compiling, submitting, running):
-        command.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (%(default)s)")
+    for command, params in ((compiling, "params.yaml"), (submitting, "params.yaml"), (running, "presets/smoke.yaml")):
+        command.add_argument("--params", type=Path, default=Path(params), help="the parameters (%(default)s)")
     return top
 
 

@@ -4,13 +4,16 @@ All of it is fixed when the pipeline is compiled. As parameters of the pipeline 
 2.17.0 forgets to hand them into the loop, and the jobs would fail on the cluster.
 """
 
+import json
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from kfp import dsl, kubernetes
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from components.images import TRAIN
 from segdistill.config import config, parse, read_yaml
 from segdistill.errors import UserError
 
@@ -18,6 +21,7 @@ DEFAULT = Path(__file__).with_name("cluster.yaml")
 # By default KFP tries nothing again once an hour has passed since the first attempt began. Training takes longer; what
 # bounds it is the number of attempts, and the timeout of each.
 RETRY_WINDOW = f"{30 * 24 * 3600}s"
+SOONER = 600  # seconds
 UNITS = {"": 1.0, "m": 1e-3} | {
     letter + suffix: base**power
     for power, letter in enumerate("KMGT", 1)
@@ -99,6 +103,8 @@ class Accelerator:
 
     type: Name
     count: Annotated[int, Field(gt=0)]
+    nodes: Annotated[int, Field(gt=0)]
+    runtime: Name
     node_selector: dict[Name, str]
     tolerations: list[Toleration]
 
@@ -146,6 +152,17 @@ class Cluster:
     secrets: list[Reference]
     workspace: Workspace | None
 
+    @property
+    def on_nodes(self) -> bool:
+        """Whether training runs on several nodes."""
+        return self.accelerator is not None and self.accelerator.nodes > 1
+
+    @model_validator(mode="after")
+    def _several_nodes_share_a_volume(self) -> "Cluster":
+        if self.on_nodes and self.workspace is None:
+            raise ValueError("accelerator.nodes above 1 needs a workspace, a volume that all nodes mount")
+        return self
+
     @model_validator(mode="after")
     def _shared_memory_fits(self) -> "Cluster":
         if _amount(self.shared_memory) >= _amount(self.tasks.train.memory_limit):
@@ -191,6 +208,10 @@ class Placement:
         asked = self.cluster
         if asked is None:
             return task
+        if asked.on_nodes:  # this pod only starts the others, and waits
+            task.set_env_variable("SEGDISTILL_TRAINJOB", json.dumps(_trainjob(asked), sort_keys=True))
+            waiting = replace(asked.tasks.report, timeout_seconds=asked.tasks.train.timeout_seconds)
+            return self._place(task, asked, "train", waiting)
         if asked.accelerator is not None:
             task.set_accelerator_type(asked.accelerator.type).set_accelerator_limit(asked.accelerator.count)
             for label, value in asked.accelerator.node_selector.items():
@@ -205,8 +226,10 @@ class Placement:
             task.set_env_variable("SEGDISTILL_WORK", f"{asked.workspace.path}/work")
         return self._place(task, asked, "train")
 
-    def _place(self, task: dsl.PipelineTask, asked: Cluster, kind: Kind) -> dsl.PipelineTask:
-        resources: Resources = getattr(asked.tasks, kind)
+    def _place(
+        self, task: dsl.PipelineTask, asked: Cluster, kind: Kind, resources: Resources | None = None
+    ) -> dsl.PipelineTask:
+        resources = resources or getattr(asked.tasks, kind)
         task.set_cpu_request(resources.cpu_request).set_cpu_limit(resources.cpu_limit)
         task.set_memory_request(resources.memory_request).set_memory_limit(resources.memory_limit)
         task.set_caching_options(self.caching)
@@ -231,3 +254,39 @@ class Placement:
             if kind in item.tasks:
                 kubernetes.use_secret_as_env(task, item.name, item.keys, optional=item.optional)
         return task
+
+
+def _trainjob(asked: Cluster) -> dict[str, Any]:
+    """What a task that trains on several nodes is to ask of Kubeflow Trainer: the fields that no run changes."""
+    accelerator, train, workspace = asked.accelerator, asked.tasks.train, asked.workspace
+    assert accelerator is not None and workspace is not None  # or it would not be on nodes
+
+    def given(references: list[Reference]) -> list[dict[str, Any]]:
+        return [
+            {"name": one.name, "keys": one.keys, "optional": one.optional} for one in references if "train" in one.tasks
+        ]
+
+    return {
+        "runtime": accelerator.runtime,
+        "image": TRAIN,
+        "nodes": accelerator.nodes,
+        "processes": accelerator.count,
+        "resources": {
+            "cpu_request": train.cpu_request,
+            "cpu_limit": train.cpu_limit,
+            "memory_request": train.memory_request,
+            "memory_limit": train.memory_limit,
+            "accelerator": accelerator.type,
+            "accelerators": accelerator.count,
+        },
+        "env": {"SEGDISTILL_WORK": f"{workspace.path}/work"},
+        "secrets": given(asked.secrets),
+        "config_maps": given(asked.config_maps),
+        "volume": {"claim": workspace.claim, "path": workspace.path},
+        "shared_memory": asked.shared_memory,
+        "node_selector": accelerator.node_selector,
+        "tolerations": [asdict(taint) for taint in accelerator.tolerations],
+        "user": asked.security.user,
+        "group": asked.security.group,
+        "timeout_seconds": max(1, train.timeout_seconds - SOONER),  # so that the job ends before its attempt does
+    }

@@ -5,7 +5,8 @@ each folder that it makes, which also carries the version of the data set from t
 is refused, whatever a runner says of the task that was to make it.
 
 The environment says what is not a matter of the pipeline: ``SEGDISTILL_WORK`` (a volume for checkpoints),
-``SEGDISTILL_SHARED`` (a volume for large outputs), ``SEGDISTILL_PROCESSES`` (how many processes train together).
+``SEGDISTILL_SHARED`` (a volume for large outputs), ``SEGDISTILL_PROCESSES`` (how many processes train together),
+``SEGDISTILL_TRAINJOB`` (on which other nodes).
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from segdistill.config import parse
 from segdistill.errors import Interrupted, UserError
 from segdistill.execution import context, finish_pipeline, open_tracker, quiet_libraries, run_stage, stage_module
 from segdistill.stages import BY_NAME, Job, Stage
@@ -88,14 +90,16 @@ def run_component(
     task = Task(name, params, paths, experiment, seed)
     quiet_libraries()
     with _ended_as_the_command_line(name):
-        places, count = _places(task), _processes()
+        places, count, nodes = _places(task), _processes(), os.environ.get("SEGDISTILL_TRAINJOB")
         if places.shared and all(folder.is_dir() for folder in places.shared.values()):
             logger.info("%s: is on the volume already", ", ".join(map(str, places.shared.values())))
+            _complete(task, places)
+        elif nodes:
+            _run_on_nodes(task, json.loads(nodes))
         elif count > 1:
             _run_together(task, count)
         else:
             _execute(task, places)
-        _complete(task, places)
         found = stage_module(task.stage).highlights(places.paths) if task.stage.shows else Highlights()
         _show(found, shown or {})
     return found
@@ -245,6 +249,7 @@ def _complete(task: Task, places: Places) -> None:
 
 
 def _execute(task: Task, places: Places) -> None:
+    """Runs the stage in this process, which may be one of several; the first of them completes the task."""
     started, here = time.time(), context()
     here = replace(here, data_md5=places.data.get("data_md5", here.data_md5))
     for output in places.shared.values():
@@ -256,6 +261,8 @@ def _execute(task: Task, places: Places) -> None:
     run_stage(
         task.stage, places.chosen, paths=places.paths, job=task.job, tracker=tracker, started=started, work=work
     )  # fmt: skip
+    if not int(os.environ.get("RANK", "0")):
+        _complete(task, places)
 
 
 def _processes() -> int:
@@ -287,6 +294,37 @@ def _run_together(task: Task, count: int) -> None:
             raise SystemExit(next((code for code in (2, 75) if code in codes), 1)) from None
         except SignalException:
             raise Interrupted("stopped; the checkpoint is written, and the next attempt goes on from it") from None
+
+
+def _run_on_nodes(task: Task, template: Mapping[str, Any]) -> None:
+    """Runs the stage as a TrainJob, which reads and writes on a volume, and brings its outputs here.
+
+    Args:
+        task: what to run.
+        template: the fields of the job that the pipeline fixed when it was compiled.
+    """
+    from segdistill.adapters.shared_volume import shared
+    from segdistill.adapters.trainjob import LAUNCH, TrainJob, job_name
+    from segdistill.adapters.trainjob_run import run
+
+    run_id, volume, stage = context().pipeline_run, Path(template["volume"]["path"]), task.stage
+    name = job_name(run_id, task.name, str(task.job) if task.job else None, task.params)
+    given = {key: Path(str(task.paths[key])) for key in task.paths}
+    placed = shared(
+        {key: given[key] for key in stage.inputs}, {key: given[key] for key in stage.outputs}, volume=volume, task=name
+    )
+    if not placed.completed:
+        there = replace(task, paths={key: str(path) for key, path in (placed.inputs | placed.outputs).items()})
+        file = volume / "outputs" / name / "task.json"
+        file.write_text(json.dumps(asdict(there)))
+        own = {
+            "name": name,
+            "command": [*LAUNCH, __name__],
+            "args": [str(file)],
+            "env": {**template.get("env", {}), "SEGDISTILL_PIPELINE_RUN": run_id},
+        }
+        run(parse(TrainJob, {**template, **own}, "SEGDISTILL_TRAINJOB"))
+    placed.bring_back()
 
 
 def _show(found: Highlights, shown: Mapping[str, Any]) -> None:

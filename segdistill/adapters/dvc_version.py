@@ -107,7 +107,10 @@ def _remote(sections: Mapping[str, Mapping[str, Any]], entry: Mapping[str, Any],
     }
     name = entry.get("remote") or sections.get("core", {}).get("remote")
     if name is None:
-        raise UserError(f"{where}: no default remote; add one with dvc remote add --default NAME s3://BUCKET/PREFIX")
+        raise UserError(
+            f"{where}: no default remote, and the data is not in DVC's cache here; "
+            "bring it there (make data), or add a remote: dvc remote add --default NAME s3://BUCKET/PREFIX"
+        )
     if name not in remotes:
         raise UserError(f"{where}: no remote '{name}'{nearest(str(name), remotes)}")
     settings = {str(key): str(value) for key, value in remotes[name].items()}

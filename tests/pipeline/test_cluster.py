@@ -186,6 +186,40 @@ def test_jobs_run_at_most_so_many_at_a_time(compiled: Compiled) -> None:
     assert policy.get("parallelismLimit") == compiled.cluster.parallel_jobs
 
 
+def test_on_several_nodes_the_pod_of_a_task_only_waits_and_the_job_asks_for_the_rest(tmp_path: Path) -> None:
+    from segdistill.adapters.trainjob import TrainJob
+
+    content = read_yaml(CLUSTERS["everything"])
+    content["accelerator"]["nodes"] = 3
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(content))
+    compiled = compile_with(tmp_path / "cluster.yaml", tmp_path)
+    for name in TRAINING:
+        container, settings = compiled.containers[name], compiled.settings[name]
+        assert "accelerator" not in container["resources"] and "tolerations" not in settings
+        assert container["resources"]["resourceMemoryLimit"] == compiled.cluster.tasks.report.memory_limit
+        timeout = compiled.cluster.tasks.train.timeout_seconds
+        assert settings["activeDeadlineSeconds"] == str(timeout)
+        (template,) = [one["value"] for one in container["env"] if one["name"] == "SEGDISTILL_TRAINJOB"]
+        fixed = json.loads(template)
+        job = parse(TrainJob, {**fixed, "name": "a", "command": ["b"]}, "")
+        assert (job.nodes, job.processes, job.resources.accelerator) == (3, 2, "nvidia.com/gpu")
+        assert job.image == container["image"] and job.timeout_seconds < timeout
+        assert [one.name for one in job.secrets] == ["segdistill-mlflow"]  # S3 is for the tasks that fetch
+        assert [taint.key for taint in job.tolerations] == ["nvidia.com/gpu", "pool"]
+        assert settings["pvcMount"]
+    assert "SEGDISTILL_TRAINJOB" not in {one["name"] for one in compiled.containers["prepare"]["env"]}
+
+
+def test_several_nodes_need_a_volume(tmp_path: Path) -> None:
+    from pipelines.cluster import read_cluster
+
+    content = read_yaml(CLUSTERS["everything"]) | {"workspace": None}
+    content["accelerator"]["nodes"] = 2
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=r"accelerator\.nodes above 1 needs a workspace"):
+        read_cluster(tmp_path / "cluster.yaml")
+
+
 def test_without_an_accelerator_tasks_run_on_any_node(tmp_path: Path) -> None:
     content = read_yaml(CLUSTERS["default"]) | {"accelerator": None}
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(content))

@@ -173,7 +173,7 @@ def tiny(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_pipeline(repository: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipelines", "run", "--runner", "subprocess", "--repository", str(repository)]
+    command = [sys.executable, "-m", "pipelines", "run", "--params", "params.yaml", "--repository", str(repository)]
     surroundings = os.environ | {"PYTHONPATH": str(ROOT), "SEGDISTILL_TRACKER": "jsonl"} | environment
     return subprocess.run(command, cwd=folder, env=surroundings, capture_output=True, text=True)
 

@@ -171,7 +171,7 @@ def test_validation_shows_its_summary_and_data_docs_on_one_page(data: Path, tmp_
     run_component("validate", chosen("validate", **small), paths=paths, shown={"page": page, "summary": summary})
     assert Path(summary.path).read_text().startswith("# Validation of")
     html = Path(page.path).read_text()
-    assert html.count("<iframe srcdoc=") == 3 and "data_docs" in html.lower()
+    assert html.count("<iframe srcdoc=") == 3 and "values must belong to this set" in html
 
 
 # Several processes
@@ -253,3 +253,40 @@ def test_a_number_of_processes_that_is_none_is_named(
     task = teacher_task(tiny_prepared, tmp_path)
     message = mistake(capsys, "train_teacher", json.loads(task["params"]), task["paths"])
     assert "SEGDISTILL_PROCESSES: 'two' is not a number of processes" in message
+
+
+# Several nodes
+
+
+def test_on_several_nodes_the_stage_runs_on_the_volume_and_its_outputs_come_back(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kubernetes is left out: the job's command runs here, as one of its processes would."""
+    from segdistill.adapters import trainjob_run
+
+    commands: list[list[str]] = []
+
+    def run_here(job: Any) -> None:
+        commands.append([*job.command, *job.args])
+        assert job.env["SEGDISTILL_PIPELINE_RUN"] == "run-7" and job.nodes == 2
+        with monkeypatch.context() as inside:
+            inside.delenv("SEGDISTILL_TRAINJOB")
+            tasks.main(job.args[0])
+
+    monkeypatch.setattr(trainjob_run, "run", run_here)
+    resources = {"cpu_request": "1", "cpu_limit": "1", "memory_request": "1Gi", "memory_limit": "1Gi"}
+    template = {
+        "image": "train-python:1", "nodes": 2, "processes": 1, "resources": resources, "user": 1000, "group": 1000,
+        "volume": {"claim": "workspace", "path": str(tmp_path / "volume")}, "timeout_seconds": 60,
+    }  # fmt: skip
+    monkeypatch.setenv("SEGDISTILL_TRAINJOB", json.dumps(template))
+    prepare(data, tmp_path / "out")  # any stage will do, and this one is quick
+    assert commands[0][:5] == ["python", "-m", "torch.distributed.run", "-m", "segdistill.tasks"]
+    assert json.loads((tmp_path / "out/prepared" / COMPLETED).read_text())["stage"] == "prepare"
+    assert (tmp_path / "out/prepared/dataset.json").is_file()
+    # An attempt that is lost after the job's end leaves its outputs on the volume, and the next one takes them.
+    (job,) = (tmp_path / "volume/outputs").iterdir()
+    task = json.loads((job / "task.json").read_text())
+    (tmp_path / "out/prepared").rename(task["paths"]["prepared"])
+    prepare(data, tmp_path / "out")
+    assert len(commands) == 1 and (tmp_path / "out/prepared/dataset.json").is_file()

@@ -1,4 +1,4 @@
-"""The machine-learning half needs torch and a file system: MLflow, KFP, DVC, GX and boto3 may all be absent."""
+"""The machine-learning half needs torch and a file system: MLflow, KFP, DVC, GX, boto3 and kubernetes may be absent."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"mlflow", "kfp", "dvc", "great_expectations", "boto3"}:
+        if name.split(".")[0] in {"mlflow", "kfp", "dvc", "great_expectations", "boto3", "kubernetes"}:
             raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
 sys.meta_path.insert(0, Absent())
