@@ -20,7 +20,7 @@ from segdistill.engine.tracker import JsonLinesTracker, NullTracker, Tracker
 from segdistill.errors import Interrupted, UserError, nearest
 from segdistill.stages import STAGES, Job, Stage, check_sections, jobs
 
-TIMINGS = Path("artifacts/timings")
+TIMINGS, TRACKING = Path("artifacts/timings"), Path("artifacts/tracking")
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,15 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
-def open_tracker(kind: str, here: Context, stage: Stage, job: Job | None) -> Tracker:
+def open_tracker(kind: str, here: Context, stage: Stage, job: Job | None, folder: Path = TRACKING) -> Tracker:
     """The tracker of the pipeline run; stages log to children of it.
 
     Args:
         kind: "mlflow", "jsonl", "none", or "auto" for MLflow where it is installed and JSON lines where not.
+        here: where the run belongs.
+        stage: what is run.
+        job: the cell of the matrix, of a stage that runs once per job.
+        folder: for JSON lines, and for what MLflow was not sent yet.
     """
     if int(os.environ.get("RANK", "0")):
         return NullTracker()  # rank 0 speaks
@@ -78,9 +82,9 @@ def open_tracker(kind: str, here: Context, stage: Stage, job: Job | None) -> Tra
     if kind == "mlflow":
         from segdistill.adapters.mlflow_tracking import open_pipeline_run
 
-        return open_pipeline_run(here.pipeline_run, here.tags(stage, job), data=Path("data"))
+        return open_pipeline_run(here.pipeline_run, here.tags(stage, job), data=Path("data"), spool=folder)
     if kind == "jsonl":
-        tracker = JsonLinesTracker(Path("artifacts/tracking") / here.pipeline_run / f"{_label(stage, job)}.jsonl")
+        tracker = JsonLinesTracker(folder / here.pipeline_run / f"{_label(stage, job)}.jsonl")
         tracker.tags(here.tags(stage, job))
         return tracker
     return NullTracker()

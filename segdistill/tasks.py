@@ -24,7 +24,15 @@ from typing import Any
 
 from segdistill.config import parse
 from segdistill.errors import Interrupted, UserError
-from segdistill.execution import context, finish_pipeline, open_tracker, quiet_libraries, run_stage, stage_module
+from segdistill.execution import (
+    TRACKING,
+    context,
+    finish_pipeline,
+    open_tracker,
+    quiet_libraries,
+    run_stage,
+    stage_module,
+)
 from segdistill.stages import BY_NAME, Job, Stage
 from segdistill.stages.highlights import Highlights
 
@@ -254,10 +262,13 @@ def _execute(task: Task, places: Places) -> None:
     here = replace(here, data_md5=places.data.get("data_md5", here.data_md5))
     for output in places.shared.values():
         output.parent.mkdir(parents=True, exist_ok=True)
-    tracker = open_tracker(os.environ.get("SEGDISTILL_TRACKER", "auto"), here, task.stage, task.job)
-    # A pod that is tried again finds nothing beside its output. A volume that outlives it may hold the checkpoint.
+    # A pod that is tried again finds nothing beside its output. A volume that outlives it may hold the checkpoint, and
+    # what the tracker was not sent yet.
     volume, label = os.environ.get("SEGDISTILL_WORK"), f"{task.name}-{task.job}" if task.job else task.name
     work = Path(volume) / here.pipeline_run / label if volume else None
+    tracking = Path(volume) / "tracking" / label if volume else TRACKING
+    kind = os.environ.get("SEGDISTILL_TRACKER", "auto")
+    tracker = open_tracker(kind, here, task.stage, task.job, tracking)
     run_stage(
         task.stage, places.chosen, paths=places.paths, job=task.job, tracker=tracker, started=started, work=work
     )  # fmt: skip
