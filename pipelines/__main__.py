@@ -178,13 +178,9 @@ def run_here(
             raise UserError(
                 f"--repository: '{repository}' is a folder, which a container does not see; give an address"
             )
-        if (
-            os.environ.get("SEGDISTILL_TRACKER", "auto") in ("auto", "mlflow")
-            and "MLFLOW_TRACKING_URI" not in os.environ
-        ):
-            raise UserError(
-                "MLFLOW_TRACKING_URI: not set; containers need a server, since what they write to their disk goes with them"
-            )
+        to_mlflow = os.environ.get("SEGDISTILL_TRACKER", "auto") in ("auto", "mlflow")
+        if to_mlflow and "MLFLOW_TRACKING_URI" not in os.environ:
+            raise UserError("MLFLOW_TRACKING_URI: not set; a container's own store would be gone with the container")
         from pipelines import docker_runner
 
         work = os.environ.get("SEGDISTILL_WORK")
