@@ -144,6 +144,7 @@ def _debootstrap(archive: Path, folder: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for left in ("var/cache/apt/archives", "var/lib/apt/lists"):
         shutil.rmtree(folder / left)
+        (folder / left).mkdir()
     archive.parent.mkdir(parents=True, exist_ok=True)
     partial = archive.with_suffix(".partial")
     subprocess.run(["tar", "-C", str(folder), "-cf", str(partial), "."], check=True)
