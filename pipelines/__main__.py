@@ -164,7 +164,7 @@ def run_here(
     """
     from segdistill.adapters.dvc_version import find
 
-    given, version = arguments(params), find(repository, revision)
+    given, version, root = arguments(params), find(repository, revision), root.resolve()
     from kfp import local
 
     from pipelines.cluster import Placement
@@ -184,11 +184,11 @@ def run_here(
         from pipelines import docker_runner
 
         work = os.environ.get("SEGDISTILL_WORK")
-        chosen = docker_runner.runner(root.resolve(), work=Path(work) if work else None)
+        chosen = docker_runner.runner(root, work=Path(work) if work else None)
     else:
         chosen = local.SubprocessRunner(use_venv=False)
     before = set(root.glob("*"))
-    local.init(chosen, pipeline_root=str(root.resolve()))
+    local.init(chosen, pipeline_root=str(root))
     pipeline(Placement(None))(repository=where, revision=version.commit, **given)
     (run,) = set(root.glob("*")) - before
     return {name: run / task / name for task, name in (("compare", "report"), ("register", "registration"))}

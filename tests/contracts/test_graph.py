@@ -245,14 +245,17 @@ def test_only_a_student_that_passed_the_gate_is_registered_and_the_run_is_always
 
 def test_the_data_image_has_what_its_stages_import_and_no_torch() -> None:
     text = (ROOT / "dockerfiles/data.Dockerfile").read_text()
-    (line,) = [line.strip() for line in text.splitlines() if line.strip().startswith("great-expectations ")]
-    installed = set(line.split())
+    (line,) = [line for line in text.splitlines() if " great-expectations " in line]
+    installed = set(line.replace("\\", "").split())
     locked = {entry.partition("==")[0] for entry in (ROOT / "requirements.lock").read_text().split()}
     starts = [f"segdistill.stages.{stage.module}" for stage in STAGES if stage.image == "data"]
     needed = {"kfp"}
-    for start in (*starts, "segdistill.config", "segdistill.adapters.mlflow_tracking"):
+    adapters = ("mlflow_tracking", "dvc_remote", "s3")
+    for start in (*starts, "segdistill.config", *(f"segdistill.adapters.{name}" for name in adapters)):
         needed |= imported(start)[1]
-    packages = {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name.replace("_", "-")) for name in needed}
+    packages = {
+        {"PIL": "pillow", "yaml": "pyyaml", "botocore": "boto3"}.get(name, name.replace("_", "-")) for name in needed
+    }
     assert packages <= installed <= locked
     assert not {"torch", "torchvision", "timm", "segmentation-models-pytorch"} & installed
 
