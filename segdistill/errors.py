@@ -1,7 +1,11 @@
-"""Exceptions whose message is meant for the person at the keyboard."""
+"""Exceptions whose message is meant for the person at the keyboard, and how a run is told to stop."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from types import FrameType
 
 
 class UserError(Exception):
@@ -24,3 +28,21 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     allowed = [str(value) for value in allowed]
     close = difflib.get_close_matches(name, allowed, n=1)
     return f"; did you mean '{close[0]}'?" if close else f"; allowed: {', '.join(allowed) or 'nothing'}"
+
+
+@contextlib.contextmanager
+def stop_on_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; the former handler comes back afterwards."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    former = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, former)

@@ -4,18 +4,13 @@ The Kubeflow SDK (0.5) is not used for it: it waits without saying for what, end
 come, and knows no retry.
 """
 
-import contextlib
 import logging
-import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from segdistill.adapters.trainjob import NODE, TrainJob, manifest
-from segdistill.errors import Interrupted, UserError
+from segdistill.errors import Interrupted, UserError, stop_on_sigterm
 
 if TYPE_CHECKING:
     from kubernetes.client import Configuration
@@ -56,7 +51,7 @@ def run(
     """
     from segdistill.adapters.kubernetes_api import TrainJobs
 
-    with _stop_on_sigterm() as stop:
+    with stop_on_sigterm() as stop:
         jobs = TrainJobs(job.namespace, configuration, stop=stop, patience=patience)
         shown = f"TrainJob {jobs.namespace}/{job.name}"
         uid = _begin(jobs, job, shown, poll)
@@ -211,21 +206,3 @@ def _fares(pod: dict[str, Any]) -> str:
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
             return f"waits ({condition.get('reason')}: {' '.join(condition.get('message', '').split())})"
     return str(status.get("phase", "Unknown")).lower()
-
-
-@contextlib.contextmanager
-def _stop_on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; the former handler comes back afterwards."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    former = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, former)

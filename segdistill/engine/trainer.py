@@ -7,13 +7,11 @@ resumed = never interrupted, bit for bit on one CPU process.
 import contextlib
 import logging
 import math
-import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -31,7 +29,7 @@ from segdistill.engine.optim import build_optimizer, set_learning_rates, student
 from segdistill.engine.progress import TrainingBar
 from segdistill.engine.settings import InferenceConfig, OptimizerConfig, Schedule, TrainConfig
 from segdistill.engine.tracker import Tracker
-from segdistill.errors import Interrupted, UserError
+from segdistill.errors import Interrupted, UserError, stop_on_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +172,7 @@ class Trainer:
             workers=config.workers,
         )
         self.wrapped.train()
-        with _stop_on_sigterm() as stop, TrainingBar(config, self.processes.is_main) as bar:
+        with stop_on_sigterm() as stop, TrainingBar(config, self.processes.is_main) as bar:
             while not self._finished():
                 for optimizer_name, optimizer in self.optimizers.items():
                     set_learning_rates(optimizer, self.schedules[optimizer_name], self.fraction)
@@ -404,21 +402,3 @@ class Trainer:
             if state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.processes.device)
         logger.info("resumed at iteration %d", self.progress.iteration)
-
-
-@contextlib.contextmanager
-def _stop_on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; the former handler comes back afterwards."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    former = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, former)
