@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from segdistill.config import parse
+from segdistill.data.folders import COMPLETED
 from segdistill.errors import Interrupted, UserError
 from segdistill.execution import (
     TRACKING,
@@ -38,7 +39,6 @@ from segdistill.stages.highlights import Highlights
 
 logger = logging.getLogger(__name__)
 
-COMPLETED = ".completed"  # the mark: which stage made the folder, for which job, from which version of the data
 ELSEWHERE = ".elsewhere"  # in place of an output's content: the folder of a volume that has it
 
 Paths = Mapping[str, str | list[str]]

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from segdistill.data.folders import disk_errors, new_folder
-
-MARK = ".completed"  # what a component writes last into a folder that it makes; an imported data set has none
+from segdistill.data.folders import COMPLETED, disk_errors, new_folder
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Shared:
     @property
     def completed(self) -> bool:
         """Whether an earlier attempt has made all outputs, and was lost before it could bring them back."""
-        return all((place / MARK).is_file() for place in self.outputs.values())
+        return all((place / COMPLETED).is_file() for place in self.outputs.values())
 
     def bring_back(self) -> None:
         """Moves the outputs to where they belong; each is there as a whole, or not at all.
@@ -64,7 +62,7 @@ def shared(inputs: Mapping[str, Path], outputs: Mapping[str, Path], *, volume: P
 
 
 def _copy(source: Path, folder: Path) -> Path:
-    files, mark = sorted(_files(source)), source / MARK
+    files, mark = sorted(_files(source)), source / COMPLETED
     identity = json.dumps([str(source), mark.read_text() if mark.is_file() else None, files])
     target = folder / f"{source.name}-{sha256(identity.encode()).hexdigest()[:16]}"
     if target.is_dir():

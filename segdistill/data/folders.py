@@ -9,6 +9,10 @@ from pathlib import Path
 
 from segdistill.errors import UserError
 
+# What a component of the pipeline writes last into a folder that it makes: which stage made it, for which job, from
+# which version of the data. An imported data set has none.
+COMPLETED = ".completed"
+
 
 @contextmanager
 def disk_errors(folder: Path, kept: str = "nothing was left there") -> Iterator[None]:

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
+from compiled import Graphs
 
 from segdistill.config import read_yaml
 from segdistill.stages import BY_NAME, JOB, STAGES, Stage, jobs
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests/pipeline"))
-from compiled import Graphs  # noqa: E402
 
 DVC: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 every_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)

@@ -2,14 +2,11 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parent))
 from compiled import Graphs
 
 from segdistill.config import parse, read_yaml

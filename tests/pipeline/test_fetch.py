@@ -18,7 +18,6 @@ import yaml
 pytest.importorskip("boto3")
 pytest.importorskip("dvc")
 
-sys.path.insert(0, str(Path(__file__).parent))
 from s3_server import KEY, SECRET, Server, credentials, weed_binary
 from versioned import commit_data
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parent))
 from compiled import Graphs
 from versioned import commit_data
 

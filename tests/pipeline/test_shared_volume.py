@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from segdistill import tasks
 from segdistill.adapters import shared_volume
 from segdistill.adapters.shared_volume import Shared, shared
 from segdistill.errors import UserError
@@ -33,7 +32,6 @@ def share(tmp_path: Path, task: str = "task") -> Shared:
 def test_an_input_is_copied_once_for_all_tasks_and_again_when_it_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert shared_volume.MARK == tasks.COMPLETED
     source = folder(tmp_path / "prepared", a="1", b__c="22", **{".completed": '{"stage": "prepare"}'})
     first = share(tmp_path)
     assert content(first.inputs["prepared"]) == content(source)

@@ -5,18 +5,14 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from compiled import Graphs
+from stand_in import Request, serving
 
 pytest.importorskip("kfp")
 MD5 = "0123456789abcdef0123456789abcdef.dir"
@@ -28,32 +24,14 @@ class Api:
     """The four calls that a submission makes; every request is kept."""
 
     def __init__(self) -> None:
-        self.requests: list[tuple[str, str, dict[str, str], Any]] = []
+        self.requests: list[Request] = []
         self.states: list[Any] = []  # the answers when asked for the run; the last one stays
         self.refuse: int | None = None
-        api = self
+        self.host = ""
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_: Any) -> None: ...
-
-            def answer(self, method: str) -> None:
-                size = int(self.headers.get("Content-Length") or 0)
-                body = json.loads(self.rfile.read(size)) if size else None
-                api.requests.append((method, self.path, dict(self.headers), body))
-                status, content = api.reply(method, self.path.partition("?")[0])
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.end_headers()
-                self.wfile.write(json.dumps(content).encode())
-
-            def do_GET(self) -> None:
-                self.answer("GET")
-
-            def do_POST(self) -> None:
-                self.answer("POST")
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.host = f"http://127.0.0.1:{self.server.server_port}"
+    def answer(self, request: Request) -> tuple[int, Any]:
+        self.requests.append(request)
+        return self.reply(request.method, request.path)
 
     def reply(self, method: str, path: str) -> tuple[int, Any]:
         if self.refuse:
@@ -75,8 +53,8 @@ class Api:
 
     def sent(self) -> Any:
         """The run as the server got it."""
-        (body,) = [body for method, path, _, body in self.requests if method == "POST" and path.endswith("/runs")]
-        return body
+        (sent,) = [one for one in self.requests if one.method == "POST" and one.path.endswith("/runs")]
+        return sent.body
 
 
 @pytest.fixture
@@ -88,12 +66,8 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     monkeypatch.setattr(client.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "none/context.json"))
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     stand_in = Api()
-    thread = threading.Thread(target=stand_in.server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield stand_in
-    stand_in.server.shutdown()
-    thread.join()
-    stand_in.server.server_close()
+    with serving(stand_in.answer) as stand_in.host:
+        yield stand_in
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,9 +142,7 @@ def test_a_token_comes_from_the_named_variable_and_is_never_printed(
 ) -> None:
     monkeypatch.setenv("MY_TOKEN", TOKEN)
     assert submit("--token-env", "MY_TOKEN", host=api.host) == 0
-    assert {headers["authorization"] for _, path, headers, _ in api.requests if "healthz" not in path} == {
-        f"Bearer {TOKEN}"
-    }
+    assert {one.headers["authorization"] for one in api.requests if "healthz" not in one.path} == {f"Bearer {TOKEN}"}
     assert submit("--token-env", "MY_TOKEN", "--dry-run", host=api.host) == 0
     assert TOKEN not in "".join(capfd.readouterr())
 
@@ -178,8 +150,8 @@ def test_a_token_comes_from_the_named_variable_and_is_never_printed(
 def test_cookies_and_a_namespace_reach_the_server(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_COOKIES", f"authservice_session={TOKEN}")
     assert submit("--cookies-env", "MY_COOKIES", "--namespace", "team", host=api.host) == 0
-    assert all(headers["Cookie"] == f"authservice_session={TOKEN}" for _, _, headers, _ in api.requests)
-    (experiment,) = [body for method, path, _, body in api.requests if method == "POST" and "experiments" in path]
+    assert all(one.headers["Cookie"] == f"authservice_session={TOKEN}" for one in api.requests)
+    (experiment,) = [one.body for one in api.requests if one.method == "POST" and "experiments" in one.path]
     assert experiment["namespace"] == "team"
 
 
@@ -191,7 +163,7 @@ def test_in_a_cluster_the_token_of_the_service_account_is_used(
     assert capfd.readouterr().err.startswith(f"pipelines submit: {tmp_path / 'token'}: no such file; --in-cluster")
     (tmp_path / "token").write_text(TOKEN)
     assert submit("--in-cluster", host=api.host) == 0
-    assert api.requests[-1][2]["authorization"] == f"Bearer {TOKEN}"
+    assert api.requests[-1].headers["authorization"] == f"Bearer {TOKEN}"
 
 
 def test_a_dry_run_shows_what_would_be_sent_and_sends_nothing(api: Api, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@ Kubernetes API.
 """
 
 import copy
-import json
 import logging
 import os
 import re
@@ -11,14 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
+from stand_in import Request, serving
 
 from segdistill.adapters import trainjob_run
 from segdistill.adapters.trainjob import LAUNCH, MOST_NODES, TrainJob, job_name, manifest
@@ -219,7 +217,7 @@ class Api:
     """What Kubernetes does with TrainJobs, their pods and logs, as far as we ask for it; every request is kept."""
 
     def __init__(self) -> None:
-        self.requests: list[tuple[str, str, dict[str, list[str]], Any]] = []
+        self.requests: list[Request] = []
         self.jobs: dict[str, dict[str, Any]] = {}
         self.conditions: list[Any] = [("Complete", "JobsCompleted", "jobset completed")]  # one a look; the last stays
         self.pods: list[list[dict[str, Any]]] = [[]]  # likewise
@@ -229,34 +227,14 @@ class Api:
         self.deletion_takes = 2  # looks
         self.on_look: Callable[[int], None] = lambda number: None
         self.made = 0
-        api = self
+        self.host = ""
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_: Any) -> None: ...
-
-            def answer(self) -> None:
-                size = int(self.headers.get("Content-Length") or 0)
-                body = json.loads(self.rfile.read(size)) if size else None
-                url = urlsplit(self.path)
-                api.requests.append((self.command, url.path, parse_qs(url.query), body))
-                if api.outages:
-                    status, content = api.outages.pop(0), "no healthy upstream"
-                    if status == 0:
-                        self.close_connection = True
-                        return
-                else:
-                    status, content = api.reply(*api.requests[-1])
-                sent = content.encode() if isinstance(content, str) else json.dumps(content).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(sent)))
-                self.end_headers()
-                self.wfile.write(sent)
-
-            do_GET = do_POST = do_DELETE = answer
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.host = f"http://127.0.0.1:{self.server.server_port}"
+    def answer(self, request: Request) -> tuple[int, Any] | None:
+        self.requests.append(request)
+        if self.outages:
+            status = self.outages.pop(0)
+            return (status, "no healthy upstream") if status else None
+        return self.reply(request.method, request.path, request.query, request.body)
 
     def reply(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> tuple[int, Any]:
         verb = {"POST": "create", "GET": "get", "DELETE": "delete"}[method]
@@ -287,7 +265,7 @@ class Api:
         return 201, self.jobs[name]
 
     def look(self, name: str) -> tuple[int, Any]:
-        looks = sum(method == "GET" and path.startswith(JOBS) for method, path, *_ in self.requests)
+        looks = sum(one.method == "GET" and one.path.startswith(JOBS) for one in self.requests)
         self.on_look(looks)
         if name not in self.jobs:
             return status(404, "NotFound", f'trainjobs.trainer.kubeflow.org "{name}" not found')
@@ -321,7 +299,7 @@ class Api:
 
     def asked(self) -> list[str]:
         """The requests about the job, as verbs, looks at it that follow each other as one."""
-        verbs = [method for method, path, *_ in self.requests if path.startswith(JOBS)]
+        verbs = [one.method for one in self.requests if one.path.startswith(JOBS)]
         return [one for number, one in enumerate(verbs) if one != "GET" or verbs[number - 1 : number] != ["GET"]]
 
 
@@ -360,12 +338,8 @@ def api(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> It
     monkeypatch.setattr(logging.getLogger("segdistill"), "propagate", True)
     caplog.set_level(logging.INFO, logger="segdistill")
     stand_in = Api()
-    thread = threading.Thread(target=stand_in.server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield stand_in
-    stand_in.server.shutdown()
-    thread.join()
-    stand_in.server.server_close()
+    with serving(stand_in.answer) as stand_in.host:
+        yield stand_in
 
 
 def run_against(api: Api, *, patience: float = 20.0, **changes: Any) -> None:
@@ -389,7 +363,7 @@ def test_a_job_is_made_waited_for_and_removed(api: Api, caplog: pytest.LogCaptur
     ]
     run_against(api)
     assert api.asked() == ["POST", "GET", "DELETE"]
-    assert api.requests[0][3] == manifest(job())
+    assert api.requests[0].body == manifest(job())
     told = [re.sub(r"^\d\d:\d\d:\d\d ", "", record.message) for record in caplog.records]
     shown = f"TrainJob team/{LEAST['name']}"
     assert told == [
@@ -655,11 +629,11 @@ def test_the_role_has_the_rights_that_are_used_and_no_more(api: Api) -> None:
     api.conditions = [("Complete", "", "")]
     run_against(api)
     used = set()
-    for method, path, *_ in api.requests:
-        group = "trainer.kubeflow.org" if path.startswith("/apis") else ""
-        below = path.split("/namespaces/team/")[1].split("/")
+    for request in api.requests:
+        group = "trainer.kubeflow.org" if request.path.startswith("/apis") else ""
+        below = request.path.split("/namespaces/team/")[1].split("/")
         resource = "/".join([below[0], *below[2:]])
-        verb = {"POST": "create", "DELETE": "delete", "GET": "get" if len(below) > 1 else "list"}[method]
+        verb = {"POST": "create", "DELETE": "delete", "GET": "get" if len(below) > 1 else "list"}[request.method]
         used.add((group, resource, verb))
     granted = set()
     for document in yaml.safe_load_all((ROOT / "pipelines/manifests/rbac.yaml").read_text()):
