@@ -1,6 +1,7 @@
 """One component as a pipeline, in containers: ``python one_task.py SETTINGS`` with the settings as JSON.
 
-``component``, its ``parameters``, its input ``artifacts`` below ``root``, ``work`` for checkpoints, ``retries``.
+``component``, its ``parameters``, its input ``artifacts`` below ``root``, ``work`` for checkpoints, ``retries``, ``memory`` as
+a limit.
 """
 
 import json
@@ -25,7 +26,8 @@ def run(settings: dict[str, Any]) -> None:
         task.set_retry(settings["retries"], backoff_duration="0s")
 
     root, work = Path(settings["root"]), settings["work"]
-    local.init(docker_runner.runner(root, work=Path(work) if work else None), pipeline_root=str(root))
+    runner = docker_runner.runner(root, work=Path(work) if work else None, memory=settings["memory"])
+    local.init(runner, pipeline_root=str(root))
     pipeline()
 
 

@@ -180,12 +180,13 @@ class Cluster:
         artifacts: dict[str, tuple[Path, str]] | None = None,
         work: Path | None = None,
         retries: int = 0,
+        memory: str | None = None,
     ) -> contextlib.AbstractContextManager[Running]:
         """A pipeline of one task, whose inputs are artifacts of an earlier pipeline: path and kind by name."""
         settings = {
             "component": component, "parameters": parameters, "retries": retries, "root": str(self.root),
             "artifacts": {key: (str(path), kind) for key, (path, kind) in (artifacts or {}).items()},
-            "work": str(work) if work else None,
+            "work": str(work) if work else None, "memory": memory,
         }  # fmt: skip
         return self.start(name, str(Path(__file__).with_name("one_task.py")), json.dumps(settings))
 
@@ -327,6 +328,16 @@ def test_a_training_container_that_is_killed_goes_on_and_ends_as_if_never_killed
     undisturbed = done.made("distill", "students", "kd-s0") / "cnn.safetensors"
     assert student.read_bytes() == undisturbed.read_bytes()
     assert not list(work.rglob("*.safetensors"))
+
+
+def test_a_stage_that_needs_more_memory_than_it_may_have_says_so(done: Done, cluster: Cluster) -> None:
+    before = cluster.known()
+    given = parameters_of_distill(done.params), done.inputs_of_distill()
+    with cluster.task("memory", "distill", *given, memory="200m") as running:
+        assert running.ended() == 1, running.output[-5000:]
+    assert "distill | FAILED: out of memory, its limit is 200m" in running.output
+    (made,) = cluster.known() - before
+    assert not list(made.rglob(".completed"))
 
 
 def test_an_s3_that_is_away_for_20_seconds_is_waited_for_by_fetch(cluster: Cluster) -> None:

@@ -354,6 +354,8 @@ def test_a_gain_on_which_the_seeds_disagree_is_not_claimed(inputs: Inputs) -> No
     markdown = (inputs.report / "report.md").read_text()
     assert "No distilled student is shown to be better" in markdown
     assert "Open, since the seeds disagree about the sign: kd (cnn)" in markdown
+    for shown in (markdown, (inputs.report / "report.html").read_text(), shown_table(inputs.results())):
+        assert f"† {100 * gain.mean:+.2f}" in shown
 
 
 def test_unequal_budgets_are_said(inputs: Inputs) -> None:

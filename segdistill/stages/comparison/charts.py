@@ -85,7 +85,7 @@ def gains(comparison: Comparison) -> tuple[Drawing, float] | None:
             gain, color = row.gain, palette.color(row.experiment)
             assert gain is not None
             axes.plot([100 * gain.low, 100 * gain.high], [position] * 2, color=color, linewidth=2.5)
-            face = color if gain.excludes_zero else "none"
+            face = color if gain.is_evidence else "none"
             axes.scatter(
                 [100 * gain.mean], [position], s=64, marker="o", color=face, edgecolor=color, linewidth=2, zorder=3
             )

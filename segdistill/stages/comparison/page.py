@@ -142,7 +142,7 @@ def _times(ratio: float) -> str:
 def _gains(comparison: Comparison, charts: Mapping[str, Any]) -> str:
     note = (
         f"Dot: mean over seeds; bar: {text.confidence(comparison.protocol)} interval over test images; small strokes: "
-        "the seeds. A filled dot's interval excludes zero; a hollow one's includes it and is not evidence."
+        "the seeds. A hollow dot is not evidence: its interval includes zero, or its seeds disagree about the sign."
     )
     return _chart("What distillation gained", note, charts.get("gains"))
 
@@ -196,7 +196,7 @@ def _difference(row: Row) -> str:
     if row.gain is None:
         return text.gain(row)
     sure = f"sure {'up' if row.gain.mean > 0 else 'down'}" if row.gain.is_evidence else ""
-    return f'<span class="{sure}">{text.points(row.gain.mean)}</span><span class="small">{text.interval(row)}</span>'
+    return f'<span class="{sure}">{text.difference(row)}</span><span class="small">{text.interval(row)}</span>'
 
 
 def _protocol(comparison: Comparison) -> str:

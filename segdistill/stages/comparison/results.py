@@ -58,6 +58,11 @@ class Gain:
         return all(value * self.mean > 0 for value in self.per_seed)
 
     @property
+    def is_disputed(self) -> bool:
+        """Whether the interval excludes zero, and the seeds disagree about the sign all the same."""
+        return self.excludes_zero and not self.seeds_agree
+
+    @property
     def is_evidence(self) -> bool:
         """Whether other test images and other seeds both tell the same story."""
         return self.excludes_zero and self.seeds_agree
@@ -186,7 +191,7 @@ def warnings(rows: Sequence[Row]) -> list[str]:
                 f"{row.experiment} ({row.student}) trained {budgets[0]} iterations, its reference {budgets[1]}: the "
                 f"budgets differ, so the difference is not distillation's alone."
             )
-        if row.gain.excludes_zero and not row.gain.seeds_agree:
+        if row.gain.is_disputed:
             found.append(
                 f"{row.experiment} ({row.student}): the interval excludes zero, but the seeds disagree about the sign; "
                 f"more seeds are needed."

@@ -3,6 +3,7 @@
 from segdistill.stages.comparison.results import Comparison, Protocol, Row, Spread
 
 NOTHING = "–"
+DISPUTED = "†"
 
 
 def percent(value: float | None, decimals: int = 1) -> str:
@@ -28,10 +29,17 @@ def interval(row: Row) -> str:
     return f"[{points(row.gain.low)}, {points(row.gain.high)}]" if row.gain else NOTHING
 
 
+def difference(row: Row) -> str:
+    """``+1.31``, marked where it is disputed."""
+    if row.gain is None:
+        return NOTHING
+    return f"{DISPUTED} {points(row.gain.mean)}" if row.gain.is_disputed else points(row.gain.mean)
+
+
 def gain(row: Row) -> str:
     """Difference and interval, or why there is none."""
     if row.gain:
-        return f"{points(row.gain.mean)} {interval(row)}"
+        return f"{difference(row)} {interval(row)}"
     return "no reference" if row.distilled else NOTHING
 
 
@@ -81,12 +89,15 @@ def name(row: Row) -> str:
 
 def caption(protocol: Protocol) -> str:
     """What stands under every table."""
-    spread_of = (
-        f"± is the standard deviation over {plural(len(protocol.seeds), 'seed')}; " if len(protocol.seeds) > 1 else ""
+    interval_of = (
+        f"[low, high] is a {confidence(protocol)} paired bootstrap interval over "
+        f"{plural(protocol.splits['test'], 'test image')}, which does not cover the choice of seed. "
     )
+    if len(protocol.seeds) == 1:
+        return f"{interval_of}A difference whose interval includes zero is not evidence."
     return (
-        f"{spread_of}[low, high] is a {confidence(protocol)} paired bootstrap interval over "
-        f"{plural(protocol.splits['test'], 'test image')}. A difference whose interval includes zero is not evidence."
+        f"± is the standard deviation over {len(protocol.seeds)} seeds; {interval_of}A difference whose interval "
+        f"includes zero is not evidence, nor is one whose sign differs between the seeds ({DISPUTED})."
     )
 
 
@@ -105,7 +116,7 @@ def findings(comparison: Comparison) -> list[str]:
         ]
     better = [row for row in rows if row.gain and row.gain.is_evidence and row.gain.mean > 0]
     worse = [row for row in rows if row.gain and row.gain.is_evidence and row.gain.mean < 0]
-    disputed = [row for row in rows if row.gain and row.gain.excludes_zero and not row.gain.seeds_agree]
+    disputed = [row for row in rows if row.gain and row.gain.is_disputed]
     undecided = [row for row in rows if row.gain and not row.gain.excludes_zero]
     found = []
     if better:
