@@ -1,7 +1,7 @@
 """One component as a pipeline, in containers: ``python one_task.py SETTINGS`` with the settings as JSON.
 
-``component``, its ``parameters``, its input ``artifacts`` below ``root``, ``work`` for checkpoints, ``retries``, ``memory`` as
-a limit.
+``component``, its ``parameters``, its input ``artifacts`` below ``root``, ``work`` for checkpoints, ``retries``,
+``memory`` as a limit.
 """
 
 import json
