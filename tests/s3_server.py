@@ -12,10 +12,29 @@ from pathlib import Path
 from typing import Any
 
 KEY, SECRET = "the-key-of-the-test", "the-secret-of-the-test"
+SERVERS = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc")
+SERVERS += ("volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
 
 
 def credentials(key: str = KEY, secret: str = SECRET) -> dict[str, str]:
     return {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret, "AWS_EC2_METADATA_DISABLED": "true"}
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports of the loopback that nobody has at the moment."""
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [int(one.getsockname()[1]) for one in held]
+    for one in held:
+        one.close()
+    return ports
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def weed_binary() -> str | None:
@@ -32,10 +51,7 @@ class Server:
     process: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
-        held = [socket.create_server(("127.0.0.1", 0)) for _ in range(8)]
-        self.ports = [one.getsockname()[1] for one in held]
-        for one in held:
-            one.close()
+        self.ports = free_ports(len(SERVERS))
         access = [{"accessKey": KEY, "secretKey": SECRET}, {"accessKey": "stranger", "secretKey": SECRET}]
         identities = [
             {"name": "ci", "credentials": access[:1], "actions": ["Admin", "Read", "Write", "List"]},
@@ -48,9 +64,7 @@ class Server:
         return f"http://127.0.0.1:{self.ports[0]}"
 
     def start(self, *, wait: bool = True) -> None:
-        services = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc")
-        services += ("volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
-        options = [f"-{service}={port}" for service, port in zip(services, self.ports, strict=True)]
+        options = [f"-{server}={port}" for server, port in zip(SERVERS, self.ports, strict=True)]
         options += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self.folder}", "-filer", "-s3"]
         options += [f"-s3.config={self.folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         options += [
@@ -70,11 +84,7 @@ class Server:
             time.sleep(0.1)
 
     def ready(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.endpoint}/healthz", timeout=2):
-                return True
-        except OSError:
-            return False
+        return answers(f"{self.endpoint}/healthz")
 
     def stop(self) -> None:
         if self.process:

@@ -3,14 +3,14 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from s3_server import answers, free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segdistill"
@@ -19,11 +19,6 @@ BASE = "segdistill-base:bookworm"
 
 class Missing(Exception):
     """What this machine lacks."""
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def wait_until(
@@ -36,14 +31,6 @@ def wait_until(
         assert process is None or process.poll() is None, f"ended with {process.poll()}: {said}"
         assert time.monotonic() < deadline, f"not ready after {seconds} seconds: {said}"
         time.sleep(0.2)
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except OSError:
-        return False
 
 
 def stop(process: subprocess.Popen[bytes] | None, number: int = signal.SIGTERM) -> None:
@@ -158,7 +145,7 @@ class Postgres:
 
     folder: Path
     password: str
-    port: int = field(default_factory=free_port)
+    port: int = field(default_factory=lambda: free_ports(1)[0])
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -195,7 +182,7 @@ class MlflowServer:
     image: str
     environment: dict[str, str]
     log: Path
-    port: int = field(default_factory=free_port)
+    port: int = field(default_factory=lambda: free_ports(1)[0])
     container: Any = None
 
     @property
@@ -236,7 +223,7 @@ class GitDaemon:
     """Serves the repositories below a folder."""
 
     folder: Path
-    port: int = field(default_factory=free_port)
+    port: int = field(default_factory=lambda: free_ports(1)[0])
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
