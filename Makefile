@@ -46,6 +46,7 @@ test: $(READY)  ## run the tests
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest
 
 e2e: $(READY)  ## run the pipeline in containers, between real servers (root, or DOCKER_HOST)
+	@tests/e2e/install
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest tests/e2e -n 0 --durations 30
 
 images:  ## build the container images of what is committed
