@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import docker
 from s3_server import answers, free_ports
+
+from pipelines.docker_runner import TASK
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segdistill"
@@ -137,6 +140,15 @@ def _debootstrap(archive: Path, folder: Path) -> None:
     subprocess.run(["tar", "-C", str(folder), "-cf", str(partial), "."], check=True)
     partial.replace(archive)
     shutil.rmtree(folder)
+
+
+def tasks(client: docker.DockerClient, task: str = "", *, all: bool = False) -> list[Any]:
+    """The containers of pipelines' tasks that run, or ``all``; of one task if it is named.
+
+    Docker 20.10 lists a container before it can be asked about it, so one that it denies is not there yet, or no more.
+    """
+    label = f"{TASK}={task}" if task else TASK
+    return client.containers.list(all=all, filters={"label": label}, ignore_removed=True)
 
 
 @dataclass

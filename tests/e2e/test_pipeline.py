@@ -19,9 +19,7 @@ import docker
 import pytest
 import yaml
 from s3_server import SECRET, Server, credentials
-from services import ROOT, GitDaemon, MlflowServer
-
-from pipelines.docker_runner import TASK
+from services import ROOT, GitDaemon, MlflowServer, tasks
 
 BUCKET = "datasets"
 RUN, SEEDS = ["none", "kd"], [0, 1]
@@ -191,7 +189,7 @@ class Cluster:
         return self.start(name, str(Path(__file__).with_name("one_task.py")), json.dumps(settings))
 
     def containers(self, task: str) -> list[Any]:
-        return self.client.containers.list(filters={"label": f"{TASK}={task}"})
+        return tasks(self.client, task)
 
     def known(self) -> set[Path]:
         """The folders of the pipelines so far."""
@@ -280,7 +278,7 @@ def test_the_pipeline_runs_from_fetch_to_register_with_its_runs_in_mlflow(
     for name in jobs:
         history = mlflow.MlflowClient().get_metric_history(children[name].info.run_id, "train/loss/total")
         assert [point.step for point in history] == list(range(1, ITERATIONS + 1))
-    assert not cluster.client.containers.list(all=True, filters={"label": TASK})
+    assert not tasks(cluster.client, all=True)
     assert SECRET not in done.output
 
 

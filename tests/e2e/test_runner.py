@@ -13,7 +13,7 @@ from typing import Any
 import docker
 import pytest
 from kfp import dsl, local
-from services import ROOT
+from services import ROOT, tasks
 
 from pipelines import docker_runner
 
@@ -54,8 +54,11 @@ def load() -> Iterator[None]:
         process.join()
 
 
-def left(client: docker.DockerClient) -> list[Any]:
-    return client.containers.list(all=True, filters={"label": docker_runner.TASK})
+@pytest.fixture(autouse=True)
+def _nothing_left_for_the_next(client: docker.DockerClient) -> Iterator[None]:
+    yield
+    for container in tasks(client, all=True):
+        container.remove(force=True, v=True)
 
 
 def test_a_stage_that_exits_3_is_a_failed_pipeline_every_time(
@@ -72,7 +75,7 @@ def test_a_stage_that_exits_3_is_a_failed_pipeline_every_time(
     assert failed == 20
     assert capsys.readouterr().out.count("FAILED: exit code 3") == 20
     one_task(base_image, "true")()
-    assert not left(client)
+    assert not tasks(client, all=True)
 
 
 def test_a_stage_that_is_killed_for_memory_is_a_failure_that_says_so(
@@ -85,7 +88,7 @@ def test_a_stage_that_is_killed_for_memory_is_a_failure_that_says_so(
     said = capsys.readouterr().out
     assert "| begins" in said
     assert "FAILED: out of memory, its limit is 64m" in said
-    assert not left(client)
+    assert not tasks(client, all=True)
 
 
 def test_a_container_is_an_ordinary_users_and_writes_to_its_folders_only(
@@ -141,12 +144,15 @@ def test_ctrl_c_ends_the_containers_too(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    deadline = time.monotonic() + 120
-    while len([one for one in left(client) if one.status == "running"]) < 2:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(number)
-    output = process.communicate(timeout=60)[0].decode()
+    try:
+        deadline = time.monotonic() + 120
+        while len(tasks(client)) < 2:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(number)
+        output = process.communicate(timeout=120)[0].decode()
+    finally:
+        process.kill()
     assert process.returncode, output
-    assert not left(client)
+    assert not tasks(client, all=True)
