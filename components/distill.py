@@ -15,9 +15,20 @@ def distill(
     teacher: Input[Model],
     students: Output[Model],
     scores: Output[Metrics],
+    accelerator: str = "",
+    accelerators: str = "0",
 ) -> None:
     """Train one experiment's student (or co-trained students) with one seed."""
     from segdistill.tasks import run_component
 
     paths = {"prepared": prepared.path, "teacher": teacher.path, "students": students.path}
-    run_component("distill", params, paths=paths, shown={"scores": scores}, experiment=experiment, seed=seed)
+    run_component(
+        "distill",
+        params,
+        paths=paths,
+        shown={"scores": scores},
+        experiment=experiment,
+        seed=seed,
+        accelerator=accelerator,
+        accelerators=accelerators,
+    )

@@ -16,10 +16,21 @@ def evaluate(
     evaluation: Output[Artifact],
     scores: Output[Metrics],
     confusion: Output[ClassificationMetrics],
+    accelerator: str = "",
+    accelerators: str = "0",
 ) -> None:
     """Measure one job's students on the test split, at original resolution."""
     from segdistill.tasks import run_component
 
     paths = {"prepared": prepared.path, "model": model.path, "evaluation": evaluation.path}
     shown = {"scores": scores, "confusion": confusion}
-    run_component("evaluate", params, paths=paths, shown=shown, experiment=experiment, seed=seed)
+    run_component(
+        "evaluate",
+        params,
+        paths=paths,
+        shown=shown,
+        experiment=experiment,
+        seed=seed,
+        accelerator=accelerator,
+        accelerators=accelerators,
+    )

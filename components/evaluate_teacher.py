@@ -14,9 +14,18 @@ def evaluate_teacher(
     evaluation: Output[Artifact],
     scores: Output[Metrics],
     confusion: Output[ClassificationMetrics],
+    accelerator: str = "",
+    accelerators: str = "0",
 ) -> None:
     """Measure the teacher on the test split, at original resolution."""
     from segdistill.tasks import run_component
 
     paths = {"prepared": prepared.path, "model": model.path, "evaluation": evaluation.path}
-    run_component("evaluate_teacher", params, paths=paths, shown={"scores": scores, "confusion": confusion})
+    run_component(
+        "evaluate_teacher",
+        params,
+        paths=paths,
+        shown={"scores": scores, "confusion": confusion},
+        accelerator=accelerator,
+        accelerators=accelerators,
+    )

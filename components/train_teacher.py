@@ -7,9 +7,23 @@ from components.images import TRAIN
 
 
 @dsl.component(base_image=TRAIN, install_kfp_package=False)
-def train_teacher(params: str, prepared: Input[Dataset], teacher: Output[Model], scores: Output[Metrics]) -> None:
+def train_teacher(
+    params: str,
+    prepared: Input[Dataset],
+    teacher: Output[Model],
+    scores: Output[Metrics],
+    accelerator: str = "",
+    accelerators: str = "0",
+) -> None:
     """Train the teacher, or import a checkpoint, and record its validation score."""
     from segdistill.tasks import run_component
 
     paths = {"prepared": prepared.path, "teacher": teacher.path}
-    run_component("train_teacher", params, paths=paths, shown={"scores": scores})
+    run_component(
+        "train_teacher",
+        params,
+        paths=paths,
+        shown={"scores": scores},
+        accelerator=accelerator,
+        accelerators=accelerators,
+    )

@@ -64,7 +64,7 @@ def compile_to(path: Path, params: Mapping[str, Any], *, cluster: Path | None = 
     place = Placement(read_cluster(cluster or DEFAULT), caching=caching)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.partial.yaml")  # the compiler goes by the suffix
-    compiler.Compiler().compile(pipeline(place), str(partial), pipeline_parameters=given)
+    compiler.Compiler().compile(pipeline(place), str(partial), pipeline_parameters=given | place.parameters)
     # The compiler begins with a comment that repeats the parameters, a dictionary's keys in an order of chance.
     lines = itertools.dropwhile(lambda line: line.startswith("#"), partial.read_text().splitlines(keepends=True))
     partial.write_text("# Made by: python -m pipelines compile\n" + "".join(lines))
@@ -88,9 +88,13 @@ def submit(params: Mapping[str, Any], given: argparse.Namespace) -> int:
         in_cluster=given.in_cluster,
         certificates=given.ca_cert,
     )
+    if given.accelerator_count is not None and not given.accelerator_count.isdecimal():
+        raise UserError(f"--accelerator-count: '{given.accelerator_count}' is not a number of them; expected 0 or more")
     version = data_version(given.repository or origin(), given.revision)
     name = given.run_name or time.strftime("segdistill %Y-%m-%d %H:%M:%S")
-    what = Submission({**version, **arguments(params)}, given.experiment, name, given.service_account)
+    chosen = {"accelerator_type": given.accelerator_type, "accelerator_count": given.accelerator_count}
+    own = {key: value for key, value in chosen.items() if value is not None}
+    what = Submission({**version, **arguments(params), **own}, given.experiment, name, given.service_account)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pipeline.yaml"
         compile_to(file, params, cluster=given.cluster, caching=not given.no_cache)
@@ -189,7 +193,8 @@ def run_here(
         chosen = local.SubprocessRunner(use_venv=False)
     before = set(root.glob("*"))
     local.init(chosen, pipeline_root=str(root))
-    pipeline(Placement(None))(repository=where, revision=version.commit, **given)
+    nowhere = Placement(None)
+    pipeline(nowhere)(repository=where, revision=version.commit, **given, **nowhere.parameters)
     (run,) = set(root.glob("*")) - before
     return {name: run / task / name for task, name in (("compare", "report"), ("register", "registration"))}
 
@@ -210,6 +215,8 @@ def parser() -> argparse.ArgumentParser:
     submitting.add_argument("--in-cluster", action="store_true", help="use the token of this pod's service account")
     submitting.add_argument("--ca-cert", type=Path, metavar="FILE", help="certificates of a private authority")
     submitting.add_argument("--service-account", help="that the run's pods get; by default the server's choice")
+    submitting.add_argument("--accelerator-type", metavar="TYPE", help="nvidia.com/gpu or another (cluster.yaml's)")
+    submitting.add_argument("--accelerator-count", metavar="N", help="for each task that trains (cluster.yaml's)")
     submitting.add_argument("--experiment", default="segdistill", help="of KFP, a folder of runs (%(default)s)")
     submitting.add_argument("--run-name", help="by default the project and the time")
     submitting.add_argument("--wait", action="store_true", help="tell of its tasks, and end as the run ends")

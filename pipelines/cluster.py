@@ -1,7 +1,7 @@
 """What a task asks of the cluster, read from ``pipelines/cluster.yaml``, which says what each setting means.
 
-All of it is fixed when the pipeline is compiled. As parameters of the pipeline such settings would compile too, but kfp
-2.17.0 forgets to hand them into the loop, and the jobs would fail on the cluster.
+All of it is fixed when the pipeline is compiled, but for the accelerator's type and count, which a run may change: of
+those it has the defaults.
 """
 
 import json
@@ -191,6 +191,18 @@ class Placement:
         self.cluster, self.caching = cluster, caching
 
     @property
+    def parameters(self) -> dict[str, str]:
+        """The pipeline's parameters that are a matter of the cluster.
+
+        KFP's server reads both as text, and sets no limit where the type is empty.
+        """
+        asked = self.cluster.accelerator if self.cluster else None
+        return {
+            "accelerator_type": asked.type if asked else "",
+            "accelerator_count": str(asked.count) if asked else "0",
+        }
+
+    @property
     def parallelism(self) -> int | None:
         """How many jobs run at a time; None: as many as there is room for."""
         return self.cluster.parallel_jobs if self.cluster else None
@@ -204,7 +216,10 @@ class Placement:
         return self._place(task, self.cluster, "report") if self.cluster else task
 
     def train(self, task: dsl.PipelineTask) -> dsl.PipelineTask:
-        """A task that trains or evaluates."""
+        """A task that trains or evaluates, on the ``accelerators`` that are among its inputs.
+
+        kfp 2.17.0 hands a parameter into a loop for a task's inputs, and not for its resources alone.
+        """
         asked = self.cluster
         if asked is None:
             return task
@@ -213,14 +228,12 @@ class Placement:
             waiting = replace(asked.tasks.report, timeout_seconds=asked.tasks.train.timeout_seconds)
             return self._place(task, asked, "train", waiting)
         if asked.accelerator is not None:
-            task.set_accelerator_type(asked.accelerator.type).set_accelerator_limit(asked.accelerator.count)
             for label, value in asked.accelerator.node_selector.items():
                 kubernetes.add_node_selector(task, label, value)
             for taint in asked.accelerator.tolerations:
                 operator: Literal["Equal", "Exists"] = "Exists" if taint.value is None else "Equal"
                 kubernetes.add_toleration(task, taint.key, operator, taint.value, taint.effect)
-            if asked.accelerator.count > 1:
-                task.set_env_variable("SEGDISTILL_PROCESSES", str(asked.accelerator.count))
+        task.set_accelerator_type(task.inputs["accelerator"]).set_accelerator_limit(task.inputs["accelerators"])
         kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=asked.shared_memory)
         if asked.workspace is not None:
             task.set_env_variable("SEGDISTILL_WORK", f"{asked.workspace.path}/work")
@@ -270,14 +283,11 @@ def _trainjob(asked: Cluster) -> dict[str, Any]:
         "runtime": accelerator.runtime,
         "image": TRAIN,
         "nodes": accelerator.nodes,
-        "processes": accelerator.count,
         "resources": {
             "cpu_request": train.cpu_request,
             "cpu_limit": train.cpu_limit,
             "memory_request": train.memory_request,
             "memory_limit": train.memory_limit,
-            "accelerator": accelerator.type,
-            "accelerators": accelerator.count,
         },
         "env": {"SEGDISTILL_WORK": f"{workspace.path}/work"},
         "secrets": given(asked.secrets),

@@ -32,9 +32,17 @@ def pipeline(place: Placement) -> GraphComponent:
     """The pipeline; ``place`` says what each kind of task asks of the cluster."""
 
     @dsl.pipeline(name="matrix")  # a pipeline of its own: only then do its lists reach a task behind the gate
-    def matrix(jobs: list[dict], evaluate_params: str, prepared: Input[Dataset], teacher: Input[Model]) -> Trained:
+    def matrix(
+        jobs: list[dict],
+        evaluate_params: str,
+        accelerator_type: str,
+        accelerator_count: str,
+        prepared: Input[Dataset],
+        teacher: Input[Model],
+    ) -> Trained:
+        on = {"accelerator": accelerator_type, "accelerators": accelerator_count}
         with ParallelFor(jobs, parallelism=place.parallelism) as job:
-            which = {"experiment": job.experiment, "seed": job.seed}
+            which = {"experiment": job.experiment, "seed": job.seed, **on}
             students = place.train(distill(params=job.params, prepared=prepared, teacher=teacher, **which))
             model = students.outputs["students"]
             measured = place.train(evaluate(params=evaluate_params, prepared=prepared, model=model, **which))
@@ -51,16 +59,27 @@ def pipeline(place: Placement) -> GraphComponent:
         evaluate_params: str,
         compare_params: str,
         register_params: str,
+        accelerator_type: str,  # of the tasks that train or evaluate, such as nvidia.com/gpu
+        accelerator_count: str,  # of each; 0: the CPU
     ) -> None:
         """Trains a teacher, distills every job's students from it, compares them, and registers the best."""
+        on = {"accelerator": accelerator_type, "accelerators": accelerator_count}
         closing = place.data(finish()).set_caching_options(False)
         with ExitHandler(closing):
             data = place.data(fetch(repository=repository, revision=revision)).outputs["data"]
             report = place.data(validate(params=validate_params, data=data)).outputs["report"]
             prepared = place.data(prepare(params=prepare_params, data=data, report=report)).outputs["prepared"]
-            teacher = place.train(train_teacher(params=train_teacher_params, prepared=prepared)).outputs["teacher"]
-            taught = place.train(evaluate_teacher(params=evaluate_params, prepared=prepared, model=teacher))
-            trained = matrix(jobs=jobs, evaluate_params=evaluate_params, prepared=prepared, teacher=teacher)
+            teaching = place.train(train_teacher(params=train_teacher_params, prepared=prepared, **on))
+            teacher = teaching.outputs["teacher"]
+            taught = place.train(evaluate_teacher(params=evaluate_params, prepared=prepared, model=teacher, **on))
+            trained = matrix(
+                jobs=jobs,
+                evaluate_params=evaluate_params,
+                accelerator_type=accelerator_type,
+                accelerator_count=accelerator_count,
+                prepared=prepared,
+                teacher=teacher,
+            )
             compared = place.report(
                 compare(
                     params=compare_params,

@@ -5,8 +5,8 @@ each folder that it makes, which also carries the version of the data set from t
 is refused, whatever a runner says of the task that was to make it.
 
 The environment says what is not a matter of the pipeline: ``SEGDISTILL_WORK`` (a volume for checkpoints),
-``SEGDISTILL_SHARED`` (a volume for large outputs), ``SEGDISTILL_PROCESSES`` (how many processes train together),
-``SEGDISTILL_TRAINJOB`` (on which other nodes).
+``SEGDISTILL_SHARED`` (a volume for large outputs), ``SEGDISTILL_PROCESSES`` (how many processes train together, if not
+one for each accelerator), ``SEGDISTILL_TRAINJOB`` (on which other nodes).
 """
 
 import contextlib
@@ -83,6 +83,8 @@ def run_component(
     shown: Mapping[str, Any] | None = None,
     experiment: str | None = None,
     seed: int | None = None,
+    accelerator: str = "",
+    accelerators: str = "0",
 ) -> Highlights:
     """Runs one stage as a task; ends the process as the command line does.
 
@@ -94,16 +96,18 @@ def run_component(
             ``confusion``, HTML for ``page``, Markdown for ``summary``.
         experiment: of a stage that runs once per job.
         seed: likewise.
+        accelerator: the resource's name, such as nvidia.com/gpu, of a stage that trains or evaluates.
+        accelerators: how many of it the task has, in digits, as KFP gives them to the pod.
     """
     task = Task(name, params, paths, experiment, seed)
     quiet_libraries()
     with _ended_as_the_command_line(name):
-        places, count, nodes = _places(task), _processes(), os.environ.get("SEGDISTILL_TRAINJOB")
+        places, count, nodes = _places(task), _processes(accelerators), os.environ.get("SEGDISTILL_TRAINJOB")
         if places.shared and all(folder.is_dir() for folder in places.shared.values()):
             logger.info("%s: is on the volume already", ", ".join(map(str, places.shared.values())))
             _complete(task, places)
         elif nodes:
-            _run_on_nodes(task, json.loads(nodes))
+            _run_on_nodes(task, json.loads(nodes), accelerator if int(accelerators) else None, count)
         elif count > 1:
             _run_together(task, count)
         else:
@@ -276,8 +280,11 @@ def _execute(task: Task, places: Places) -> None:
         _complete(task, places)
 
 
-def _processes() -> int:
-    text = os.environ.get("SEGDISTILL_PROCESSES", "1")
+def _processes(accelerators: str) -> int:
+    """As many as the environment says, or one for each accelerator."""
+    if not accelerators.isdecimal():
+        raise UserError(f"accelerators: '{accelerators}' is not a number of them; expected 0 or more")
+    text = os.environ.get("SEGDISTILL_PROCESSES", str(max(1, int(accelerators))))
     if not text.isdecimal() or not int(text):
         raise UserError(f"SEGDISTILL_PROCESSES: '{text}' is not a number of processes; expected 1 or more")
     return int(text)
@@ -307,12 +314,14 @@ def _run_together(task: Task, count: int) -> None:
             raise Interrupted("stopped; the checkpoint is written, and the next attempt goes on from it") from None
 
 
-def _run_on_nodes(task: Task, template: Mapping[str, Any]) -> None:
+def _run_on_nodes(task: Task, template: Mapping[str, Any], accelerator: str | None, count: int) -> None:
     """Runs the stage as a TrainJob, which reads and writes on a volume, and brings its outputs here.
 
     Args:
         task: what to run.
         template: the fields of the job that the pipeline fixed when it was compiled.
+        accelerator: the resource's name; None runs on CPUs.
+        count: of processes on each node, and of accelerators.
     """
     from segdistill.adapters.shared_volume import shared
     from segdistill.adapters.trainjob import LAUNCH, TrainJob, job_name
@@ -332,6 +341,8 @@ def _run_on_nodes(task: Task, template: Mapping[str, Any]) -> None:
             "name": name,
             "command": [*LAUNCH, __name__],
             "args": [str(file)],
+            "processes": count,
+            "resources": {**template["resources"], "accelerator": accelerator, "accelerators": count},
             "env": {**template.get("env", {}), "SEGDISTILL_PIPELINE_RUN": run_id},
         }
         run(parse(TrainJob, {**template, **own}, "SEGDISTILL_TRAINJOB"))

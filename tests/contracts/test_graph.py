@@ -113,6 +113,9 @@ SHOWN = {  # what a highlight is to KFP's pages
 }
 
 
+TRAINING = {"train_teacher", "evaluate_teacher", "distill", "evaluate"}  # the stages that run on accelerators
+
+
 def read_component(stage: Stage) -> Any:
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
@@ -127,6 +130,7 @@ def test_a_component_takes_and_gives_what_the_table_says(stage: Stage) -> None:
     component = read_component(stage)
     spec = component.component_spec
     parameters = {"params": "String"} | ({"experiment": "String", "seed": "Integer"} if stage.per_job else {})
+    parameters |= {"accelerator": "String", "accelerators": "String"} if stage.name in TRAINING else {}
     found = {name: item.type for name, item in spec.inputs.items() if name not in stage.inputs}
     assert found == parameters
     artifacts = {name: item for name, item in spec.inputs.items() if name in stage.inputs}
@@ -162,7 +166,8 @@ def test_a_component_calls_the_library_once_for_its_stage_with_every_path(stage:
     lists = {name for name, path in stage.inputs.items() if path.endswith("{job}")}
     assert paths == expected | {name: f"[folder.path for folder in {name}]" for name in lists}
     passed = {item.arg: ast.unparse(item.value) for item in call.keywords if item.arg not in ("paths", "shown")}
-    assert passed == ({"experiment": "experiment", "seed": "seed"} if stage.per_job else {})
+    own = ["experiment", "seed"] * stage.per_job + ["accelerator", "accelerators"] * (stage.name in TRAINING)
+    assert passed == {name: name for name in own}
 
 
 # The compiled pipeline

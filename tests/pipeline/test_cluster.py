@@ -42,6 +42,13 @@ class Compiled:
         kinds = dict.fromkeys(("fetch", "validate", "prepare", "finish"), "data")
         return (kinds | {"compare": "report", "register": "report"}).get(name, "train")
 
+    def parameter(self, name: str, placeholder: str) -> str:
+        """The pipeline's parameter behind a placeholder, found as KFP's server does: among the inputs of the task."""
+        (key,) = re.findall(r"^\{\{\$\.inputs\.parameters\['(.+)'\]\}\}$", placeholder)
+        graph, parameter = self.graphs.origin(name, self.tasks[name]["inputs"]["parameters"][key], "Parameter")
+        assert graph == "root" and self.inputs[parameter]["parameterType"] == "STRING", "the server reads text alone"
+        return parameter
+
     def resources(self, name: str) -> Any:
         return getattr(self.cluster.tasks, self.kind(name))
 
@@ -65,11 +72,16 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def test_every_task_that_trains_has_its_accelerators_a_toleration_and_shared_memory(compiled: Compiled) -> None:
     asked = compiled.cluster.accelerator
+    assert {name: one.get("defaultValue") for name, one in compiled.inputs.items() if "accelerator" in name} == {
+        "accelerator_type": asked.type,
+        "accelerator_count": str(asked.count),
+    }
     found = {name for name, one in compiled.containers.items() if "accelerator" in one["resources"]}
     assert found == TRAINING
     for name in TRAINING:
         accelerator = compiled.containers[name]["resources"]["accelerator"]
-        assert (accelerator["resourceType"], accelerator["resourceCount"]) == (asked.type, str(asked.count))
+        assert compiled.parameter(name, accelerator["resourceType"]) == "accelerator_type"
+        assert compiled.parameter(name, accelerator["resourceCount"]) == "accelerator_count"
         settings = compiled.settings[name]
         assert [taint["key"] for taint in settings["tolerations"]] == [taint.key for taint in asked.tolerations]
         assert settings["tolerations"]
@@ -133,7 +145,7 @@ def test_no_secret_is_in_the_compiled_file(compiled: Compiled) -> None:
     assert not [name for name in compiled.inputs if secret.search(name)]
     for container in compiled.containers.values():
         literal = {entry["name"] for entry in container.get("env", [])}
-        assert literal <= {"SEGDISTILL_WORK", "SEGDISTILL_SHARED", "SEGDISTILL_PROCESSES"}
+        assert literal <= {"SEGDISTILL_WORK", "SEGDISTILL_SHARED"}
         assert not secret.search(" ".join([*container["command"], *container["args"]]))
     names = {text for item in compiled.cluster.secrets for text in (item.name, *item.keys, *item.keys.values())}
     schema = {"secretAsEnv", "secretKey", "secretName", "secretNameParameter"}
@@ -165,7 +177,7 @@ def test_a_workspace_is_mounted_where_training_looks_for_it(tmp_path: Path) -> N
         mounts = [(one["pvcNameParameter"], one["mountPath"]) for one in compiled.settings[name].get("pvcMount", [])]
         environment = {one["name"]: one["value"] for one in compiled.containers[name].get("env", [])}
         assert mounts == [({"runtimeValue": {"constant": "segdistill-workspace"}}, "/workspace")]
-        training = {"SEGDISTILL_WORK": "/workspace/work", "SEGDISTILL_PROCESSES": "2"} if name in TRAINING else {}
+        training = {"SEGDISTILL_WORK": "/workspace/work"} if name in TRAINING else {}
         assert environment == {"SEGDISTILL_SHARED": "/workspace/shared"} | training
 
 
@@ -198,8 +210,8 @@ def test_on_several_nodes_the_pod_of_a_task_only_waits_and_the_job_asks_for_the_
         assert settings["activeDeadlineSeconds"] == str(timeout)
         (template,) = [one["value"] for one in container["env"] if one["name"] == "SEGDISTILL_TRAINJOB"]
         fixed = json.loads(template)
-        job = parse(TrainJob, {**fixed, "name": "a", "command": ["b"]}, "")
-        assert (job.nodes, job.processes, job.resources.accelerator) == (3, 2, "nvidia.com/gpu")
+        job = parse(TrainJob, {**fixed, "name": "a", "command": ["b"], "processes": 2}, "")
+        assert job.nodes == 3
         assert job.image == container["image"] and job.timeout_seconds < timeout
         assert [one.name for one in job.secrets] == ["segdistill-mlflow"]  # S3 is for the tasks that fetch
         assert [taint.key for taint in job.tolerations] == ["nvidia.com/gpu", "pool"]
@@ -221,7 +233,8 @@ def test_without_an_accelerator_tasks_run_on_any_node(tmp_path: Path) -> None:
     content = read_yaml(CLUSTERS["default"]) | {"accelerator": None}
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(content))
     compiled = compile_with(tmp_path / "cluster.yaml", tmp_path)
-    assert not [one for one in compiled.containers.values() if "accelerator" in one["resources"]]
+    none = {name: compiled.inputs[name]["defaultValue"] for name in ("accelerator_type", "accelerator_count")}
+    assert none == {"accelerator_type": "", "accelerator_count": "0"}  # KFP's server sets no limit for a type of ""
     assert all(compiled.settings[name]["emptyDirMounts"] for name in TRAINING)
     assert "tolerations" not in compiled.text
 

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,4 +86,5 @@ def test_the_store_knows_the_key_of_the_environment_only_and_gets_its_bucket(sto
     assert known.get_object(Bucket=bucket, Key="artifacts/a")["Body"].read() == b"content"
     with pytest.raises(ClientError, match="SignatureDoesNotMatch"):
         client("wrong").list_buckets()
-    assert not answers(f"{store}/{bucket}/artifacts/a")  # without any key
+    with pytest.raises(urllib.error.HTTPError, match="403"):  # without any key
+        urllib.request.urlopen(f"{store}/{bucket}/artifacts/a", timeout=30)

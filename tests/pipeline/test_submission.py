@@ -131,6 +131,12 @@ def test_a_run_is_sent_with_the_parameters_of_the_file_and_its_page_is_printed(
     assert tasks["compare"]["cachingOptions"]["enableCache"] is True
 
 
+def test_a_run_may_ask_for_other_accelerators_than_the_file(api: Api) -> None:
+    assert submit("--accelerator-type", "amd.com/gpu", "--accelerator-count", "4", host=api.host) == 0
+    parameters = api.sent()["runtime_config"]["parameters"]
+    assert (parameters["accelerator_type"], parameters["accelerator_count"]) == ("amd.com/gpu", "4")
+
+
 def test_without_caching_also_the_jobs_of_the_loop_run_anew(api: Api) -> None:
     assert submit("--no-cache", host=api.host) == 0
     tasks = Graphs(api.sent()["pipeline_spec"]["pipeline_spec"]).leaves
@@ -222,6 +228,7 @@ def test_a_server_that_is_not_there_gives_one_sentence(api: Api, capfd: pytest.C
         (["--host", "http://h", "--token-env", "A", "--in-cluster"], "--token-env, --cookies-env and --in-cluster"),
         (["--host", "http://h", "--repository", "."], "--repository: '.' is a folder of this machine"),
         (["--host", "http://h", "--repository", "https://me:pass@h/x"], "--repository: 'https://h/x' was given"),
+        (["--host", "http://h", "--accelerator-count", "-1"], "--accelerator-count: '-1' is not a number of them"),
         (["--host", "http://h", "--revision", "v9"], "git://127.0.0.1"),
     ],
 )

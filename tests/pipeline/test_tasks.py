@@ -95,12 +95,12 @@ def test_folders_of_jobs_are_put_in_the_order_of_the_matrix(tmp_path: Path) -> N
     assert [folder.name for folder in places.paths["students"]] == [f"iteration-{number}" for number in (3, 2, 1, 0)]
 
 
-def prepare(data: Path, out: Path) -> None:
+def prepare(data: Path, out: Path, **accelerators: str) -> None:
     mark(data, **VERSION)
     mark(out / "report", "validate", **VERSION)
     (out / "report/summary.json").write_text('{"success": true, "layout": "folder"}')
     paths = {"data": str(data), "report": str(out / "report"), "prepared": str(out / "prepared")}
-    run_component("prepare", chosen("prepare", workers=1), paths=paths)
+    run_component("prepare", chosen("prepare", workers=1), paths=paths, **accelerators)
 
 
 @pytest.fixture
@@ -206,8 +206,9 @@ def start(name: str, task: Mapping[str, Any], **environment: str) -> subprocess.
 
 
 @pytest.mark.slow
-def test_several_processes_train_together_and_one_of_them_speaks(tiny_prepared: Path, tmp_path: Path) -> None:
-    running = start("train_teacher", teacher_task(tiny_prepared, tmp_path), SEGDISTILL_PROCESSES="2")
+def test_one_process_for_each_accelerator_trains_and_one_of_them_speaks(tiny_prepared: Path, tmp_path: Path) -> None:
+    on = {"accelerator": "nvidia.com/gpu", "accelerators": "2"}
+    running = start("train_teacher", teacher_task(tiny_prepared, tmp_path) | on)
     out, err = running.communicate(timeout=300)
     assert running.returncode == 0, out + err
     assert json.loads((tmp_path / "teacher" / COMPLETED).read_text())["stage"] == "train_teacher"
@@ -253,6 +254,9 @@ def test_a_number_of_processes_that_is_none_is_named(
     task = teacher_task(tiny_prepared, tmp_path)
     message = mistake(capsys, "train_teacher", json.loads(task["params"]), task["paths"])
     assert "SEGDISTILL_PROCESSES: 'two' is not a number of processes" in message
+    with pytest.raises(SystemExit):
+        run_component("train_teacher", **task, accelerators="two")
+    assert "accelerators: 'two' is not a number of them" in capsys.readouterr().err
 
 
 # Several nodes
@@ -269,6 +273,7 @@ def test_on_several_nodes_the_stage_runs_on_the_volume_and_its_outputs_come_back
     def run_here(job: Any) -> None:
         commands.append([*job.command, *job.args])
         assert job.env["SEGDISTILL_PIPELINE_RUN"] == "run-7" and job.nodes == 2
+        assert (job.processes, job.resources.accelerator, job.resources.accelerators) == (4, "nvidia.com/gpu", 4)
         with monkeypatch.context() as inside:
             inside.delenv("SEGDISTILL_TRAINJOB")
             tasks.main(job.args[0])
@@ -276,11 +281,11 @@ def test_on_several_nodes_the_stage_runs_on_the_volume_and_its_outputs_come_back
     monkeypatch.setattr(trainjob_run, "run", run_here)
     resources = {"cpu_request": "1", "cpu_limit": "1", "memory_request": "1Gi", "memory_limit": "1Gi"}
     template = {
-        "image": "train-python:1", "nodes": 2, "processes": 1, "resources": resources, "user": 1000, "group": 1000,
+        "image": "train-python:1", "nodes": 2, "resources": resources, "user": 1000, "group": 1000,
         "volume": {"claim": "workspace", "path": str(tmp_path / "volume")}, "timeout_seconds": 60,
     }  # fmt: skip
     monkeypatch.setenv("SEGDISTILL_TRAINJOB", json.dumps(template))
-    prepare(data, tmp_path / "out")  # any stage will do, and this one is quick
+    prepare(data, tmp_path / "out", accelerator="nvidia.com/gpu", accelerators="4")  # this stage is quick
     assert commands[0][:5] == ["python", "-m", "torch.distributed.run", "-m", "segdistill.tasks"]
     assert json.loads((tmp_path / "out/prepared" / COMPLETED).read_text())["stage"] == "prepare"
     assert (tmp_path / "out/prepared/dataset.json").is_file()
