@@ -196,16 +196,15 @@ class Trainer:
                 progress.since_log += 1
                 progress.seconds = before + time.monotonic() - started
                 bar.update(self.fraction, progress.iteration)
-                if progress.iteration % AGREE_EVERY == 0:
-                    self._agree(stop)
+                stopping = self._agree(stop)  # once: a signal that comes later is heard the next time, by all
                 finished = self._finished()
                 if progress.iteration % config.log_every == 0 or finished:
                     bar.describe(self._log(), self._speed())
                 paused = time.monotonic()
                 if progress.iteration % config.validate_every == 0 and not finished:
                     self._validate()
-                if (progress.iteration % config.checkpoint_every == 0 or stop.is_set()) and not finished:
-                    self._save(stop)
+                if (progress.iteration % config.checkpoint_every == 0 or stopping) and not finished:
+                    self._save(stopping)
                 started += time.monotonic() - paused
         evaluations = self._validate()
         if config.select == "best":
@@ -260,15 +259,15 @@ class Trainer:
             self.scaler.step(optimizer)
         self.scaler.update()
 
-    def _agree(self, stop: threading.Event) -> None:
-        """Makes all processes see the slowest clock and anybody's wish to stop."""
+    def _agree(self, stop: threading.Event) -> bool:
+        """Whether all processes stop now, because any of them was told to; makes all see the slowest clock."""
         if self.processes.world_size == 1:
-            return
+            return stop.is_set()
+        if self.progress.iteration % AGREE_EVERY:
+            return False
         seen = torch.tensor([self.progress.seconds, float(stop.is_set())], device=self.processes.device)
-        seconds, wish = self.processes.maximum(seen).tolist()
-        self.progress.seconds = seconds
-        if wish:
-            stop.set()
+        self.progress.seconds, wish = self.processes.maximum(seen).tolist()
+        return bool(wish)
 
     # -- what is said and kept ----------------------------------------------------------------------------------------
 
@@ -358,15 +357,12 @@ class Trainer:
                 )
         return evaluations
 
-    def _save(self, stop: threading.Event) -> None:
-        """Writes the checkpoint; after a SIGTERM that every process knows of, ends the run."""
-        agreed = self.processes.world_size == 1 or self.progress.iteration % AGREE_EVERY == 0
-        if stop.is_set() and not agreed:
-            return
+    def _save(self, stopping: bool) -> None:
+        """Writes the checkpoint; ends the run if all processes agreed to."""
         if self.processes.is_main:
             checkpoint.save(self.work / CHECKPOINT, self.state())
         self.processes.barrier()
-        if stop.is_set():
+        if stopping:
             raise Interrupted(f"stopped at iteration {self.progress.iteration}; the same command continues from there")
 
     def state(self) -> dict[str, Any]:

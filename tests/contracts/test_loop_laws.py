@@ -144,6 +144,12 @@ def test_sigterm_to_one_of_two_processes_stops_both_in_the_same_iteration(tmp_pa
     assert result(tmp_path / "work" / "resume.safetensors")["progress"]["iteration"] % 10 == 0
 
 
+def test_sigterm_to_one_of_two_processes_after_they_agreed_to_go_on_stops_both_the_next_time(tmp_path: Path) -> None:
+    options = ["iterations=60", "checkpoint_every=10", "told_in_save=20"]  # rank 0 alone saves
+    assert [finished(process) for process in two(tmp_path / "work", tmp_path / "out", *options)] == [75, 75]
+    assert result(tmp_path / "work" / "resume.safetensors")["progress"]["iteration"] == 30
+
+
 def test_the_teacher_is_unchanged_and_in_no_checkpoint(tmp_path: Path) -> None:
     trainer = tiny.make_trainer(tmp_path, ALONE, method="apd")
     before = {name: value.clone() for name, value in trainer.learner.teacher.segmenter.state_dict().items()}

@@ -138,11 +138,15 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def main(work: str, out: str, *options: str) -> int:
-    """Keys: method, dropout, supervised, any of TrainConfig's, die_at (a step: SIGKILL), die_in_save, slow, started."""
+    """Keys: method, dropout, supervised, any of TrainConfig's, slow, started, and the steps of signals to this process.
+
+    Those are ``die_at`` and ``die_in_save`` (SIGKILL), and ``told_in_save`` (SIGTERM).
+    """
     changes: dict[str, Any] = dict(option.split("=") for option in options)
     die_at, slow = int(changes.pop("die_at", -1)), float(changes.pop("slow", 0))
     started = changes.pop("started", "")
-    die_in_save = int(changes.pop("die_in_save", -1))
+    in_save = {signal.SIGKILL: changes.pop("die_in_save", None), signal.SIGTERM: changes.pop("told_in_save", None)}
+    deadly = {int(step): number for number, step in in_save.items() if step is not None}
     method = changes.pop("method", "none")
     changes |= {key: float(changes[key]) for key in ("dropout", "supervised") if key in changes}
     torch.set_num_threads(1)
@@ -159,12 +163,12 @@ def main(work: str, out: str, *options: str) -> int:
             step()
 
         def dying_replace(self: Path, target: Path) -> Path:
-            if trainer.progress.iteration >= die_in_save:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if trainer.progress.iteration in deadly:
+                os.kill(os.getpid(), deadly[trainer.progress.iteration])
             return self.rename(target)
 
         trainer._step = dying_step  # type: ignore[method-assign]
-        if die_in_save >= 0:
+        if deadly:
             Path.replace = dying_replace  # type: ignore[method-assign, assignment]
         try:
             trainer.run()
