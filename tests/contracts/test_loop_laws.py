@@ -125,7 +125,7 @@ def wait_for(path: Path) -> None:
 
 def test_sigterm_saves_and_exits_with_the_code_for_retry(tmp_path: Path) -> None:
     options = ["iterations=25", "checkpoint_every=1000"]
-    running = start(tmp_path / "work", tmp_path / "out", *options, "slow=0.1", f"started={tmp_path / 'started'}")
+    running = start(tmp_path / "work", tmp_path / "out", *options, "slow=0.5", f"started={tmp_path / 'started'}")
     wait_for(tmp_path / "started")
     os.kill(running.pid, signal.SIGTERM)
     assert finished(running) == 75
@@ -136,7 +136,7 @@ def test_sigterm_saves_and_exits_with_the_code_for_retry(tmp_path: Path) -> None
 
 
 def test_sigterm_to_one_of_two_processes_stops_both_in_the_same_iteration(tmp_path: Path) -> None:
-    options = ["iterations=60", "checkpoint_every=1000", "slow=0.05", f"started={tmp_path / 'started'}"]
+    options = ["iterations=600", "checkpoint_every=1000", "slow=0.05", f"started={tmp_path / 'started'}"]
     running = two(tmp_path / "work", tmp_path / "out", *options)
     wait_for(tmp_path / "started")
     os.kill(running[1].pid, signal.SIGTERM)
