@@ -24,7 +24,7 @@ from services import ROOT, GitDaemon, MlflowServer, tasks
 BUCKET = "datasets"
 RUN, SEEDS = ["none", "kd"], [0, 1]
 SIZE = (64, 48)
-ITERATIONS = 30  # enough for a training to be caught in the middle
+ITERATIONS = 80  # enough for a training to be caught in the middle, also by a test that is kept waiting
 AWAY_SECONDS = 20
 
 # In a process of its own, since DVC configures logging and more for its own ends.
