@@ -107,7 +107,8 @@ def run_component(
             logger.info("%s: is on the volume already", ", ".join(map(str, places.shared.values())))
             _complete(task, places)
         elif nodes:
-            _run_on_nodes(task, json.loads(nodes), accelerator if int(accelerators) else None, count)
+            on = {"accelerator": accelerator, "accelerators": int(accelerators)} if int(accelerators) else {}
+            _run_on_nodes(task, json.loads(nodes), on, count)
         elif count > 1:
             _run_together(task, count)
         else:
@@ -314,14 +315,14 @@ def _run_together(task: Task, count: int) -> None:
             raise Interrupted("stopped; the checkpoint is written, and the next attempt goes on from it") from None
 
 
-def _run_on_nodes(task: Task, template: Mapping[str, Any], accelerator: str | None, count: int) -> None:
+def _run_on_nodes(task: Task, template: Mapping[str, Any], on: Mapping[str, Any], count: int) -> None:
     """Runs the stage as a TrainJob, which reads and writes on a volume, and brings its outputs here.
 
     Args:
         task: what to run.
         template: the fields of the job that the pipeline fixed when it was compiled.
-        accelerator: the resource's name; None runs on CPUs.
-        count: of processes on each node, and of accelerators.
+        on: the ``accelerator`` of each node and how many ``accelerators`` it has; empty: the CPU.
+        count: of processes on each node.
     """
     from segdistill.adapters.shared_volume import shared
     from segdistill.adapters.trainjob import LAUNCH, TrainJob, job_name
@@ -342,7 +343,7 @@ def _run_on_nodes(task: Task, template: Mapping[str, Any], accelerator: str | No
             "command": [*LAUNCH, __name__],
             "args": [str(file)],
             "processes": count,
-            "resources": {**template["resources"], "accelerator": accelerator, "accelerators": count},
+            "resources": {**template["resources"], **on},
             "env": {**template.get("env", {}), "SEGDISTILL_PIPELINE_RUN": run_id},
         }
         run(parse(TrainJob, {**template, **own}, "SEGDISTILL_TRAINJOB"))
