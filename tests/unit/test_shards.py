@@ -208,7 +208,7 @@ def test_a_changed_input_is_prepared_again_and_a_changed_plan_leaves_no_old_shar
 
 
 def test_a_killed_run_leaves_no_orphans_and_is_continued(prepared: Path, tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "data", {"train": 60, "val": 1, "test": 1}, size=(300, 200))
+    source = make_folder(tmp_path / "data", {"train": 150, "val": 1, "test": 1}, size=(300, 200))
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path; from test_shards import prepare\n"
