@@ -38,7 +38,7 @@ def start(*arguments: Any, environment: dict[str, str] | None = None) -> Any:
 
 
 def finished(process: Any) -> int:
-    process.join(timeout=120)
+    process.join(timeout=300)
     assert process.exitcode is not None, "still running"
     return process.exitcode  # type: ignore[no-any-return]
 
@@ -116,7 +116,7 @@ def test_killed_while_a_checkpoint_is_written_resumes_from_the_one_before(tmp_pa
 
 
 def wait_for(path: Path) -> None:
-    for _ in range(600):
+    for _ in range(3000):
         if path.exists():
             return
         time.sleep(0.1)
