@@ -102,7 +102,8 @@ def run_component(
     task = Task(name, params, paths, experiment, seed)
     quiet_libraries()
     with _ended_as_the_command_line(name):
-        places, count, nodes = _places(task), _processes(accelerators), os.environ.get("SEGDISTILL_TRAINJOB")
+        places, count = _places(task), _processes(accelerator, accelerators)
+        nodes = os.environ.get("SEGDISTILL_TRAINJOB")
         if places.shared and all(folder.is_dir() for folder in places.shared.values()):
             logger.info("%s: is on the volume already", ", ".join(map(str, places.shared.values())))
             _complete(task, places)
@@ -281,10 +282,12 @@ def _execute(task: Task, places: Places) -> None:
         _complete(task, places)
 
 
-def _processes(accelerators: str) -> int:
+def _processes(accelerator: str, accelerators: str) -> int:
     """As many as the environment says, or one for each accelerator."""
     if not accelerators.isdecimal():
         raise UserError(f"accelerators: '{accelerators}' is not a number of them; expected 0 or more")
+    if int(accelerators) and not accelerator:
+        raise UserError(f"accelerator: missing; name the resource of which the task has {accelerators}")
     text = os.environ.get("SEGDISTILL_PROCESSES", str(max(1, int(accelerators))))
     if not text.isdecimal() or not int(text):
         raise UserError(f"SEGDISTILL_PROCESSES: '{text}' is not a number of processes; expected 1 or more")

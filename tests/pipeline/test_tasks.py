@@ -254,9 +254,10 @@ def test_a_number_of_processes_that_is_none_is_named(
     task = teacher_task(tiny_prepared, tmp_path)
     message = mistake(capsys, "train_teacher", json.loads(task["params"]), task["paths"])
     assert "SEGDISTILL_PROCESSES: 'two' is not a number of processes" in message
-    with pytest.raises(SystemExit):
-        run_component("train_teacher", **task, accelerators="two")
-    assert "accelerators: 'two' is not a number of them" in capsys.readouterr().err
+    for count, sentence in (("two", "accelerators: 'two' is not a number of them"), ("2", "accelerator: missing")):
+        with pytest.raises(SystemExit):
+            run_component("train_teacher", **task, accelerators=count)
+        assert sentence in capsys.readouterr().err
 
 
 # Several nodes
