@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from segdistill.config import parse
-from segdistill.data.folders import COMPLETED
 from segdistill.errors import Interrupted, UserError
 from segdistill.execution import (
     TRACKING,
@@ -34,6 +33,7 @@ from segdistill.execution import (
     run_stage,
     stage_module,
 )
+from segdistill.files import COMPLETED
 from segdistill.stages import BY_NAME, Job, Stage
 from segdistill.stages.highlights import Highlights
 

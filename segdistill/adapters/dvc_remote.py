@@ -29,9 +29,9 @@ import yaml
 
 from segdistill.adapters.dvc_version import CONFIG_FILE, Remote, Version, find, is_true
 from segdistill.adapters.objects import MissingObject, ObjectFolder, ObjectStore
-from segdistill.data.folders import disk_errors, write_file
 from segdistill.data.parallel import progress
 from segdistill.errors import UserError
+from segdistill.files import disk_errors, write_file
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from segdistill.data.folders import COMPLETED, disk_errors, new_folder
+from segdistill.files import COMPLETED, disk_errors, new_folder
 
 
 @dataclass(frozen=True)

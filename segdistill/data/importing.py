@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 
 from segdistill.data.checks import BadFile, load_sample
-from segdistill.data.folders import new_folder
 from segdistill.data.layouts import IGNORE_INDEX, SPLITS, Sample, open_layout
 from segdistill.data.parallel import ordered_map, progress
 from segdistill.errors import UserError
+from segdistill.files import new_folder
 
 
 def import_dataset(layout: str, source: Path, out: Path, *, workers: int = 0) -> dict[str, int]:

@@ -15,11 +15,11 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 
 from segdistill.data.checks import BadFile, load_sample
-from segdistill.data.folders import write_file
 from segdistill.data.layouts import IGNORE_INDEX, SPLITS, Layout, Sample
 from segdistill.data.parallel import ordered_map
 from segdistill.data.shards import INFO_FILE, MANIFEST_FILE, SHARD_FOLDER, open_shard, shard_schema
 from segdistill.errors import UserError
+from segdistill.files import write_file
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ def run(config: Config, *, data: Path, report: Path, prepared: Path, tracker: Tr
     Raises:
         UserError: the report says that the data set must not be used, or a sample cannot be.
     """
-    from segdistill.data.folders import disk_errors, replace_folder
     from segdistill.data.layouts import SPLITS, open_layout
     from segdistill.data.parallel import progress
     from segdistill.data.sharding import plan_shards, write_index, write_shards
+    from segdistill.files import disk_errors, replace_folder
 
     _check_report(report, config.layout)
     layout = open_layout(config.layout, data)

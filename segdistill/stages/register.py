@@ -14,9 +14,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from segdistill.config import config as config_class
-from segdistill.data.folders import new_folder
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError, nearest
+from segdistill.files import new_folder
 from segdistill.stages.highlights import Highlights
 
 

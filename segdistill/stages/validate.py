@@ -61,9 +61,9 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
     """
     from segdistill.adapters import gx
     from segdistill.data.checks import inspect
-    from segdistill.data.folders import new_folder
     from segdistill.data.layouts import SPLITS, open_layout
     from segdistill.data.parallel import progress
+    from segdistill.files import new_folder
     from segdistill.stages import _rules
 
     layout = open_layout(config.layout, data)
