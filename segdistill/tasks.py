@@ -9,21 +9,20 @@ The environment says what is not a matter of the pipeline: ``SEGDISTILL_WORK`` (
 one for each accelerator), ``SEGDISTILL_TRAINJOB`` (on which other nodes).
 """
 
-import contextlib
 import json
 import logging
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from segdistill.config import parse
-from segdistill.errors import Interrupted, UserError
+from segdistill.errors import Interrupted, UserError, exit_codes
 from segdistill.execution import (
     TRACKING,
     context,
@@ -101,7 +100,7 @@ def run_component(
     """
     task = Task(name, params, paths, experiment, seed)
     quiet_libraries()
-    with _ended_as_the_command_line(name):
+    with exit_codes(f"segdistill {name}"):
         places, count = _places(task), _processes(accelerator, accelerators)
         nodes = os.environ.get("SEGDISTILL_TRAINJOB")
         if places.shared and all(folder.is_dir() for folder in places.shared.values()):
@@ -131,7 +130,7 @@ def run_fetch(repository: str, revision: str, *, data: str) -> dict[str, str]:
         ``data_md5`` and ``data_commit``, which the folder's mark has too.
     """
     quiet_libraries()
-    with _ended_as_the_command_line("fetch"):
+    with exit_codes("segdistill fetch"):
         from segdistill.adapters.dvc_remote import fetch
         from segdistill.adapters.dvc_version import find
 
@@ -150,17 +149,8 @@ def run_finish(state: str) -> None:
     """Ends the pipeline's run in MLflow with the state that KFP gave the pipeline."""
     quiet_libraries()
     status = {"SUCCEEDED": "FINISHED", "CANCELLED": "KILLED", "CANCELED": "KILLED"}.get(state, "FAILED")
-    with _ended_as_the_command_line("finish"):
+    with exit_codes("segdistill finish"):
         finish_pipeline(os.environ.get("SEGDISTILL_TRACKER", "auto"), context(), status)
-
-
-@contextlib.contextmanager
-def _ended_as_the_command_line(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (UserError, Interrupted) as error:
-        print(f"segdistill {name}: {error}", file=sys.stderr)
-        raise SystemExit(75 if isinstance(error, Interrupted) else 2) from None
 
 
 # Where things are
@@ -370,7 +360,7 @@ def main(path: str) -> None:
     """One of the processes of a task."""
     task = Task(**json.loads(Path(path).read_text()))
     quiet_libraries()
-    with _ended_as_the_command_line(task.name):
+    with exit_codes(f"segdistill {task.name}"):
         _execute(task, _places(task))
 
 
