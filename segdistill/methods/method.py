@@ -29,7 +29,7 @@ class MethodConfig:
     weight: NonNegative = 1.0
     """Factor of all of the method's terms; 0 switches the method off."""
     ramp: Fraction = 0.0
-    """Part of the budget over which the factors of the terms that teach a student rise from 0; 0: full from the start."""
+    """Part of the budget over which the factors of what teaches a student rise from 0; 0: full from the start."""
 
 
 class Method(nn.Module):
