@@ -1,0 +1,154 @@
+"""What only a GPU can show of the loop: mixed precision, random streams, compilation, and that a step never waits."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+
+from segdistill.config import parse
+from segdistill.engine.distributed import Processes
+from segdistill.engine.evaluate import evaluate
+from segdistill.engine.learner import Learner
+from segdistill.errors import Interrupted
+from segdistill.methods import build_offline, build_online, parse_method
+from segdistill.models.config import ModelConfig
+from segdistill.models.segmenter import build_segmenter
+from segdistill.models.teacher import Teacher
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CPU, GPU = Processes(0, 1, torch.device("cpu")), Processes(0, 1, torch.device("cuda", 0))
+CNN = {
+    "architecture": "DeepLabV3Plus",
+    "encoder": "mobilenetv3_small_050",
+    "encoder_weights": "none",
+    "output_stride": 16,
+}
+VIT = {"architecture": "Segformer", "encoder": "mit_b0", "encoder_weights": "none", "output_stride": 32}
+# Their defaults are too large for networks this small.
+SETTINGS: dict[str, dict[str, Any]] = {"skd": {"holistic_weight": 0.1}}
+
+
+def losses(trainer: Any) -> list[float]:
+    return [point["train/loss/total"] for point in trainer.progress.curves["cnn"] if "train/loss/total" in point]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_training_learns_the_same_in_every_precision(tmp_path: Path, precision: str, channels_last: bool) -> None:
+    budget = {"iterations": 60, "log_every": 20, "validate_every": 100}
+    trained = []
+    for here, how in ((CPU, "fp32"), (GPU, precision)):
+        work = tmp_path / here.device.type
+        trainer = tiny.make_trainer(work, here, method="kd", precision=how, channels_last=channels_last, **budget)
+        trainer.run()
+        trained.append(losses(trainer))
+    expected, found = trained
+    assert found[-1] < 0.97 * found[0]
+    tolerance = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 3e-2}[precision]
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("method", ["mgd", "dml"])  # one draws masks, one has two peers
+def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    options: dict[str, Any] = {"method": method, "dropout": 0.3, "iterations": 11, "precision": "bf16"}
+    whole = tiny.make_trainer(tmp_path / "whole", GPU, **options)
+    whole.run()
+    stopped = tiny.make_trainer(tmp_path / "work", GPU, **options)
+    step = stopped._step
+
+    def step_and_be_told() -> None:
+        step()
+        if stopped.progress.iteration == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    stopped._step = step_and_be_told  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        stopped.run()
+    torch.rand(7, device="cuda")  # another process's stream stands elsewhere
+    resumed = tiny.make_trainer(tmp_path / "work", GPU, **options)
+    resumed.run()
+    for name, value in tiny.weights(whole).items():
+        torch.testing.assert_close(tiny.weights(resumed)[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_counts_of_an_evaluation_are_those_of_the_cpu() -> None:
+    torch.manual_seed(0)
+    network, data = tiny.TinySegmenter(), tiny.Blobs(7)
+    expected = evaluate(network, data, tiny.INFERENCE, num_classes=tiny.CLASSES, processes=CPU)  # type: ignore[arg-type]
+    found = evaluate(network.cuda(), data, tiny.INFERENCE, num_classes=tiny.CLASSES, processes=GPU)  # type: ignore[arg-type]
+    assert abs(found.confusion - expected.confusion).sum() <= 4  # a pixel on the border of two classes may fall over
+    assert found.ids == expected.ids
+
+
+def learner(method: str | None) -> Learner:
+    """The networks of the default run at the size of its images, and a method in its default config."""
+    torch.manual_seed(0)
+    one = build_segmenter(parse(ModelConfig, CNN, "model"), 5)
+    if method is None:
+        return Learner({"cnn": one}, {}, None)
+    kind, config = parse_method({"name": method, **SETTINGS.get(method, {})}, "methods")
+    if kind.kind == "online":  # type: ignore[attr-defined]
+        students = {"cnn": one, "vit": build_segmenter(parse(ModelConfig, VIT, "model"), 5)}
+        return Learner(students, build_online([config], {name: net.info for name, net in students.items()}), None)
+    student = build_segmenter(parse(ModelConfig, VIT, "model"), 5) if method == "c2vkd" else one
+    teacher = Teacher(build_segmenter(parse(ModelConfig, CNN, "model"), 5))
+    return Learner({"student": student}, build_offline([config], student.info, teacher.info), teacher)
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 3, 96, 128, generator=generator)
+    target = torch.randint(0, 5, (4, 12, 16), generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    target[:, :10] = 255
+    return images.cuda(), target.cuda()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", [None, "kd", "apd", "c2vkd", "cirkd", "dml", "hfd_bsd"])
+def test_a_step_never_waits_for_the_device(method: str | None, precision: str) -> None:
+    networks = learner(method).cuda()
+    images, target = batch()
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            terms = networks(images, target)
+        networks.total(terms).backward()
+
+    step()  # libraries load on first use
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(value).all() for value in networks.state_dict().values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("method", [None, "kd", "dml"])
+def test_a_compiled_step_has_the_values_of_the_plain_one_and_is_compiled_once(method: str | None) -> None:
+    from torch._dynamo.utils import counters
+
+    images, target = batch()
+    plain, compiled = learner(method).cuda(), learner(method).cuda()
+    plain.eval(), compiled.eval()  # no dropout; batch statistics of one compiled kernel differ by their order
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = plain(images, target)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled.compile()
+    for _ in range(3):
+        with torch.autocast("cuda", torch.bfloat16):
+            found = compiled(images, target)
+    for key, term in expected.items():
+        torch.testing.assert_close(found[key], term, rtol=3e-2, atol=3e-3)
+    assert not counters["recompile_limit"], dict(counters["recompile_limit"])
+    assert counters["stats"]["unique_graphs"] <= 4, dict(counters["graph_break"])
