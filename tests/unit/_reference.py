@@ -82,7 +82,7 @@ def l2norm(vector: Tensor) -> Tensor:
 
 
 def prototypes(vectors: Tensor, labels: Tensor, images: range, normalize: bool = True) -> dict[int, Tensor]:
-    """Unit mean of the vectors [B, C, h, w] of each class that some pixel of these images has; else the mean as it is."""
+    """Mean of the vectors [B, C, h, w] of each class that some pixel of these images has, at length one or as it is."""
     members: dict[int, list[Tensor]] = {}
     for b, i, j in pixels(vectors):
         if b in images and labels[b, i, j] != 255:
