@@ -22,7 +22,7 @@ def require_gpus(count: int, asked: str) -> None:
 
     Args:
         count: how many are needed.
-        asked: who asked for them, with which the sentence begins.
+        asked: the beginning of the sentence: who asked for how many.
 
     Raises:
         UserError: it can use fewer.
@@ -31,7 +31,7 @@ def require_gpus(count: int, asked: str) -> None:
     if usable >= count:
         return
     reason = f" ({_reason()})" if not usable else ""
-    raise UserError(f"{asked}: {count} needed, and torch can use {usable}{reason}; {_build()}")
+    raise UserError(f"{asked}, and torch sees {usable} that it can use{reason}; {_build()}")
 
 
 def _reason() -> str:

@@ -57,7 +57,9 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     use_cuda = device == "cuda" or (device == "auto" and usable_gpus() > 0)
     if use_cuda:
-        require_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), f"--device {device}: a GPU for each process")
+        needed = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        who = "needs 1 GPU" if needed == 1 else f"the processes of this machine need {needed} GPUs"
+        require_gpus(needed, f"--device {device}: {who}")
     chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(chosen)
