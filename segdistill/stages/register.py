@@ -62,6 +62,8 @@ def run(
 ) -> None:
     """Writes ``registration``: the model as files and ``registration.json``; registers it and moves the alias.
 
+    Where no student passed the gate, nothing is registered, and ``registration.json`` says so.
+
     Args:
         config: the stage's parameters.
         run: the experiments.
@@ -75,12 +77,11 @@ def run(
     Raises:
         UserError: no student is within the budget, a file is missing, or the registered model serves other logits.
     """
-    candidates = read_candidates(run, seeds, students, comparison)
     if not passed(comparison):
         with new_folder(registration) as partial:
             _write(partial, {"name": config.model_name, "version": None, "reason": "no student passed the gate"})
         return
-    best = choose(candidates, config)
+    best = choose(read_candidates(run, seeds, students, comparison), config)
 
     from segdistill.models.export import ExportedSegmenter, load_model
 
@@ -119,10 +120,18 @@ def _write(folder: Path, result: Mapping[str, Any]) -> None:
 
 
 def passed(comparison: Path) -> bool:
-    """What the gate ``compare.min_test_miou`` said."""
+    """What the gate ``compare.min_test_miou`` said.
+
+    Raises:
+        UserError: the comparison has no such verdict.
+    """
     from segdistill.stages.comparison.inputs import read_json
 
-    return bool(read_json(comparison / "results.json")["passed"])
+    results = comparison / "results.json"
+    verdict = read_json(results).get("passed")
+    if not isinstance(verdict, bool):
+        raise UserError(f"{results}: passed: expected true or false, found {verdict!r}; run compare again")
+    return verdict
 
 
 def read_candidates(
