@@ -17,7 +17,7 @@ from PIL import __version__ as pillow_version
 from segdistill.data.checks import BadFile, load_sample
 from segdistill.data.layouts import IGNORE_INDEX, SPLITS, Layout, Sample
 from segdistill.data.parallel import ordered_map
-from segdistill.data.shards import INFO_FILE, MANIFEST_FILE, SHARD_FOLDER, open_shard, shard_schema
+from segdistill.data.shards import INFO_FILE, MANIFEST_FILE, SHARD_FOLDER, open_shard, sample_hash, shard_schema
 from segdistill.errors import UserError
 from segdistill.files import write_file
 
@@ -112,9 +112,16 @@ def write_index(layout: Layout, shards: list[Shard], folder: Path) -> None:
     info = {
         "classes": [{"name": entry.name, "color": list(entry.color)} for entry in layout.classes],
         "ignore_index": IGNORE_INDEX,
+        "content_hash": _content_hash(layout, rows),
         "splits": {split: _describe([shard for shard in shards if shard.split == split]) for split in SPLITS},
     }
     (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+
+
+def _content_hash(layout: Layout, rows: dict[str, list[Any]]) -> str:
+    """What the data is, however it is cut into shards: the classes' names, and every sample in order."""
+    samples = list(zip(rows["split"], rows["id"], rows["sha256"], strict=True))
+    return hashlib.sha256(json.dumps([[entry.name for entry in layout.classes], samples]).encode()).hexdigest()
 
 
 def _describe(shards: list[Shard]) -> dict[str, Any]:
@@ -124,21 +131,22 @@ def _describe(shards: list[Shard]) -> dict[str, Any]:
 
 def _encode(sample: Sample, root: Path, label_map: np.ndarray, max_side: int | None) -> dict[str, Any]:
     content, image, labels = load_sample(sample, label_map)
-    sha256, image_format = hashlib.sha256(content).hexdigest(), "png" if image.format == "PNG" else "jpeg"
+    image_format = "png" if image.format == "PNG" else "jpeg"
     if max_side and max(image.size) > max_side:
         factor = max_side / max(image.size)
         size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
         # Without loss from here on: a second JPEG generation would add its own artefacts.
         content, image_format = _png(image.convert("RGB").resize(size, Image.Resampling.BILINEAR)), "png"
         labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+    label = _png(Image.fromarray(labels))
     return {
         "id": sample.id,
         "image": content,
         "image_format": image_format,
-        "label": _png(Image.fromarray(labels)),
+        "label": label,
         "height": labels.shape[0],
         "width": labels.shape[1],
-        "sha256": sha256,
+        "sha256": sample_hash(content, label),
         "image_file": sample.image.relative_to(root).as_posix(),
         "mask_file": sample.mask.relative_to(root).as_posix(),
     }

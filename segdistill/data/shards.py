@@ -1,5 +1,6 @@
 """Prepared data: Arrow files with encoded images and train ids, read at random through a memory map."""
 
+import hashlib
 import io
 import json
 import os
@@ -26,6 +27,7 @@ class DatasetInfo:
 
     classes: tuple[ClassInfo, ...]
     splits: dict[str, int]  # samples in each split
+    content_hash: str  # of the classes' names and of every sample, whatever the shards they lie in
 
     @property
     def num_classes(self) -> int:
@@ -40,7 +42,8 @@ def read_dataset_info(prepared: Path) -> DatasetInfo:
     """
     content = _read_info(prepared)
     classes = tuple(ClassInfo(entry["name"], tuple(entry["color"])) for entry in content["classes"])
-    return DatasetInfo(classes, {split: entry["samples"] for split, entry in content["splits"].items()})
+    splits = {split: entry["samples"] for split, entry in content["splits"].items()}
+    return DatasetInfo(classes, splits, content["content_hash"])
 
 
 class ShardDataset:
@@ -121,11 +124,19 @@ def shard_schema() -> Any:
             "label": pyarrow.binary(),  # PNG of train ids
             "height": pyarrow.int32(),
             "width": pyarrow.int32(),
-            "sha256": pyarrow.string(),  # of the image file in the source
+            "sha256": pyarrow.string(),  # of image and label as they stand here
             "image_file": pyarrow.string(),  # in the source, relative to its folder
             "mask_file": pyarrow.string(),
         }
     )
+
+
+def sample_hash(image: bytes, label: bytes) -> str:
+    """The SHA-256 of an encoded image and an encoded label; where one ends and the other begins counts."""
+    digest = hashlib.sha256(len(image).to_bytes(8, "little"))
+    digest.update(image)
+    digest.update(label)
+    return digest.hexdigest()
 
 
 def _decode(scalar: Any) -> Image.Image:
@@ -136,7 +147,7 @@ def _read_info(prepared: Path) -> dict[str, Any]:
     path = prepared / INFO_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content["classes"], content["splits"]
+        content["classes"], content["splits"], content["content_hash"]
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file; the stage 'prepare' writes it") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):

@@ -135,7 +135,7 @@ class AdaptivePerspective(OfflineMethod):
         here is a mean over pixels, so its factor is 10 / K (0.53 at K = 19, 0.067 at K = 150). n changes with the
         batch and cannot go into a factor, so the local term itself is divided by n and keeps the factor 10.
         ``reduction: per_pixel`` leaves out both divisions: the same weight is then K and n times as strong. ``weight``
-        scales the student's terms, not the teacher head's.
+        and ``ramp`` scale the student's terms, not the teacher head's.
 
     Masks:
         As in the released code, ignored pixels shape no prototype but are distilled (``mask_ignore_*`` leaves them
@@ -154,6 +154,7 @@ class AdaptivePerspective(OfflineMethod):
     paper = "Tian et al., TPAMI 2023"
     needs = "logits; last feature, two heads, an optimiser for the teacher's head"
     evidence = "official code"
+    helper_terms = ("teacher_head",)
     config: APDConfig
 
     def __init__(self, config: APDConfig, student: ModelInfo, teacher: ModelInfo) -> None:

@@ -24,6 +24,7 @@ from segdistill.losses import (
     valid_mask,
 )
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Positive
+from segdistill.models.batch_norm import allow_single_values
 from segdistill.models.outputs import ModelInfo, Outputs
 
 # The logit of a place of the memory that holds nothing. Finite, because 0 * inf is not 0; exp of it is exactly 0.
@@ -252,23 +253,16 @@ class CrossImageRelations(OfflineMethod):
             queues.enqueue(gather_batches(found).transpose(0, 1).flatten(1, 2))  # [K, E, C]
 
 
-class _BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation that takes its running statistics where a batch is a single pixel and has none of its own."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.training and input.shape[0] * input.shape[2] * input.shape[3] == 1:
-            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(input)
-
-
 def _projector(kind: Literal["mlp", "identity"], in_channels: int, out_channels: int) -> nn.Module:
     if kind == "mlp":
-        return nn.Sequential(
+        projector = nn.Sequential(
             Projection(in_channels, out_channels),
-            _BatchNorm(out_channels),
+            nn.BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
             Projection(out_channels, out_channels),
         )
+        allow_single_values(projector)
+        return projector
     if in_channels != out_channels:
         raise UserError(
             f"cirkd: projector: identity compares the student with the teacher's vectors as it is, which needs equal "

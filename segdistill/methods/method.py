@@ -29,7 +29,7 @@ class MethodConfig:
     weight: NonNegative = 1.0
     """Factor of all of the method's terms; 0 switches the method off."""
     ramp: Fraction = 0.0
-    """Part of the budget over which the method's factor rises linearly from 0; 0 is the full weight from the start."""
+    """Part of the budget over which the factors of what teaches a student rise from 0; 0: full from the start."""
 
 
 class Method(nn.Module):
@@ -46,6 +46,8 @@ class Method(nn.Module):
     """What it compares, and what it builds for that."""
     evidence: ClassVar[Evidence]
     """Where the formula comes from: the authors' code, another public implementation, texts about the paper, ..."""
+    helper_terms: ClassVar[tuple[str, ...]] = ()
+    """Terms that train helpers alone, and no student: neither ``weight`` nor ``ramp`` scales them."""
 
     config: Any
 

@@ -3,6 +3,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,7 +67,37 @@ def test_images_stay_encoded_as_in_the_source(data: Path, prepared: Path) -> Non
     record = open_shard(prepared / "shards/train-00000.arrow").get_batch(0)
     source = (data / "images/train/0000.jpg").read_bytes()
     assert record["image"][0].as_py() == source and record["image_format"][0].as_py() == "jpeg"
-    assert record["sha256"][0].as_py() == hashlib.sha256(source).hexdigest()
+
+
+def test_the_content_hash_is_that_of_the_samples_and_not_of_the_shards(
+    data: Path, prepared: Path, tmp_path: Path
+) -> None:
+    expected = read_dataset_info(prepared).content_hash
+    assert len(expected) == 64
+    assert read_dataset_info(prepare(data, tmp_path / "cut", shard_samples=100)).content_hash == expected
+    for number, change in enumerate((_change_an_image, _change_a_label, _rename_a_class, _rename_a_sample)):
+        changed = shutil.copytree(data, tmp_path / f"data-{number}")
+        change(changed)
+        assert read_dataset_info(prepare(changed, tmp_path / f"prepared-{number}")).content_hash != expected
+
+
+def _change_an_image(data: Path) -> None:
+    save(data / "images/train/0003.png", np.zeros((8, 12, 3), dtype=np.uint8))
+
+
+def _change_a_label(data: Path) -> None:
+    labels = read_mask(data / "masks/test/0001.png")
+    labels[3, 3] = (labels[3, 3] + 1) % 3
+    save(data / "masks/test/0001.png", labels)
+
+
+def _rename_a_class(data: Path) -> None:
+    write_classes(data, classes=[{"name": name, "color": [0, 0, 0]} for name in ("heaven", "road", "car")])
+
+
+def _rename_a_sample(data: Path) -> None:
+    for kind in ("images", "masks"):
+        (data / kind / "val/0001.png").rename(data / kind / "val/0002.png")
 
 
 def test_dataset_json_and_manifest_describe_the_shards(prepared: Path) -> None:
