@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from segdistill.losses import IGNORE_INDEX, resize_features, resize_labels
+from segdistill.losses import IGNORE_INDEX
 from segdistill.models.outputs import Outputs
 
 Loss = Callable[[Any, Outputs, Outputs, Tensor], Tensor]
@@ -32,6 +32,14 @@ class Dense:
         return ", ".join([" + ".join(self.terms), *(str(value) for value in self.changes.values())])
 
 
+def bilinear(maps: Tensor, size: torch.Size, *, align_corners: bool = False) -> Tensor:
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=align_corners)
+
+
+def nearest(target: Tensor, size: torch.Size) -> Tensor:
+    return F.interpolate(target[:, None].float(), size=size, mode="nearest-exact")[:, 0].long()
+
+
 def kl(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
     """KL(teacher || student) of logits along an axis."""
     return F.kl_div(student.log_softmax(dim), teacher.log_softmax(dim), reduction="none", log_target=True).sum(dim)
@@ -40,8 +48,8 @@ def kl(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
 def apd_local(method: Any, student: Outputs, teacher: Outputs, target: Tensor) -> Tensor:
     """A loop over the classes present: pick their pixels, average, compare."""
     size = teacher.last_feature.shape[-2:]
-    labels = resize_labels(target, size)
-    feature = resize_features(student.last_feature, size, align_corners=method.config.align_corners)
+    labels = nearest(target, size)
+    feature = bilinear(student.last_feature, size, align_corners=method.config.align_corners)
     ours = F.normalize(method.student_head(feature), dim=1)
     with torch.no_grad():
         theirs = F.normalize(method.teacher_head(teacher.last_feature), dim=1)
@@ -61,7 +69,7 @@ def apd_local(method: Any, student: Outputs, teacher: Outputs, target: Tensor) -
 def ifvd(method: Any, student: Outputs, teacher: Outputs, target: Tensor) -> Tensor:
     """A loop over the images and their classes, which writes each class's centre over its pixels."""
     size = teacher.last_feature.shape[-2:]
-    labels = resize_labels(target, size)
+    labels = nearest(target, size)
 
     def cosines(features: Tensor) -> Tensor:
         centres = []
@@ -75,7 +83,7 @@ def ifvd(method: Any, student: Outputs, teacher: Outputs, target: Tensor) -> Ten
             centres.append(centre)
         return F.cosine_similarity(features, torch.stack(centres), dim=1)
 
-    difference = cosines(resize_features(student.last_feature, size)) - cosines(teacher.last_feature)
+    difference = cosines(bilinear(student.last_feature, size)) - cosines(teacher.last_feature)
     return difference[labels != IGNORE_INDEX].square().mean()
 
 
@@ -87,13 +95,13 @@ def skd_pairwise(method: Any, student: Outputs, teacher: Outputs, target: Tensor
         nodes = nodes / nodes.detach().norm(dim=1, keepdim=True)
         return torch.einsum("bcm,bcn->bmn", nodes, nodes)
 
-    ours = resize_features(student.last_feature, teacher.last_feature.shape[-2:])
+    ours = bilinear(student.last_feature, teacher.last_feature.shape[-2:])
     return F.mse_loss(similarities(ours), similarities(teacher.last_feature))
 
 
 def cirkd_minibatch(method: Any, student: Outputs, teacher: Outputs, target: Tensor) -> Tensor:
     """A loop over the pairs of images, each with its whole map of pixels by pixels."""
-    ours = F.normalize(resize_features(student.last_feature, teacher.last_feature.shape[-2:]), dim=1).flatten(2)
+    ours = F.normalize(bilinear(student.last_feature, teacher.last_feature.shape[-2:]), dim=1).flatten(2)
     theirs = F.normalize(teacher.last_feature, dim=1).flatten(2)
     total = ours.new_zeros(())
     for one in range(len(ours)):
@@ -112,7 +120,7 @@ def c2vkd_patch(method: Any, student: Outputs, teacher: Outputs, target: Tensor)
         return rows @ rows.T / (feature.shape[1] - 1)
 
     theirs = teacher.features[3]
-    ours = resize_features(method.visual_projection(student.features[3]), theirs.shape[-2:])
+    ours = bilinear(method.visual_projection(student.features[3]), theirs.shape[-2:])
     return F.mse_loss(relations(ours), relations(theirs))
 
 
@@ -122,7 +130,7 @@ def c2vkd_pdd(method: Any, student: Outputs, teacher: Outputs, target: Tensor) -
     labels = target[valid][:, None]
 
     def two_way(outputs: Outputs) -> Tensor:
-        rows = resize_features(outputs.logits, target.shape[-2:]).movedim(1, -1)[valid]
+        rows = bilinear(outputs.logits, target.shape[-2:]).movedim(1, -1)[valid]
         labelled = rows.softmax(1).gather(1, labels)
         return torch.cat([labelled, 1 - labelled], 1)
 
@@ -134,7 +142,7 @@ def c2vkd_pdd(method: Any, student: Outputs, teacher: Outputs, target: Tensor) -
 def dkd(method: Any, student: Outputs, teacher: Outputs, target: Tensor) -> Tensor:
     """The valid pixels picked out, and of each the labelled class and the others."""
     size = teacher.logits.shape[-2:]
-    labels = resize_labels(target, size)
+    labels = nearest(target, size)
     valid = labels != IGNORE_INDEX
     hit = F.one_hot(labels[valid], teacher.logits.shape[1]).bool()
 
@@ -144,16 +152,16 @@ def dkd(method: Any, student: Outputs, teacher: Outputs, target: Tensor) -> Tens
         others = rows[~hit].view(len(rows), -1)
         return torch.stack([labelled, 1 - labelled], 1).log(), others
 
-    ours, theirs = parts(resize_features(student.logits, size)), parts(teacher.logits)
+    ours, theirs = parts(bilinear(student.logits, size)), parts(teacher.logits)
     return sum(kl(one, other, dim=1).mean() for one, other in zip(ours, theirs, strict=True))
 
 
 def dist(method: Any, student: Outputs, teacher: Outputs, target: Tensor) -> Tensor:
     """The valid pixels picked out as rows, and the correlations of rows and of columns."""
     size = teacher.logits.shape[-2:]
-    valid = resize_labels(target, size) != IGNORE_INDEX
+    valid = nearest(target, size) != IGNORE_INDEX
     ours, theirs = (
-        logits.softmax(1).movedim(1, -1)[valid] for logits in (resize_features(student.logits, size), teacher.logits)
+        logits.softmax(1).movedim(1, -1)[valid] for logits in (bilinear(student.logits, size), teacher.logits)
     )
 
     def correlations(first: Tensor, second: Tensor) -> Tensor:
