@@ -90,8 +90,8 @@ def open_tracker(kind: str, here: Context, stage: Stage, job: Job | None, folder
     return NullTracker()
 
 
-def finish_pipeline(kind: str, here: Context, status: str) -> None:
-    """Ends the pipeline run that stages have logged to: FINISHED, FAILED or KILLED."""
+def finish_pipeline(kind: str, here: Context, status: str | None) -> None:
+    """Ends the pipeline run that stages have logged to: FINISHED, FAILED or KILLED, or None, as the stages left it."""
     if _chosen(kind) == "mlflow":
         from segdistill.adapters.mlflow_store import default_store, finish_parent
 

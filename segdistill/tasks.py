@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 ELSEWHERE = ".elsewhere"  # in place of an output's content: the folder of a volume that has it
 
+# How the pipeline ended, in the words that released servers take from ML Metadata, and in those of KFP's local runner.
+ENDS = {"COMPLETE": "FINISHED", "CACHED": "FINISHED", "SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELED": "KILLED"}
+
 Paths = Mapping[str, str | list[str]]
 
 
@@ -84,7 +87,7 @@ def run_component(
     seed: int | None = None,
     accelerator: str = "",
     accelerators: str = "0",
-) -> Highlights:
+) -> None:
     """Runs one stage as a task; ends the process as the command line does.
 
     Args:
@@ -113,9 +116,8 @@ def run_component(
             _run_together(task, count)
         else:
             _execute(task, places)
-        found = stage_module(task.stage).highlights(places.paths) if task.stage.shows else Highlights()
-        _show(found, shown or {})
-    return found
+        if task.stage.shows:
+            _show(stage_module(task.stage).highlights(places.paths), shown or {})
 
 
 def run_fetch(repository: str, revision: str, *, data: str) -> dict[str, str]:
@@ -146,11 +148,14 @@ def run_fetch(repository: str, revision: str, *, data: str) -> dict[str, str]:
 
 
 def run_finish(state: str) -> None:
-    """Ends the pipeline's run in MLflow with the state that KFP gave the pipeline."""
+    """Ends the pipeline's run in MLflow with the state that KFP gave the pipeline.
+
+    Released servers leave a graph RUNNING that has long ended well (kubeflow/pipelines#13321). So a state that is no
+    end says nothing, and the run ends as its stages left it.
+    """
     quiet_libraries()
-    status = {"SUCCEEDED": "FINISHED", "CANCELLED": "KILLED", "CANCELED": "KILLED"}.get(state, "FAILED")
     with _ended_as_the_command_line("finish"):
-        finish_pipeline(environment.tracker(), context(), status)
+        finish_pipeline(environment.tracker(), context(), ENDS.get(state))
 
 
 @contextlib.contextmanager

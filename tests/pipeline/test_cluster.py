@@ -194,7 +194,7 @@ def test_a_volume_for_checkpoints_alone_is_mounted_only_where_there_are_any(tmp_
 
 
 def test_jobs_run_at_most_so_many_at_a_time(compiled: Compiled) -> None:
-    policy = compiled.graphs.tasks["for-loop-1"].get("iteratorPolicy", {})
+    policy = compiled.graphs.tasks[compiled.graphs.loop].get("iteratorPolicy", {})
     assert policy.get("parallelismLimit") == compiled.cluster.parallel_jobs
 
 

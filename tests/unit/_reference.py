@@ -117,13 +117,14 @@ def l2norm(vector: Tensor) -> Tensor:
     return vector / torch.sqrt((vector * vector).sum())
 
 
-def prototypes(vectors: Tensor, labels: Tensor, images: range) -> dict[int, Tensor]:
-    """Unit mean of the vectors [B, C, h, w] of each class that some pixel of these images has."""
+def prototypes(vectors: Tensor, labels: Tensor, images: range, normalize: bool = True) -> dict[int, Tensor]:
+    """Mean of the vectors [B, C, h, w] of each class that some pixel of these images has, at length one or as it is."""
     members: dict[int, list[Tensor]] = {}
     for b, i, j in pixels(vectors):
         if b in images and labels[b, i, j] != 255:
             members.setdefault(int(labels[b, i, j]), []).append(vectors[b, :, i, j])
-    return {c: l2norm(mean(members[c])) for c in sorted(members)}
+    means = {c: mean(members[c]) for c in sorted(members)}
+    return {c: l2norm(vector) for c, vector in means.items()} if normalize else means
 
 
 def apd_local(
@@ -152,7 +153,7 @@ def apd_local(
     divergences, distances = [], []
     slots = torch.zeros(len(target), num_classes, *labels.shape[1:], dtype=torch.float64)
     for images in groups:
-        ours, theirs = prototypes(student, labels, images), prototypes(teacher, labels, images)
+        ours, theirs = (prototypes(vectors, labels, images, normalize) for vectors in (student, teacher))
         if not ours:
             continue
         distances.append(mean([1 - (ours[c] * theirs[c].detach()).sum() for c in ours]))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from segdistill.engine import checkpoint
 from segdistill.errors import UserError
 from segdistill.losses import ClassQueues, class_means, random_members
-from segdistill.methods import parse_method
+from segdistill.methods import cirkd, parse_method
 from segdistill.methods.cirkd import CrossImageRelations, image_pair_kl, memory_kl
 from segdistill.models.outputs import ModelInfo, Outputs
 
@@ -126,6 +126,18 @@ def test_relations_in_the_batch_equal_the_slow_loop_over_pairs_of_images(
     fitted, theirs = reference.resized(student.last_feature, (3, 4), False), teacher.last_feature
     slow = slow_pairs(slow_pool(fitted, pool), slow_pool(theirs, pool), 0.3)
     assert_same(fast, slow, student.last_feature)
+
+
+@pytest.mark.parametrize(("side", "pool"), [(256, 4), (255, 1)])
+def test_maps_of_256_cells_a_side_are_averaged_over_four_as_in_the_released_code(
+    side: int, pool: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+    monkeypatch.setattr(cirkd, "image_pair_kl", lambda student, teacher, **_: compared.extend((student, teacher)))
+    maps = torch.rand(1, 2, side, 300)
+    build(**ALONE["minibatch"])._minibatch(maps, maps)
+    for pooled in compared:
+        torch.testing.assert_close(pooled, slow_pool(maps, pool))
 
 
 def test_two_images_of_one_pixel_worked_by_hand() -> None:

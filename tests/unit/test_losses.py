@@ -211,7 +211,7 @@ def test_prototypes_equal_the_slow_loop(scene: tuple[Tensor, Tensor, Tensor], sc
     found = losses.local_perspective(features, members, scope=scope, cosine_scale=2.0, normalize=False).prototypes
     groups = [range(len(labels))] if scope == "batch" else [range(b, b + 1) for b in range(len(labels))]
     for group, images in enumerate(groups):
-        expected = reference.prototypes(features, labels, images)
+        expected = reference.prototypes(features, labels, images, normalize=False)
         assert present[group].nonzero().flatten().tolist() == list(expected)
         for c in range(classes):
             wanted = expected.get(c, torch.zeros_like(found[group, c]))
