@@ -88,7 +88,7 @@ GEOMETRIES = {
     "equal": (Shape(), Shape(), (24, 28)),
     "odd": (Shape((5, 3), (5, 3)), Shape((5, 3), (5, 3)), (37, 21)),
     "finer student": (Shape((12, 14), (12, 14), 6), Shape((6, 7), (6, 7), 11), (48, 56)),
-    "finer teacher": (Shape((5, 7), (5, 7), 5), Shape((10, 13), (20, 26), 9), (40, 53)),
+    "finer teacher": (Shape((5, 7), (5, 7), 5), Shape((10, 14), (20, 27), 9), (40, 53)),
     "one pixel": (Shape((1, 1), (1, 1)), Shape((1, 1), (1, 1)), (4, 4)),
 }
 
@@ -113,7 +113,7 @@ def outputs(
         return values.requires_grad_(grad)
 
     height, width = shape.last
-    stages = [(max(height >> level, 1), max(width >> level, 1)) for level in range(4)]
+    stages = [(-(-height // 2**level), -(-width // 2**level)) for level in range(4)]
     features = tuple(draw(channels, size) for channels, size in zip((4, 6, 8, 10), stages, strict=True))
     aux = draw(num_classes, stages[2])
     return Outputs(draw(num_classes, shape.logits), features, draw(shape.width, shape.last), aux)
