@@ -54,13 +54,18 @@ def compile_to(path: Path, params: Mapping[str, Any], *, cluster: Path | None = 
         params: the content of params.yaml.
         cluster: what tasks ask of the cluster; by default ``pipelines/cluster.yaml``.
         caching: whether KFP may take over results of earlier runs, but for ``register``.
+
+    Raises:
+        UserError: a mistake in one of them, or a matrix that is too large for one run.
     """
     given = arguments(params)
     from kfp import compiler
 
     from pipelines.cluster import DEFAULT, Placement, read_cluster
     from pipelines.distillation import pipeline
+    from pipelines.limits import check_matrix
 
+    check_matrix(given)
     place = Placement(read_cluster(cluster or DEFAULT), caching=caching)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.partial.yaml")  # the compiler goes by the suffix
@@ -136,14 +141,16 @@ def data_version(repository: str, revision: str) -> dict[str, str]:
         UserError: a repository, revision or remote that pods cannot read.
     """
     from segdistill.adapters.dvc_version import find
-    from segdistill.adapters.git_files import shown
+    from segdistill.adapters.secrets import masked_text
 
     if Path(repository).exists() or repository.startswith("file:"):
         raise UserError(
             f"--repository: '{repository}' is a folder of this machine; give an address that pods can reach"
         )
     if re.match(r"https?://[^/]*@|[^:]+://[^/@]*:[^/@]*@", repository):
-        raise UserError(f"--repository: '{shown(repository)}' was given with credentials; docs/kubeflow.md says how")
+        raise UserError(
+            f"--repository: '{masked_text(repository)}' was given with credentials; docs/kubeflow.md says how"
+        )
     found = find(repository, revision)
     if found.remote.bucket is None:
         raise UserError(f"{repository}: its DVC remote is a folder, '{found.remote.prefix}'; pods need one in S3")

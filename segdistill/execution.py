@@ -6,7 +6,6 @@ import importlib.util
 import inspect
 import json
 import logging
-import os
 import re
 import subprocess
 import time
@@ -16,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from segdistill import environment
 from segdistill.config import parse
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker, Tracker
 from segdistill.errors import Interrupted, UserError, nearest
@@ -54,11 +54,11 @@ def context(params_path: Path | None = None) -> Context:
     data_file = Path("data.dvc")
     recorded = data_file.read_text() if data_file.exists() else ""
     found = re.search(r"md5:\s*(\S+)", recorded)
-    md5 = os.environ.get("SEGDISTILL_DATA_MD5") or (found.group(1) if found else "unknown")
-    commit = os.environ.get("SEGDISTILL_GIT_COMMIT") or _git("rev-parse", "HEAD") or "unknown"
+    md5 = environment.data_md5() or (found.group(1) if found else "unknown")
+    commit = environment.git_commit() or _git("rev-parse", "HEAD") or "unknown"
     params = params_path.read_text() if params_path else ""
     state = sha256((recorded + params + commit).encode()).hexdigest()[:8]
-    return Context(md5, commit, os.environ.get("SEGDISTILL_PIPELINE_RUN") or f"{commit[:8]}-{state}")
+    return Context(md5, commit, environment.pipeline_run() or f"{commit[:8]}-{state}")
 
 
 def _git(*arguments: str) -> str | None:
@@ -78,7 +78,7 @@ def open_tracker(kind: str, here: Context, stage: Stage, job: Job | None, folder
         job: the cell of the matrix, of a stage that runs once per job.
         folder: for JSON lines, and for what MLflow was not sent yet.
     """
-    if int(os.environ.get("RANK", "0")):
+    if environment.rank():
         return NullTracker()  # rank 0 speaks
     kind = _chosen(kind)
     if kind == "mlflow":
@@ -92,8 +92,8 @@ def open_tracker(kind: str, here: Context, stage: Stage, job: Job | None, folder
     return NullTracker()
 
 
-def finish_pipeline(kind: str, here: Context, status: str) -> None:
-    """Ends the pipeline run that stages have logged to: FINISHED, FAILED or KILLED."""
+def finish_pipeline(kind: str, here: Context, status: str | None) -> None:
+    """Ends the pipeline run that stages have logged to: FINISHED, FAILED or KILLED, or None, as the stages left it."""
     if _chosen(kind) == "mlflow":
         from segdistill.adapters.mlflow_store import default_store, finish_parent
 
@@ -150,6 +150,7 @@ def run_stage(
     tracker: Tracker,
     started: float,
     work: Path | None = None,
+    device: str = "auto",
 ) -> None:
     """Runs one stage and records where its seconds went.
 
@@ -161,6 +162,7 @@ def run_stage(
         tracker: of the pipeline run; closed with the stage's true status.
         started: when the process began, in seconds since the epoch; what no activity claims is start-up.
         work: where a stage that trains keeps its checkpoint, its fingerprint appended; None is beside its output.
+        device: of a stage that trains or evaluates: "cpu", "cuda", or "auto" for a GPU where there is one.
 
     Raises:
         UserError: whatever the stage finds wrong, a full disk, or another process that writes the same outputs, whose
@@ -172,7 +174,7 @@ def run_stage(
             for output in outputs:
                 held.enter_context(lock(output, f"segdistill {_label(stage, job)}"))
         held.enter_context(disk_errors(outputs[0]))
-        _run_stage(stage, chosen, paths=paths, job=job, tracker=tracker, started=started, work=work)
+        _run_stage(stage, chosen, paths=paths, job=job, tracker=tracker, started=started, work=work, device=device)
 
 
 def _run_stage(
@@ -184,13 +186,14 @@ def _run_stage(
     tracker: Tracker,
     started: float,
     work: Path | None,
+    device: str,
 ) -> None:
     module = stage_module(stage)
     status = "FAILED"
     try:
         own, *others = stage.params
         config = parse(module.Config, chosen[own], own)
-        arguments: dict[str, Any] = {"tracker": tracker, "work": work}
+        arguments: dict[str, Any] = {"tracker": tracker, "work": work, "device": device}
         if job is not None:
             arguments |= {"experiment": job.experiment, "seed": job.seed}
         for key in others:

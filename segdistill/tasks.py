@@ -4,9 +4,7 @@ KFP names the folders of a task's inputs and outputs, and promises little about 
 each folder that it makes, which also carries the version of the data set from task to task; a folder without its mark
 is refused, whatever a runner says of the task that was to make it.
 
-The environment says what is not a matter of the pipeline: ``SEGDISTILL_WORK`` (a volume for checkpoints),
-``SEGDISTILL_SHARED`` (a volume for large outputs), ``SEGDISTILL_PROCESSES`` (how many processes train together, if not
-one for each accelerator), ``SEGDISTILL_TRAINJOB`` (on which other nodes).
+What is not a matter of the pipeline, the environment says: ``environment.py``.
 """
 
 import json
@@ -21,6 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from segdistill import environment
 from segdistill.config import parse
 from segdistill.errors import Interrupted, UserError, exit_codes
 from segdistill.execution import (
@@ -40,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 ELSEWHERE = ".elsewhere"  # in place of an output's content: the folder of a volume that has it
 
+# How the pipeline ended, in the words that released servers take from ML Metadata, and in those of KFP's local runner.
+ENDS = {"COMPLETE": "FINISHED", "CACHED": "FINISHED", "SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELED": "KILLED"}
+
 Paths = Mapping[str, str | list[str]]
 
 
@@ -52,6 +54,8 @@ class Task:
     paths: Paths  # inputs and outputs; the folders of every job may come in any order
     experiment: str | None = None
     seed: int | None = None
+    accelerator: str = ""  # the resource's name, such as nvidia.com/gpu
+    accelerators: int = 0  # how many of it this machine has for the task
 
     @property
     def stage(self) -> Stage:
@@ -84,7 +88,7 @@ def run_component(
     seed: int | None = None,
     accelerator: str = "",
     accelerators: str = "0",
-) -> Highlights:
+) -> None:
     """Runs one stage as a task; ends the process as the command line does.
 
     Args:
@@ -98,24 +102,24 @@ def run_component(
         accelerator: the resource's name, such as nvidia.com/gpu, of a stage that trains or evaluates.
         accelerators: how many of it the task has, in digits, as KFP gives them to the pod.
     """
-    task = Task(name, params, paths, experiment, seed)
     quiet_libraries()
     with exit_codes(f"segdistill {name}"):
-        places, count = _places(task), _processes(accelerator, accelerators)
-        nodes = os.environ.get("SEGDISTILL_TRAINJOB")
+        task = Task(name, params, paths, experiment, seed, accelerator, _count(accelerator, accelerators))
+        places, count = _places(task), environment.processes(default=max(1, task.accelerators))
+        nodes = environment.trainjob()
         if places.shared and all(folder.is_dir() for folder in places.shared.values()):
             logger.info("%s: is on the volume already", ", ".join(map(str, places.shared.values())))
             _complete(task, places)
-        elif nodes:
-            on = {"accelerator": accelerator, "accelerators": int(accelerators)} if int(accelerators) else {}
-            _run_on_nodes(task, json.loads(nodes), on, count)
-        elif count > 1:
-            _run_together(task, count)
+        elif nodes is not None:
+            _run_on_nodes(task, nodes, count)
         else:
-            _execute(task, places)
-        found = stage_module(task.stage).highlights(places.paths) if task.stage.shows else Highlights()
-        _show(found, shown or {})
-    return found
+            _require_accelerators(task)
+            if count > 1:
+                _run_together(task, count)
+            else:
+                _execute(task, places)
+        if task.stage.shows:
+            _show(stage_module(task.stage).highlights(places.paths), shown or {})
 
 
 def run_fetch(repository: str, revision: str, *, data: str) -> dict[str, str]:
@@ -134,9 +138,9 @@ def run_fetch(repository: str, revision: str, *, data: str) -> dict[str, str]:
         from segdistill.adapters.dvc_remote import fetch
         from segdistill.adapters.dvc_version import find
 
-        output, volume = Path(data), os.environ.get("SEGDISTILL_SHARED")
+        output, volume = Path(data), environment.shared_volume()
         (output / COMPLETED).unlink(missing_ok=True)  # of an earlier attempt
-        where = Path(volume) / "data" / find(repository, revision).md5 if volume else output
+        where = volume / "data" / find(repository, revision).md5 if volume else output
         version = fetch(repository, revision, where)
         facts = {"data_md5": version.md5, "data_commit": version.commit}
         if volume:
@@ -146,11 +150,14 @@ def run_fetch(repository: str, revision: str, *, data: str) -> dict[str, str]:
 
 
 def run_finish(state: str) -> None:
-    """Ends the pipeline's run in MLflow with the state that KFP gave the pipeline."""
+    """Ends the pipeline's run in MLflow with the state that KFP gave the pipeline.
+
+    Released servers leave a graph RUNNING that has long ended well (kubeflow/pipelines#13321). So a state that is no
+    end says nothing, and the run ends as its stages left it.
+    """
     quiet_libraries()
-    status = {"SUCCEEDED": "FINISHED", "CANCELLED": "KILLED", "CANCELED": "KILLED"}.get(state, "FAILED")
     with exit_codes("segdistill finish"):
-        finish_pipeline(os.environ.get("SEGDISTILL_TRACKER", "auto"), context(), status)
+        finish_pipeline(environment.tracker(), context(), ENDS.get(state))
 
 
 # Where things are
@@ -223,12 +230,12 @@ def _real(folder: Path) -> Path:
 
 def _on_volume(task: Task, chosen: Mapping[str, Any], data: Mapping[str, str]) -> dict[str, Path]:
     """Where large outputs go if there is a volume for them: a folder that every run with the same cause shares."""
-    volume = os.environ.get("SEGDISTILL_SHARED")
-    if not volume or not task.stage.large:
+    volume = environment.shared_volume()
+    if volume is None or not task.stage.large:
         return {}
     cause = [task.name, dict(chosen), dict(data), context().git_commit]
     name = f"{task.name}-{sha256(json.dumps(cause, sort_keys=True).encode()).hexdigest()[:16]}"
-    return {output: Path(volume) / name / output for output in task.stage.large}
+    return {output: volume / name / output for output in task.stage.large}
 
 
 def _point(output: Path, real: Path) -> None:
@@ -260,28 +267,38 @@ def _execute(task: Task, places: Places) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
     # A pod that is tried again finds nothing beside its output. A volume that outlives it may hold the checkpoint, and
     # what the tracker was not sent yet.
-    volume, label = os.environ.get("SEGDISTILL_WORK"), f"{task.name}-{task.job}" if task.job else task.name
-    work = Path(volume) / here.pipeline_run / label if volume else None
-    tracking = Path(volume) / "tracking" / label if volume else TRACKING
-    kind = os.environ.get("SEGDISTILL_TRACKER", "auto")
+    volume, label = environment.work_volume(), f"{task.name}-{task.job}" if task.job else task.name
+    work = volume / here.pipeline_run / label if volume else None
+    tracking = volume / "tracking" / label if volume else TRACKING
+    kind = environment.tracker()
     tracker = open_tracker(kind, here, task.stage, task.job, tracking)
     run_stage(
-        task.stage, places.chosen, paths=places.paths, job=task.job, tracker=tracker, started=started, work=work
+        task.stage, places.chosen, paths=places.paths, job=task.job, tracker=tracker, started=started, work=work,
+        device="cuda" if task.accelerators else "auto",
     )  # fmt: skip
-    if not int(os.environ.get("RANK", "0")):
+    if not environment.rank():
         _complete(task, places)
 
 
-def _processes(accelerator: str, accelerators: str) -> int:
-    """As many as the environment says, or one for each accelerator."""
+def _count(accelerator: str, accelerators: str) -> int:
+    """How many accelerators the task has."""
     if not accelerators.isdecimal():
         raise UserError(f"accelerators: '{accelerators}' is not a number of them; expected 0 or more")
     if int(accelerators) and not accelerator:
         raise UserError(f"accelerator: missing; name the resource of which the task has {accelerators}")
-    text = os.environ.get("SEGDISTILL_PROCESSES", str(max(1, int(accelerators))))
-    if not text.isdecimal() or not int(text):
-        raise UserError(f"SEGDISTILL_PROCESSES: '{text}' is not a number of processes; expected 1 or more")
-    return int(text)
+    return int(accelerators)
+
+
+def _require_accelerators(task: Task) -> None:
+    """A pod may have its GPUs and no driver that this torch can use: days on the CPU are no substitute.
+
+    Raises:
+        UserError: torch sees fewer accelerators than the task was given.
+    """
+    if task.accelerators and task.stage.on_device:
+        from segdistill.engine.device import require_gpus
+
+        require_gpus(task.accelerators, f"accelerators: {task.accelerators} of {task.accelerator} were asked for")
 
 
 def _run_together(task: Task, count: int) -> None:
@@ -291,7 +308,7 @@ def _run_together(task: Task, count: int) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the stage has said what was wrong
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    environment.set_defaults({"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))})
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "task.json"
         file.write_text(json.dumps(asdict(task)))
@@ -308,13 +325,12 @@ def _run_together(task: Task, count: int) -> None:
             raise Interrupted("stopped; the checkpoint is written, and the next attempt goes on from it") from None
 
 
-def _run_on_nodes(task: Task, template: Mapping[str, Any], on: Mapping[str, Any], count: int) -> None:
+def _run_on_nodes(task: Task, template: Mapping[str, Any], count: int) -> None:
     """Runs the stage as a TrainJob, which reads and writes on a volume, and brings its outputs here.
 
     Args:
         task: what to run.
         template: the fields of the job that the pipeline fixed when it was compiled.
-        on: the ``accelerator`` of each node and how many ``accelerators`` it has; empty: the CPU.
         count: of processes on each node.
     """
     from segdistill.adapters.shared_volume import shared
@@ -331,13 +347,14 @@ def _run_on_nodes(task: Task, template: Mapping[str, Any], on: Mapping[str, Any]
         there = replace(task, paths={key: str(path) for key, path in (placed.inputs | placed.outputs).items()})
         file = volume / "outputs" / name / "task.json"
         file.write_text(json.dumps(asdict(there)))
+        on = {"accelerator": task.accelerator, "accelerators": task.accelerators} if task.accelerators else {}
         own = {
             "name": name,
             "command": [*LAUNCH, __name__],
             "args": [str(file)],
             "processes": count,
-            "resources": {**template["resources"], **on},
-            "env": {**template.get("env", {}), "SEGDISTILL_PIPELINE_RUN": run_id},
+            "resources": {**template["resources"], **on},  # without any: the CPU
+            "env": {**template.get("env", {}), **environment.injected(), "SEGDISTILL_PIPELINE_RUN": run_id},
         }
         run(parse(TrainJob, {**template, **own}, "SEGDISTILL_TRAINJOB"))
     placed.bring_back()
@@ -361,6 +378,7 @@ def main(path: str) -> None:
     task = Task(**json.loads(Path(path).read_text()))
     quiet_libraries()
     with exit_codes(f"segdistill {task.name}"):
+        _require_accelerators(task)
         _execute(task, _places(task))
 
 

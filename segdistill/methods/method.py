@@ -3,7 +3,8 @@
 A method is one file: a config with ``name`` and ``weight``, one or more pure functions, and a class that joins the two.
 It returns its terms raw; the learner applies the weights and logs both. Trainable helpers (projections, heads, memory
 banks) are submodules of the method: optimised with the student, wrapped with it by DDP, kept in the resume checkpoint,
-never exported. Adding a method touches its file and the table in ``methods/__init__.py``.
+never exported. Adding a method touches its file and the table in ``methods/__init__.py``; its contract
+tests ask for its formula, written a second time, in tests/contracts/formulas.py.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ class MethodConfig:
     weight: NonNegative = 1.0
     """Factor of all of the method's terms; 0 switches the method off."""
     ramp: Fraction = 0.0
-    """Part of the budget over which the method's factor rises linearly from 0; 0 is the full weight from the start."""
+    """Part of the budget over which the factors of what teaches a student rise from 0; 0: full from the start."""
 
 
 class Method(nn.Module):
@@ -46,6 +47,8 @@ class Method(nn.Module):
     """What it compares, and what it builds for that."""
     evidence: ClassVar[Evidence]
     """Where the formula comes from: the authors' code, another public implementation, texts about the paper, ..."""
+    helper_terms: ClassVar[tuple[str, ...]] = ()
+    """Terms that train helpers alone, and no student: neither ``weight`` nor ``ramp`` scales them."""
 
     config: Any
 

@@ -179,7 +179,7 @@ class Structured(OfflineMethod):
             stride2   CIRKD's port: h/2 x w/2 nodes, the norm in the graph (detach_norm: false); weight 10
 
         Both stand beside ``kd`` (1.0 in CIRKD) and holistic: 0.1 in SKD, 0.001 in IFVD, CWD and CIRKD, the critic's
-        loss times 0.1. ``weight`` does not scale the critic's loss.
+        loss times 0.1. ``weight`` and ``ramp`` do not scale the critic's loss.
 
     Masks:
         None: no label enters, every pixel counts.
@@ -202,6 +202,7 @@ class Structured(OfflineMethod):
     paper = "Liu et al., CVPR 2019"
     needs = "last feature; holistic: logits, a critic with an optimiser of its own"
     evidence = "official code"
+    helper_terms = ("critic",)
     config: SKDConfig
 
     def __init__(self, config: SKDConfig, student: ModelInfo, teacher: ModelInfo) -> None:

@@ -79,7 +79,7 @@ def test_the_compiled_file_is_a_pipeline_to_kfp(
 def test_the_loop_is_handed_all_that_its_tasks_read(documents: tuple[dict[str, Any], dict[str, Any]]) -> None:
     # kfp 2.17.0 compiles a resource setting that is a pipeline parameter, and forgets to hand it into a loop.
     graphs = Graphs(documents[0])
-    assert graphs.inside("distill", "for-loop-1")
+    assert graphs.inside("distill", graphs.loop)
     for name, task in graphs.tasks.items():
         around = graphs.content[graphs.graph_of[name]].get("inputDefinitions", {})
         for kind, key in (("parameters", "componentInputParameter"), ("artifacts", "componentInputArtifact")):
