@@ -28,6 +28,8 @@ def parser() -> argparse.ArgumentParser:
         if stage.per_job:
             sub.add_argument("--experiment", required=True, help="a name under experiments in the parameters")
             sub.add_argument("--seed", type=int, required=True)
+        if stage.on_device:
+            _add_device(sub)
         for name, path in {**stage.inputs, **stage.outputs, **stage.metrics}.items():
             sub.add_argument(f"--{name.replace('_', '-')}", dest=f"path_{name}", type=Path, metavar="PATH",
                              help=f"instead of {path}")  # fmt: skip
@@ -61,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--strengths", type=float, nargs="+", default=[0.1, 0.3, 1.0, 3.0], metavar="R",
                            help="weighted term over cross-entropy, to print the weight for")  # fmt: skip
     calibrate.add_argument("--json", action="store_true", help="print JSON")
+    _add_device(calibrate)
     methods = commands.add_parser("methods", help="the distillation methods; with a NAME: its formula and parameters")
     page = methods.add_mutually_exclusive_group()
     page.add_argument("name", nargs="?", metavar="NAME", help="a method: its formula, weights, parameters and source")
@@ -69,6 +72,11 @@ def parser() -> argparse.ArgumentParser:
     sync = commands.add_parser("sync", help="send to MLflow what could not be sent while its server was away")
     sync.add_argument("folder", type=Path, nargs="?", default=Path("artifacts/tracking"))
     return top
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                         help="where networks run; auto: a GPU if torch can use one (%(default)s)")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,7 +154,8 @@ def _stage(arguments: argparse.Namespace) -> None:
     }
     tracker = execution.open_tracker(arguments.tracker, execution.context(arguments.params), stage, job)
     chosen = execution.sections(stage, params, job)
-    execution.run_stage(stage, chosen, paths=paths, job=job, tracker=tracker, started=started)
+    device = arguments.device if stage.on_device else "auto"
+    execution.run_stage(stage, chosen, paths=paths, job=job, tracker=tracker, started=started, device=device)
     if stage.name == "register":
         from segdistill.stages.summary import show
 
@@ -177,7 +186,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     found = calibrate.run(
         parse(Config, params["distill"], "distill"), experiment=name, seed=arguments.seed, steps=arguments.steps,
         settings=parse(ExperimentConfig, params["experiments"][name], f"experiments.{name}"),
-        prepared=inputs["prepared"], teacher=inputs["teacher"],
+        prepared=inputs["prepared"], teacher=inputs["teacher"], device=arguments.device,
     )  # fmt: skip
     if arguments.json:
         print(json.dumps(calibrate.as_json(found, arguments.strengths), indent=2))

@@ -148,6 +148,7 @@ def run_stage(
     tracker: Tracker,
     started: float,
     work: Path | None = None,
+    device: str = "auto",
 ) -> None:
     """Runs one stage and records where its seconds went.
 
@@ -159,13 +160,14 @@ def run_stage(
         tracker: of the pipeline run; closed with the stage's true status.
         started: when the process began, in seconds since the epoch; what no activity claims is start-up.
         work: where a stage that trains keeps its checkpoint, its fingerprint appended; None is beside its output.
+        device: of a stage that trains or evaluates: "cpu", "cuda", or "auto" for a GPU where there is one.
     """
     module = stage_module(stage)
     status = "FAILED"
     try:
         own, *others = stage.params
         config = parse(module.Config, chosen[own], own)
-        arguments: dict[str, Any] = {"tracker": tracker, "work": work}
+        arguments: dict[str, Any] = {"tracker": tracker, "work": work, "device": device}
         if job is not None:
             arguments |= {"experiment": job.experiment, "seed": job.seed}
         for key in others:

@@ -1,6 +1,7 @@
 """The compiled pipeline by the rules of the released servers (backend.py), from fetch to register."""
 
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from test_kubeflow import PARAMS, tiny
 from versioned import commit_data
 
 from segdistill.config import read_yaml
+from segdistill.errors import UserError
 
 pytest.importorskip("kfp")
 GOLDEN = (Path(__file__).parent / "golden/pipeline.yaml").read_text()
@@ -105,6 +107,27 @@ def test_an_attempt_that_fails_is_no_end(tmp_path: Path) -> None:
 def test_arguments_beyond_what_a_process_takes_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(TaskFailed, match="--runtime_config: argument list too long"):
         Server(tmp_path, stub).start(GOLDEN, VERSION | {"compare_params": 128 * 1024 * "x"})
+
+
+def test_as_many_jobs_as_may_be_submitted_can_be_handed_over(tmp_path: Path) -> None:
+    from pipelines.__main__ import arguments
+    from pipelines.limits import check_matrix
+
+    params = read_yaml(Path(__file__).parent / "golden/params.yaml")
+
+    def given(seeds: int) -> dict[str, Any]:
+        return arguments({**params, "run": ["kd"], "seeds": list(range(seeds))})
+
+    with pytest.raises(UserError, match="100 jobs are more than") as refused:
+        check_matrix(given(100))
+    number = int(re.findall("of these jobs the first ([0-9]+) would fit", str(refused.value))[0])
+    check_matrix(given(number))
+    run = Server(tmp_path, stub).start(GOLDEN, VERSION | given(number))
+    assert run.state == "SUCCEEDED", run.failed
+    assert len(run.of("compare")[0].artifacts["students"]) == number
+    jobs = [{**job, "params": "{}"} for job in given(300)["jobs"]]
+    beyond = Server(tmp_path, stub).start(GOLDEN, VERSION | {"jobs": jobs})
+    assert "argument list too long" in beyond.failed["compare"]
 
 
 # The shape that it had before, for which the rules of the servers are no less true
