@@ -170,7 +170,7 @@ def run_stage(
     """
     outputs = [_place(stage, name, job, paths) for name in stage.outputs]
     with contextlib.ExitStack() as held:
-        if not int(os.environ.get("RANK", "0")):  # the others of this run work for rank 0
+        if not environment.rank():  # the others of this run work for rank 0
             for output in outputs:
                 held.enter_context(lock(output, f"segdistill {_label(stage, job)}"))
         held.enter_context(disk_errors(outputs[0]))
