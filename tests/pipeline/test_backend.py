@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from backend import Executor, PodLost, Run, Server, TaskFailed, run_source
+from compiled import Graphs
 from test_kubeflow import PARAMS, tiny
 from versioned import commit_data
 
@@ -76,6 +77,23 @@ def test_no_graph_within_the_graph_is_handed_a_list_of_artifacts() -> None:
 
     assert not lists(GOLDEN)
     assert lists(compiled(of_the_old_shape))
+
+
+def test_no_graph_within_the_graph_is_handed_an_artifact_under_two_names() -> None:
+    graphs = Graphs(next(iter(yaml.safe_load_all(GOLDEN))))
+    for name in graphs.content.keys() - {"root"}:
+        given = graphs.tasks[name].get("inputs", {}).get("artifacts", {})
+        origins = [graphs.origin(name, source, "Artifact") for source in given.values()]
+        assert len(set(origins)) == len(origins), name
+
+
+def test_values_arrive_as_the_types_that_a_task_declares_or_not_at_all(tmp_path: Path) -> None:
+    run = Server(tmp_path, stub).start(GOLDEN, VERSION | {"accelerator_count": 4})
+    assert {one.parameters["accelerators"] for one in run.of("distill")} == {"4"}
+    jobs = [{"experiment": "kd", "seed": 2**53 + 1, "params": "{}"}, {"experiment": "kd", "seed": "1", "params": "{}"}]
+    run = Server(tmp_path, stub).start(GOLDEN, VERSION | {"jobs": jobs})
+    assert [one.parameters["seed"] for one in run.of("distill")] == [2**53], "a double"
+    assert run.failed == {"distill": 'input parameter "seed" type mismatch: expect NUMBER_INTEGER, got STRING'}
 
 
 @pytest.mark.parametrize("version", ["2.14.0", "2.16.1", "2.17.0"])
