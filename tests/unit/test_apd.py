@@ -133,8 +133,8 @@ def test_the_global_term_equals_the_slow_loop(upsample: bool, masked: bool) -> N
     student, teacher, target = draw(5, (3, 4)), draw(7, seed=1), labels()
     size = (13, 17) if upsample else (4, 5)
     slow = reference.pixel_kl(
-        reference.bilinear(student.logits, size, align_corners=True),
-        reference.bilinear(teacher.logits, size, align_corners=True),
+        reference.resized(student.logits, size, align_corners=True),
+        reference.resized(teacher.logits, size, align_corners=True),
         reference.nearest(target, size) if masked else None,
         temperature=2.0,
     )
@@ -146,7 +146,7 @@ def test_features_of_other_size_are_brought_to_the_teachers_size_before_the_head
     teacher = draw(7, seed=1)
     for size in ((2, 3), (8, 10)):
         student = draw(5, size)
-        fitted = with_last(student, reference.bilinear(student.last_feature, (4, 5), align_corners=True))
+        fitted = with_last(student, reference.resized(student.last_feature, (4, 5), align_corners=True))
         found, expected = method(student, teacher, target), method(fitted, teacher, target)
         for term in LOCAL:
             torch.testing.assert_close(found[term], expected[term])

@@ -99,10 +99,10 @@ def test_the_method_and_its_gradients_equal_the_slow_loop(
     found = method(student, teacher, target)
     assert method.visual_projection is not None and method.linguistic_projection is not None
     ours, theirs = student.features[3], teacher.features[3]
-    visual = reference.bilinear(method.visual_projection(ours), (3, 4), align_corners)
+    visual = reference.resized(method.visual_projection(ours), (3, 4), align_corners)
     vector = method.linguistic_projection(ours.mean((2, 3))[:, :, None, None])[:, :, 0, 0]
     size = (7, 9) if upsample else (6, 8)
-    logits = [reference.bilinear(outputs.logits, size, align_corners) for outputs in (student, teacher)]
+    logits = [reference.resized(outputs.logits, size, align_corners) for outputs in (student, teacher)]
     expected = {
         "pdd": slow.pdd(*logits, reference.nearest(target, size)),
         "visual": slow.channel_kl(rows(visual), rows(theirs), kl_direction),
@@ -122,7 +122,7 @@ def test_every_reading_of_the_decoupled_term_equals_the_slow_loop(reading: str, 
     (student, teacher), target = pair(), labels((6, 8))
     size = (6, 8)
     expected = slow.pdd(
-        reference.bilinear(student.logits, size, False),
+        reference.resized(student.logits, size, False),
         teacher.logits,
         target,
         reading=reading,
@@ -138,7 +138,7 @@ def test_the_taps_are_those_of_the_config() -> None:
     (student, teacher), target = pair(), labels()
     found = method(student, teacher, target)
     assert method.visual_projection is not None
-    visual = reference.bilinear(method.visual_projection(student.last_feature), (3, 4), False)
+    visual = reference.resized(method.visual_projection(student.last_feature), (3, 4), False)
     torch.testing.assert_close(
         found["visual"], slow.channel_kl(rows(visual), rows(teacher.features[3]), "teacher_to_student")
     )

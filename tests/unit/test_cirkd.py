@@ -123,7 +123,7 @@ def test_relations_in_the_batch_equal_the_slow_loop_over_pairs_of_images(
     student, teacher = draw(5, size, images=3), draw(7, seed=1, images=3)
     method = build(**ALONE["minibatch"], pool=pool, block_rows=block_rows, temperature=0.3)
     fast = method(student, teacher, labels(images=3))["minibatch"]
-    fitted, theirs = reference.bilinear(student.last_feature, (3, 4), False), teacher.last_feature
+    fitted, theirs = reference.resized(student.last_feature, (3, 4), False), teacher.last_feature
     slow = slow_pairs(slow_pool(fitted, pool), slow_pool(theirs, pool), 0.3)
     assert_same(fast, slow, student.last_feature)
 
@@ -204,7 +204,7 @@ def test_memory_terms_and_their_gradients_equal_the_slow_loop_over_two_steps(
             ]
         fast = method(student, teacher, target)
         projector = method.projector
-        ours = reference.bilinear(projector(student.last_feature), (3, 4), False)
+        ours = reference.resized(projector(student.last_feature), (3, 4), False)
         for term, kept in memory.items():
             slow = slow_memory(ours, teacher.last_feature, small, kept, 0.3)
             assert_same(fast[term], slow, student.last_feature, *projector.parameters())
