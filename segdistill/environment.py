@@ -38,7 +38,7 @@ TRACKERS = ("auto", "mlflow", "jsonl", "none")
 INJECTED = "injected"
 # What the plugin of KFP's server sets in a task's container, besides a user's name and password, or a token, which it
 # takes from a secret (kubeflow/pipelines 2.17, backend/src/v2/common/plugins/mlflow/handler.go).
-_MLFLOW_OF_KFP = (
+OF_KFP = (
     "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "MLFLOW_WORKSPACE", "MLFLOW_TRACKING_AUTH",
 )  # fmt: skip
 
@@ -161,7 +161,7 @@ def injected() -> dict[str, str]:
     """What the pods of a TrainJob are to be told of the MLflow that KFP's server chose for this task."""
     if injected_run() is None:
         return {}
-    values = {name: _read(name) for name in ("SEGDISTILL_MLFLOW", *_MLFLOW_OF_KFP)}
+    values = {name: _read(name) for name in ("SEGDISTILL_MLFLOW", *OF_KFP)}
     return {name: value for name, value in values.items() if value}
 
 

@@ -361,8 +361,11 @@ def ensure_run(
     return str(run.info.run_id)
 
 
-def finish_parent(store: Store, pipeline_run: str, status: str, *, seconds: float = 60.0) -> bool:
+def finish_parent(store: Store, pipeline_run: str, status: str | None, *, seconds: float = 60.0) -> bool:
     """Ends the parent run with FINISHED, FAILED or KILLED; says whether the store took it.
+
+    None is for who does not know: the status that the stages left, of which the pipeline's last one alone writes
+    FINISHED; a run that none of them ended has FAILED.
 
     After a failure, children that still run belong to processes that were killed: they become KILLED.
     """
@@ -372,6 +375,8 @@ def finish_parent(store: Store, pipeline_run: str, status: str, *, seconds: floa
             client = store.client()
             with store.lock():
                 parent = ensure_parent(client, store, pipeline_run, {})
+            if status is None:
+                status = parent.info.status if parent.info.status in ("FINISHED", "KILLED") else "FAILED"
             if status != "FINISHED":
                 for run in _search(client, parent.info.experiment_id, pipeline_run, "run"):
                     if run.info.status == "RUNNING":
