@@ -199,7 +199,8 @@ def _sync(folder: Path) -> None:
     results = sync(folder)
     for result in results:
         reason = f" ({result.error})" if result.error else ""
-        print(f"{result.name}: {result.sent} records sent, {result.left} left{reason}")
+        refused = f", refused for good: {result.refused}" if result.refused else ""
+        print(f"{result.name}: {result.sent} records sent, {result.left} left{reason}{refused}")
     left = [result for result in results if result.left or result.error]
     if left:
         raise UserError(f"{folder}: {len(left)} of {len(results)} runs could not be sent whole; try again later")
