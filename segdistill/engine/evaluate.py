@@ -130,20 +130,20 @@ def evaluate(
     was_training, device = network.training, processes.device
     network.eval()
     per_image = torch.zeros((len(dataset), num_classes, num_classes), dtype=torch.int64, device=device)
-    finite = torch.ones((), dtype=torch.bool, device=device)
+    broken = torch.zeros((), dtype=torch.bool, device=device)
     mine = list(range(processes.rank, len(dataset), processes.world_size))
     for numbers, images, labels in _batches(dataset, mine, settings.batch_size):
         height, width = labels.shape[-2:]
         scores = predict(network, images.to(device).float() / 255, (height, width), settings, flip=flip, scales=scales)
         highest, prediction = scores.max(1)
-        finite &= highest.isfinite().all()  # a NaN among the scores comes out as the highest
+        broken |= ~highest.isfinite().all()  # a NaN among the scores comes out as the highest
         counts = confusion_matrix_per_image(prediction, labels.to(device).long(), num_classes)
         per_image[torch.tensor(numbers, device=device)] = counts
         if progress is not None:
             progress(len(numbers))
     network.train(was_training)
     summed = processes.sum(per_image).cpu().numpy()
-    if processes.sum(finite.long()).item() < processes.world_size:
+    if processes.sum(broken.long()).item():
         raise UserError("the network's scores are not finite: it diverged, and a mIoU would say nothing of it")
     if len(dataset) and not summed.any():
         raise UserError(f"the split of {len(dataset)} images has no pixel with a label; it cannot be scored")
