@@ -145,7 +145,7 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def main(work: str, out: str, *options: str) -> int:
-    """Keys: method, dropout, supervised, void, any of TrainConfig's, slow, started, and steps of signals to this process.
+    """Keys: method, dropout, supervised, void, any of TrainConfig's, slow, started, and steps of signals to itself.
 
     Those are ``die_at`` and ``die_in_save`` (SIGKILL), and ``told_in_save`` (SIGTERM).
     """
