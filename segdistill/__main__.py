@@ -6,11 +6,7 @@ import time
 from pathlib import Path
 
 from segdistill import __version__
-from segdistill.errors import Interrupted, UserError
-
-# A scheduler may run the same command again after this code (sysexits.h, EX_TEMPFAIL): the run stopped and was saved.
-EXIT_RETRY = 75
-EXIT_USER = 2
+from segdistill.errors import UserError, exit_codes
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,27 +76,16 @@ def _add_device(command: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 2 for a user's mistake, 75 for stopped and resumable."""
-    from segdistill import execution
-
+    """Runs one command; returns its exit code: 0, 2 for a user's mistake, 75 for stopped, 130 for Ctrl-C."""
     arguments = parser().parse_args(argv)
-    execution.quiet_libraries()
     try:
-        _dispatch(arguments)
-    except UserError as error:
-        print(f"segdistill {arguments.command}: {error}", file=sys.stderr)
-        return EXIT_USER
-    except KeyboardInterrupt:
-        print(f"segdistill {arguments.command}: interrupted", file=sys.stderr)
-        return 130
-    except OSError as error:
-        if error.errno not in (28, 122):  # no space left, quota
-            raise
-        print(f"segdistill {arguments.command}: {error.filename or 'disk'}: no space left on the disk", file=sys.stderr)
-        return EXIT_USER
-    except Interrupted as error:
-        print(f"segdistill {arguments.command}: {error}", file=sys.stderr)
-        return EXIT_RETRY
+        with exit_codes(f"segdistill {arguments.command}"):
+            from segdistill import execution
+
+            execution.quiet_libraries()
+            _dispatch(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
     return 0
 
 
@@ -214,7 +199,8 @@ def _sync(folder: Path) -> None:
     results = sync(folder)
     for result in results:
         reason = f" ({result.error})" if result.error else ""
-        print(f"{result.name}: {result.sent} records sent, {result.left} left{reason}")
+        refused = f", refused for good: {result.refused}" if result.refused else ""
+        print(f"{result.name}: {result.sent} records sent, {result.left} left{reason}{refused}")
     left = [result for result in results if result.left or result.error]
     if left:
         raise UserError(f"{folder}: {len(left)} of {len(results)} runs could not be sent whole; try again later")
@@ -236,15 +222,12 @@ def entry() -> int:
     """Where the process begins: the warm way if asked for and possible, else here."""
     argv = sys.argv[1:]
     if argv[:1] == ["--warm"]:
-        from segdistill import warm
+        with exit_codes("segdistill"):
+            from segdistill import warm
 
-        try:
             code = warm.run(argv[1:])
-        except UserError as error:
-            print(f"segdistill: {error}", file=sys.stderr)
-            return EXIT_USER
-        if code is not None:
-            return code
+            if code is not None:
+                return code
     return main(argv)
 
 

@@ -129,6 +129,13 @@ def tracking_uri() -> str | None:
     return _read("MLFLOW_TRACKING_URI")
 
 
+def set_tracking_server(given: str, address: str, user: str, password: str) -> None:
+    """Gives MLflow's client, and the processes below this one, an address and its password apart."""
+    os.environ |= {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
+    if tracking_uri() == given:
+        os.environ["MLFLOW_TRACKING_URI"] = address
+
+
 def injected_run() -> str | None:
     """The MLflow run that KFP's server made for this task; None where we make our own.
 

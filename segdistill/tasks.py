@@ -7,14 +7,13 @@ is refused, whatever a runner says of the task that was to make it.
 What is not a matter of the pipeline, the environment says: ``environment.py``.
 """
 
-import contextlib
 import json
 import logging
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 from segdistill import environment
 from segdistill.config import parse
-from segdistill.errors import Interrupted, UserError
+from segdistill.errors import Interrupted, UserError, exit_codes
 from segdistill.execution import (
     TRACKING,
     context,
@@ -104,7 +103,7 @@ def run_component(
         accelerators: how many of it the task has, in digits, as KFP gives them to the pod.
     """
     quiet_libraries()
-    with _ended_as_the_command_line(name):
+    with exit_codes(f"segdistill {name}"):
         task = Task(name, params, paths, experiment, seed, accelerator, _count(accelerator, accelerators))
         places, count = _places(task), environment.processes(default=max(1, task.accelerators))
         nodes = environment.trainjob()
@@ -135,7 +134,7 @@ def run_fetch(repository: str, revision: str, *, data: str) -> dict[str, str]:
         ``data_md5`` and ``data_commit``, which the folder's mark has too.
     """
     quiet_libraries()
-    with _ended_as_the_command_line("fetch"):
+    with exit_codes("segdistill fetch"):
         from segdistill.adapters.dvc_remote import fetch
         from segdistill.adapters.dvc_version import find
 
@@ -157,17 +156,8 @@ def run_finish(state: str) -> None:
     end says nothing, and the run ends as its stages left it.
     """
     quiet_libraries()
-    with _ended_as_the_command_line("finish"):
+    with exit_codes("segdistill finish"):
         finish_pipeline(environment.tracker(), context(), ENDS.get(state))
-
-
-@contextlib.contextmanager
-def _ended_as_the_command_line(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (UserError, Interrupted) as error:
-        print(f"segdistill {name}: {error}", file=sys.stderr)
-        raise SystemExit(75 if isinstance(error, Interrupted) else 2) from None
 
 
 # Where things are
@@ -387,7 +377,7 @@ def main(path: str) -> None:
     """One of the processes of a task."""
     task = Task(**json.loads(Path(path).read_text()))
     quiet_libraries()
-    with _ended_as_the_command_line(task.name):
+    with exit_codes(f"segdistill {task.name}"):
         _require_accelerators(task)
         _execute(task, _places(task))
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from segdistill.config import config
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
-from segdistill.files import disk_errors, lock, read_json, replace_folder
+from segdistill.files import disk_errors, read_json, replace_folder
 
 
 @config
@@ -47,7 +47,7 @@ def run(config: Config, *, data: Path, report: Path, prepared: Path, tracker: Tr
     layout = open_layout(config.layout, data)
     partial = prepared.with_name(f"{prepared.name}.partial")
     kept = f"finished shards wait in {partial}, and the same command continues from there"
-    with disk_errors(prepared, kept), lock(prepared, "prepare"):
+    with disk_errors(prepared, kept):
         shards = plan_shards(layout, config.shard_samples)
         written = write_shards(layout, shards, partial, max_side=config.max_side, workers=config.workers)
         total = sum(len(shard.samples) for shard in shards)

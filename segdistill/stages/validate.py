@@ -12,7 +12,7 @@ from pydantic import Field
 from segdistill.config import config
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
-from segdistill.files import lock, new_folder
+from segdistill.files import new_folder
 from segdistill.stages.highlights import Highlights
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
         raise layout.without_samples()
     facts = list(progress(inspect(layout, samples, workers=config.workers), "validate", len(samples)))
     tables, rules = _rules.tables(layout, facts, config), _rules.rules(config)
-    with lock(report, "validate"), new_folder(report) as partial:
+    with new_folder(report) as partial:
         verdicts = gx.validate(tables, [rule.expectation for rule in rules], partial / "data_docs")
         found = [_finding(rule, verdict, tables, data) for rule, verdict in zip(rules, verdicts, strict=True)]
         summary = _summarise(config.layout, tables, [finding for finding in found if finding])
