@@ -140,14 +140,16 @@ def data_version(repository: str, revision: str) -> dict[str, str]:
         UserError: a repository, revision or remote that pods cannot read.
     """
     from segdistill.adapters.dvc_version import find
-    from segdistill.adapters.git_files import shown
+    from segdistill.adapters.secrets import masked_text
 
     if Path(repository).exists() or repository.startswith("file:"):
         raise UserError(
             f"--repository: '{repository}' is a folder of this machine; give an address that pods can reach"
         )
     if re.match(r"https?://[^/]*@|[^:]+://[^/@]*:[^/@]*@", repository):
-        raise UserError(f"--repository: '{shown(repository)}' was given with credentials; docs/kubeflow.md says how")
+        raise UserError(
+            f"--repository: '{masked_text(repository)}' was given with credentials; docs/kubeflow.md says how"
+        )
     found = find(repository, revision)
     if found.remote.bucket is None:
         raise UserError(f"{repository}: its DVC remote is a folder, '{found.remote.prefix}'; pods need one in S3")

@@ -48,6 +48,8 @@ Name = Annotated[str, AfterValidator(_is_name)]
 # Of any random generator; all of ours take this many.
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+LearningRate = Annotated[float, Field(ge=1e-12, le=100)]
+Beta = Annotated[float, Field(ge=0, lt=1)]  # of an average that forgets, such as Adam's
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -210,7 +212,7 @@ def _plain(data: Any, where: str) -> Any:
     elif isinstance(data, float) and not math.isfinite(data):
         raise UserError(f"{where}: {data} is no number that may stand here")
     elif data is not None and not isinstance(data, (bool, int, float)):
-        raise UserError(f"{where}: a value of the type {type(data).__name__}; expected text, numbers, lists or mappings")
+        raise UserError(f"{where}: a {type(data).__name__}; expected text, a number, a list or a mapping")
     return data
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import inspect
 import json
 import logging
-import os
 import re
 import subprocess
 import time
@@ -15,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from segdistill import environment
 from segdistill.config import Name, Seed, parse
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker, Tracker
 from segdistill.errors import Interrupted, UserError, brief, nearest
@@ -52,11 +52,11 @@ def context(params_path: Path | None = None) -> Context:
     data_file = Path("data.dvc")
     recorded = data_file.read_text() if data_file.exists() else ""
     found = re.search(r"md5:\s*(\S+)", recorded)
-    md5 = os.environ.get("SEGDISTILL_DATA_MD5") or (found.group(1) if found else "unknown")
-    commit = os.environ.get("SEGDISTILL_GIT_COMMIT") or _git("rev-parse", "HEAD") or "unknown"
+    md5 = environment.data_md5() or (found.group(1) if found else "unknown")
+    commit = environment.git_commit() or _git("rev-parse", "HEAD") or "unknown"
     params = params_path.read_text() if params_path else ""
     state = sha256((recorded + params + commit).encode()).hexdigest()[:8]
-    return Context(md5, commit, os.environ.get("SEGDISTILL_PIPELINE_RUN") or f"{commit[:8]}-{state}")
+    return Context(md5, commit, environment.pipeline_run() or f"{commit[:8]}-{state}")
 
 
 def _git(*arguments: str) -> str | None:
@@ -76,7 +76,7 @@ def open_tracker(kind: str, here: Context, stage: Stage, job: Job | None, folder
         job: the cell of the matrix, of a stage that runs once per job.
         folder: for JSON lines, and for what MLflow was not sent yet.
     """
-    if int(os.environ.get("RANK", "0")):
+    if environment.rank():
         return NullTracker()  # rank 0 speaks
     kind = _chosen(kind)
     if kind == "mlflow":

@@ -4,9 +4,7 @@ KFP names the folders of a task's inputs and outputs, and promises little about 
 each folder that it makes, which also carries the version of the data set from task to task; a folder without its mark
 is refused, whatever a runner says of the task that was to make it.
 
-The environment says what is not a matter of the pipeline: ``SEGDISTILL_WORK`` (a volume for checkpoints),
-``SEGDISTILL_SHARED`` (a volume for large outputs), ``SEGDISTILL_PROCESSES`` (how many processes train together, if not
-one for each accelerator), ``SEGDISTILL_TRAINJOB`` (on which other nodes).
+What is not a matter of the pipeline, the environment says: ``environment.py``.
 """
 
 import contextlib
@@ -22,6 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from segdistill import environment
 from segdistill.config import parse
 from segdistill.errors import Interrupted, UserError, brief
 from segdistill.execution import (
@@ -103,13 +102,13 @@ def run_component(
     quiet_libraries()
     with _ended_as_the_command_line(name):
         places, count = _places(task), _processes(accelerator, accelerators)
-        nodes = os.environ.get("SEGDISTILL_TRAINJOB")
+        nodes = environment.trainjob()
         if places.shared and all(folder.is_dir() for folder in places.shared.values()):
             logger.info("%s: is on the volume already", ", ".join(map(str, places.shared.values())))
             _complete(task, places)
-        elif nodes:
+        elif nodes is not None:
             on = {"accelerator": accelerator, "accelerators": int(accelerators)} if int(accelerators) else {}
-            _run_on_nodes(task, json.loads(nodes), on, count)
+            _run_on_nodes(task, nodes, on, count)
         elif count > 1:
             _run_together(task, count)
         else:
@@ -135,9 +134,9 @@ def run_fetch(repository: str, revision: str, *, data: str) -> dict[str, str]:
         from segdistill.adapters.dvc_remote import fetch
         from segdistill.adapters.dvc_version import find
 
-        output, volume = Path(data), os.environ.get("SEGDISTILL_SHARED")
+        output, volume = Path(data), environment.shared_volume()
         (output / COMPLETED).unlink(missing_ok=True)  # of an earlier attempt
-        where = Path(volume) / "data" / find(repository, revision).md5 if volume else output
+        where = volume / "data" / find(repository, revision).md5 if volume else output
         version = fetch(repository, revision, where)
         facts = {"data_md5": version.md5, "data_commit": version.commit}
         if volume:
@@ -151,7 +150,7 @@ def run_finish(state: str) -> None:
     quiet_libraries()
     status = {"SUCCEEDED": "FINISHED", "CANCELLED": "KILLED", "CANCELED": "KILLED"}.get(state, "FAILED")
     with _ended_as_the_command_line("finish"):
-        finish_pipeline(os.environ.get("SEGDISTILL_TRACKER", "auto"), context(), status)
+        finish_pipeline(environment.tracker(), context(), status)
 
 
 @contextlib.contextmanager
@@ -230,12 +229,12 @@ def _real(folder: Path) -> Path:
 
 def _on_volume(task: Task, chosen: Mapping[str, Any], data: Mapping[str, str]) -> dict[str, Path]:
     """Where large outputs go if there is a volume for them: a folder that every run with the same cause shares."""
-    volume = os.environ.get("SEGDISTILL_SHARED")
-    if not volume or not task.stage.large:
+    volume = environment.shared_volume()
+    if volume is None or not task.stage.large:
         return {}
     cause = [task.name, dict(chosen), dict(data), context().git_commit]
     name = f"{task.name}-{sha256(json.dumps(cause, sort_keys=True).encode()).hexdigest()[:16]}"
-    return {output: Path(volume) / name / output for output in task.stage.large}
+    return {output: volume / name / output for output in task.stage.large}
 
 
 def _point(output: Path, real: Path) -> None:
@@ -267,15 +266,15 @@ def _execute(task: Task, places: Places) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
     # A pod that is tried again finds nothing beside its output. A volume that outlives it may hold the checkpoint, and
     # what the tracker was not sent yet.
-    volume, label = os.environ.get("SEGDISTILL_WORK"), f"{task.name}-{task.job}" if task.job else task.name
-    work = Path(volume) / here.pipeline_run / label if volume else None
-    tracking = Path(volume) / "tracking" / label if volume else TRACKING
-    kind = os.environ.get("SEGDISTILL_TRACKER", "auto")
+    volume, label = environment.work_volume(), f"{task.name}-{task.job}" if task.job else task.name
+    work = volume / here.pipeline_run / label if volume else None
+    tracking = volume / "tracking" / label if volume else TRACKING
+    kind = environment.tracker()
     tracker = open_tracker(kind, here, task.stage, task.job, tracking)
     run_stage(
         task.stage, places.chosen, paths=places.paths, job=task.job, tracker=tracker, started=started, work=work
     )  # fmt: skip
-    if not int(os.environ.get("RANK", "0")):
+    if not environment.rank():
         _complete(task, places)
 
 
@@ -285,10 +284,7 @@ def _processes(accelerator: str, accelerators: str) -> int:
         raise UserError(f"accelerators: '{accelerators}' is not a number of them; expected 0 or more")
     if int(accelerators) and not accelerator:
         raise UserError(f"accelerator: missing; name the resource of which the task has {accelerators}")
-    text = os.environ.get("SEGDISTILL_PROCESSES", str(max(1, int(accelerators))))
-    if not text.isdecimal() or not int(text):
-        raise UserError(f"SEGDISTILL_PROCESSES: '{text}' is not a number of processes; expected 1 or more")
-    return int(text)
+    return environment.processes(default=max(1, int(accelerators)))
 
 
 def _run_together(task: Task, count: int) -> None:
@@ -298,7 +294,7 @@ def _run_together(task: Task, count: int) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the stage has said what was wrong
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    environment.set_defaults({"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))})
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "task.json"
         file.write_text(json.dumps(asdict(task)))
@@ -344,7 +340,7 @@ def _run_on_nodes(task: Task, template: Mapping[str, Any], on: Mapping[str, Any]
             "args": [str(file)],
             "processes": count,
             "resources": {**template["resources"], **on},
-            "env": {**template.get("env", {}), "SEGDISTILL_PIPELINE_RUN": run_id},
+            "env": {**template.get("env", {}), **environment.injected(), "SEGDISTILL_PIPELINE_RUN": run_id},
         }
         run(parse(TrainJob, {**template, **own}, "SEGDISTILL_TRAINJOB"))
     placed.bring_back()

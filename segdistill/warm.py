@@ -34,7 +34,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from segdistill import _warm_server
+from segdistill import _warm_server, environment
 from segdistill._warm_server import NUMBER, READY, locked, peer_is_us, process_facts, receive
 
 # What the server imports, in this order; a module that is not installed is skipped.
@@ -145,7 +145,7 @@ def _die_of(number: int) -> int:
 
 def _connect(target: str, preload: Sequence[str]) -> socket.socket | None:
     """A connection to the server of our key, started if need be; None where there is no warm way."""
-    if sys.platform != "linux" or os.environ.get("SEGDISTILL_WARM") == "0":
+    if sys.platform != "linux" or not environment.warm():
         return None
     if None in (sys.__stdin__, sys.__stdout__, sys.__stderr__):  # closed, so its number may be another file's by now
         return None
@@ -175,12 +175,7 @@ def _start(path: Path, target: str, preload: Sequence[str]) -> None:
     """Starts a detached server on a socket that listens already, so that nobody has to poll for it."""
     import subprocess
 
-    from segdistill.errors import UserError
-
-    try:
-        idle = float(os.environ.get("SEGDISTILL_WARM_IDLE", "60"))
-    except ValueError as error:
-        raise UserError("SEGDISTILL_WARM_IDLE: not a number of seconds; allowed: a number such as 60") from error
+    idle = environment.warm_idle_seconds()
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     with socket.socket(socket.AF_UNIX) as listener, path.with_suffix(".log").open("wb") as log:
         listener.bind(str(path))
@@ -216,8 +211,8 @@ def _key(target: str, preload: Sequence[str]) -> str:
     import resource
 
     # What libraries read at their import ...
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(LATE_VARIABLES)}
-    environment.pop("_", None)
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(LATE_VARIABLES)}
+    variables.pop("_", None)
     interpreter = [sys.executable, sys.prefix, list(sys.flags), sys.warnoptions, sys._xoptions]
     packages = [entry for entry in sys.path if entry.endswith("-packages")]
     files = [Path(file) for file in (_warm_server.__file__, "requirements.lock", *packages)]
@@ -228,7 +223,7 @@ def _key(target: str, preload: Sequence[str]) -> str:
     identity = [os.getresuid(), os.getresgid(), sorted(os.getgroups())]
     spaces = [str(Path(f"/proc/self/ns/{name}").readlink()) for name in ("mnt", "net", "pid")]
     spaces.append(Path("/proc/self/cgroup").read_text())
-    facts = [target, list(preload), str(Path.cwd()), environment, interpreter, modified, limits, cpus, identity, spaces]
+    facts = [target, list(preload), str(Path.cwd()), variables, interpreter, modified, limits, cpus, identity, spaces]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -75,7 +75,7 @@ def fetch(repository: str, revision: str, out: Path, *, patience: float = 120.0)
 
 
 def open_remote(remote: Remote, patience: float) -> contextlib.AbstractContextManager[ObjectStore]:
-    """The remote's objects. As in DVC, an ``endpointurl`` goes before ``AWS_ENDPOINT_URL``."""
+    """The remote's objects. An ``endpointurl`` must be the server of ``AWS_ENDPOINT_URL_S3``, or AWS."""
     if remote.bucket is None:
         return contextlib.nullcontext(ObjectFolder(Path(remote.prefix)))
     from segdistill.adapters.s3 import Bucket

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from segdistill.adapters.git_files import read_revision, shown
+from segdistill.adapters.git_files import read_revision
+from segdistill.adapters.secrets import masked_text
 from segdistill.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def find(repository: str, revision: str) -> Version:
         UserError: no such repository or revision, or one whose data is not a folder in a remote of DVC 3.
     """
     found = read_revision(repository, revision, (DATA_FILE, CONFIG_FILE))
-    where = f"{shown(repository)} at {found.commit[:12]}"
+    where = f"{masked_text(repository)} at {found.commit[:12]}"
     recorded, configured = found.files[DATA_FILE], found.files[CONFIG_FILE]
     if recorded is None:
         raise UserError(f"{where}: has no {DATA_FILE}; expected a folder 'data' under DVC: dvc add data")
@@ -64,8 +65,10 @@ def find(repository: str, revision: str) -> Version:
     base = Path(repository).absolute() / ".dvc"  # what relative paths in its config are relative to
     cache = base / sections.get("cache", {}).get("dir", "cache")
     if _is_cached(cache, entry["md5"]):
-        return Version(shown(repository), found.commit, entry, Remote(None, str(cache)))
-    return Version(shown(repository), found.commit, entry, _remote(sections, entry, base, f"{where}: {CONFIG_FILE}"))
+        return Version(masked_text(repository), found.commit, entry, Remote(None, str(cache)))
+    return Version(
+        masked_text(repository), found.commit, entry, _remote(sections, entry, base, f"{where}: {CONFIG_FILE}")
+    )
 
 
 def _is_cached(cache: Path, md5: str) -> bool:
@@ -119,7 +122,7 @@ def _remote(sections: Mapping[str, Mapping[str, Any]], entry: Mapping[str, Any],
     folder = base / url if url and "://" not in url else None
     if match is None and (folder is None or not folder.is_dir()):
         raise UserError(
-            f"{where}: remote '{name}' is at '{shown(url)}'; it can be fetched from s3://BUCKET/PREFIX, "
+            f"{where}: remote '{name}' is at '{masked_text(url)}'; it can be fetched from s3://BUCKET/PREFIX, "
             "or from a folder that this machine sees"
         )
     for key in ("version_aware", "worktree"):

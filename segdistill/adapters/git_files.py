@@ -8,9 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from segdistill.adapters.secrets import masked_text
 from segdistill.errors import UserError
 
 GIT_SECONDS = 600
+PROTOCOLS = "file:git:http:https:ssh"  # of an address that the user gives
+# What `git rev-parse --local-env-vars` lists but for configuration, in which an environment may have its credentials.
+OF_A_REPOSITORY = {
+    "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_OBJECT_DIRECTORY", "GIT_DIR", "GIT_WORK_TREE", "GIT_IMPLICIT_WORK_TREE",
+    "GIT_GRAFT_FILE", "GIT_INDEX_FILE", "GIT_REPLACE_REF_BASE", "GIT_PREFIX", "GIT_SHALLOW_FILE", "GIT_COMMON_DIR",
+    "GIT_NAMESPACE",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ def read_revision(repository: str, revision: str, paths: Sequence[str]) -> Revis
         UserError: no such repository, no way in, or no such revision in it.
     """
     if not revision or not re.fullmatch(r"[^\s:+*?\[\\-][^\s:*?\[\\]*", revision):
-        raise UserError(f"revision '{revision}': expected a branch, a tag or a commit of {shown(repository)}")
+        raise UserError(f"revision '{revision}': expected a branch, a tag or a commit of {masked_text(repository)}")
     if repository.startswith("-"):
         raise UserError(f"repository '{repository}': expected a folder or an address that git understands")
     if Path(repository).is_dir():
@@ -44,12 +52,8 @@ def read_revision(repository: str, revision: str, paths: Sequence[str]) -> Revis
             raise UserError(f"{repository}: not a git repository that can be read: {_reason(inside)}")
         return _read(folder, repository, revision, paths, inside.stdout.rstrip("\n"))
     with tempfile.TemporaryDirectory(prefix="segdistill-git-") as scratch:
-        return _read(Path(scratch), repository, _bring(Path(scratch), repository, revision), paths)
-
-
-def shown(text: str) -> str:
-    """An address, or a sentence with some in it, as it may be shown: without user, password and token."""
-    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+        name = _bring(Path(scratch), repository, revision)
+        return _read(Path(scratch), repository, name, paths, protocols=PROTOCOLS)
 
 
 def _bring(folder: Path, repository: str, revision: str) -> str:
@@ -57,39 +61,50 @@ def _bring(folder: Path, repository: str, revision: str) -> str:
     for arguments in (("init", "--quiet", "--bare"), ("remote", "add", "origin", repository)):
         done = _git(folder, *arguments)
         if done.returncode:
-            raise UserError(f"{shown(repository)}: {_reason(done)}")
+            raise UserError(f"{masked_text(repository)}: {_reason(done)}")
     lean = ("fetch", "--quiet", "--no-tags", "--filter=blob:none")
-    done = _git(folder, *lean, "--depth=1", "origin", revision)
+    done = _git(folder, *lean, "--depth=1", "origin", revision, protocols=PROTOCOLS)
     if done.returncode == 0:
         return "FETCH_HEAD"
     if not re.search("couldn't find remote ref|not our ref|unadvertised object|invalid refspec", done.stderr):
-        raise UserError(f"{shown(repository)}: git cannot read it: {_reason(done)}")
-    done = _git(folder, *lean, "origin", "+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*")
+        raise UserError(f"{masked_text(repository)}: git cannot read it: {_reason(done)}")
+    everything = ("+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*")
+    done = _git(folder, *lean, "origin", *everything, protocols=PROTOCOLS)
     if done.returncode:
-        raise UserError(f"{shown(repository)}: git cannot read it: {_reason(done)}")
+        raise UserError(f"{masked_text(repository)}: git cannot read it: {_reason(done)}")
     return revision
 
 
-def _read(folder: Path, repository: str, revision: str, paths: Sequence[str], prefix: str = "") -> Revision:
-    found = _git(folder, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+def _read(
+    folder: Path, repository: str, revision: str, paths: Sequence[str], prefix: str = "", protocols: str = ""
+) -> Revision:
+    found = _git(folder, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", protocols=protocols)
     if found.returncode:
-        raise UserError(f"{shown(repository)}: no revision '{revision}'; expected a branch, a tag or a commit")
+        raise UserError(f"{masked_text(repository)}: no revision '{revision}'; expected a branch, a tag or a commit")
     commit = found.stdout.strip()
     files: dict[str, str | None] = {}
     for path in paths:
-        listed = _git(folder, "ls-tree", "--full-tree", "--name-only", commit, "--", prefix + path)
-        content = _git(folder, "cat-file", "blob", f"{commit}:{prefix}{path}") if listed.stdout else None
+        listed = _git(folder, "ls-tree", "--full-tree", "--name-only", commit, "--", prefix + path, protocols=protocols)
+        content = None
+        if listed.stdout:
+            content = _git(folder, "cat-file", "blob", f"{commit}:{prefix}{path}", protocols=protocols)
         for done in (listed, content):
             if done is not None and done.returncode:
-                raise UserError(f"{shown(repository)}: git cannot read {path} of {commit}: {_reason(done)}")
+                raise UserError(f"{masked_text(repository)}: git cannot read {path} of {commit}: {_reason(done)}")
         files[path] = content.stdout if content else None
     return Revision(commit, files)
 
 
-def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _git(folder: Path, *arguments: str, protocols: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs git in a folder whose own configuration may be hostile.
+
+    Such a configuration can call any remote a source of missing objects, and a remote can be a command. So git speaks
+    no protocol but those asked for, whatever is configured there.
+    """
     # Another repository that a caller (a git hook) points at is not the one that is asked for.
-    environment = {key: value for key, value in os.environ.items() if key not in ("GIT_DIR", "GIT_WORK_TREE")}
-    environment |= {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"}
+    environment = {key: value for key, value in os.environ.items() if key not in OF_A_REPOSITORY}
+    environment |= {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_ALLOW_PROTOCOL": protocols}
+    environment |= {"GIT_NO_REPLACE_OBJECTS": "1"}  # a commit is what its hash says
     environment.setdefault("GIT_SSH_COMMAND", "ssh -o BatchMode=yes")
     try:
         return subprocess.run(
@@ -106,4 +121,4 @@ def _reason(done: subprocess.CompletedProcess[str]) -> str:
     """Git's own word for what went wrong: the first line that says so."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     grave = [line for line in lines if line.startswith(("fatal:", "error:"))] or lines or ["git gave no reason"]
-    return shown(grave[0].removeprefix("fatal: ").removeprefix("error: ").rstrip("."))
+    return masked_text(grave[0].removeprefix("fatal: ").removeprefix("error: ").rstrip("."))

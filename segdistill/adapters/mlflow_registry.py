@@ -9,15 +9,15 @@ import contextlib
 import importlib.metadata
 import logging
 import math
-import os
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from segdistill.adapters.mlflow_store import EXPERIMENT, ROLE_TAG, Store, default_store, ensure_run, import_mlflow
+from segdistill import environment
+from segdistill.adapters.mlflow_store import ROLE_TAG, Store, default_store, ensure_run, experiment_id, import_mlflow
 from segdistill.adapters.mlflow_tracking import MlflowTracker, Settings
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
@@ -89,7 +89,7 @@ def _register(
     version = find_version(client, name, submission.weights_sha256)
     is_new = version is None
     if version is None:
-        trained = find_training_run(client, submission)
+        trained = find_training_run(client, store, submission)
         run_id = trained or ensure_run(
             client,
             store,
@@ -125,14 +125,12 @@ def find_version(client: "MlflowClient", name: str, weights_sha256: str) -> "Mod
     return min(found, key=lambda version: int(version.version), default=None)
 
 
-def find_training_run(client: "MlflowClient", submission: Submission) -> str | None:
+def find_training_run(client: "MlflowClient", store: Store, submission: Submission) -> str | None:
     """The latest run of this job's name whose validation scores include the student's, to the last bit."""
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    if experiment is None:
-        return None
+    experiment = experiment_id(client, store)
     for prefix in (submission.experiment, f"{submission.experiment}.{submission.student}"):
         condition = f"attributes.run_name = '{prefix}-s{submission.seed}' and tags.`{ROLE_TAG}` = 'run'"
-        runs = client.search_runs([experiment.experiment_id], condition, order_by=["attributes.start_time DESC"])
+        runs = client.search_runs([experiment], condition, order_by=["attributes.start_time DESC"])
         for run in runs:
             history = client.get_metric_history(run.info.run_id, "val/miou")
             if any(math.isclose(point.value, submission.val_miou, rel_tol=1e-12) for point in history):
@@ -312,16 +310,8 @@ def _as_current(store: Store) -> Iterator[None]:
     import_mlflow()
     import mlflow
 
-    names = ("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "MLFLOW_EXPERIMENT_ID", "MLFLOW_HTTP_REQUEST_MAX_RETRIES")
-    before: dict[str, Any] = {name: os.environ.get(name) for name in names}
-    os.environ |= {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5"}
-    mlflow.set_tracking_uri(store.uri)
-    mlflow.set_registry_uri(store.uri)
-    try:
+    careful = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5"}
+    with environment.changed({**careful, "MLFLOW_EXPERIMENT_ID": None}):  # which mlflow sets
+        mlflow.set_tracking_uri(store.uri)
+        mlflow.set_registry_uri(store.uri)
         yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value

@@ -55,7 +55,8 @@ class Spool:
                 write_json(
                     spool.meta,
                     {
-                        "name": name, "pipeline_run": pipeline_run, "uri": store.shown, "tags": dict(tags),
+                        "name": name, "pipeline_run": pipeline_run, "uri": store.shown, "injected": store.injected,
+                        "tags": dict(tags),
                         "dataset": asdict(dataset) if dataset else None, "fresh": not resume, "run_id": None,
                     },
                 )  # fmt: skip

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
+from segdistill import environment
 from segdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,9 +61,15 @@ class DatasetFacts:
 
 @dataclass(frozen=True)
 class Store:
-    """A tracking store: an SQLite file with its artifacts beside it, or a server."""
+    """A tracking store: an SQLite file with its artifacts beside it, or a server.
+
+    Attributes:
+        uri: as MLflow takes it.
+        injected: where the parents of runs are made by KFP's server: the run that it made for a task.
+    """
 
     uri: str
+    injected: str | None = None
 
     @property
     def database(self) -> Path | None:
@@ -116,14 +123,15 @@ def default_store(root: Path, uri: str | None = None) -> Store:
     """
     if importlib.util.find_spec("mlflow") is None:
         raise UserError("mlflow is not installed; install segdistill[pipeline], or track to JSON lines")
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+    injected = None if uri else environment.injected_run()
+    uri = uri or environment.tracking_uri() or f"sqlite:///{root.resolve() / 'mlflow.db'}"
     scheme = uri.split(":", 1)[0] if ":" in uri else uri
     if scheme in ("file", "") or "://" not in uri or uri.endswith(":memory:"):
         raise UserError(
             f"MLFLOW_TRACKING_URI: '{without_credentials(uri)}' cannot keep runs; "
             "allowed: sqlite:///<file>, another database, http(s)://<server>"
         )
-    return Store(uri)
+    return Store(uri, injected)
 
 
 def without_credentials(text: str) -> str:
@@ -141,8 +149,7 @@ def import_mlflow() -> None:
     so forks of this process wait for the import, which is over in seconds and happens once.
     """
     global _fork_guarded
-    for key, value in _ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
+    environment.set_defaults(_ENVIRONMENT)
     with _importing:
         if not _fork_guarded:
             os.register_at_fork(
@@ -159,9 +166,11 @@ def import_mlflow() -> None:
 
 
 def experiment_id(client: "MlflowClient", store: Store) -> str:
-    """The project's experiment, made if absent, restored if somebody deleted it."""
+    """The project's experiment, made if absent, restored if somebody deleted it; or that of KFP's server."""
     from mlflow.exceptions import MlflowException
 
+    if store.injected is not None:
+        return str(client.get_run(store.injected).info.experiment_id)
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is None:
         database = store.database
@@ -184,18 +193,23 @@ def ensure_parent(client: "MlflowClient", store: Store, pipeline_run: str, tags:
     """The parent run of a pipeline execution.
 
     On one machine a lock makes it unique. Processes on several machines may each make one against a server: each then
-    looks again, all agree on the oldest, and whoever made another deletes his own.
+    looks again, all agree on the oldest, and whoever made another deletes his own. Where KFP's server made it, it is
+    the run at the top of the task's own, which hangs below that of the loop that the task is in.
     """
+    shared = {key: value for key, value in tags.items() if key in ("data_md5", "git_commit", "pipeline_run")}
+    own = {PIPELINE_TAG: pipeline_run, ROLE_TAG: "parent", **_git(tags), **shared}
+    if store.injected is not None:
+        run = client.get_run(store.injected)
+        while run.data.tags.get(PARENT_TAG):
+            run = client.get_run(run.data.tags[PARENT_TAG])
+        for key in own.keys() - run.data.tags.keys():
+            client.set_tag(run.info.run_id, key, own[key])
+        return run
     experiment = experiment_id(client, store)
     found = _search(client, experiment, pipeline_run, "parent")
     if found:
         return found[0]
-    shared = {key: value for key, value in tags.items() if key in ("data_md5", "git_commit", "pipeline_run")}
-    created = client.create_run(
-        experiment,
-        run_name=pipeline_run,
-        tags={PIPELINE_TAG: pipeline_run, ROLE_TAG: "parent", **_git(tags), **shared},
-    )
+    created = client.create_run(experiment, run_name=pipeline_run, tags=own)
     oldest = _search(client, experiment, pipeline_run, "parent")[0]
     if oldest.info.run_id != created.info.run_id:
         client.delete_run(created.info.run_id)

@@ -15,7 +15,7 @@ import re
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +249,9 @@ def sync(folder: Path, uri: str | None = None) -> list[Synced]:
             before = spool.unsent()
             error = None
             if before:
-                error = _sync_one(spool, default_store(folder, uri or read_json(meta)["uri"]))
+                facts = read_json(meta)
+                store = replace(default_store(folder, uri or facts["uri"]), injected=facts.get("injected"))
+                error = _sync_one(spool, store)
             left = spool.unsent()
             results.append(Synced(spool.name, before - left, left, error))
         finally:

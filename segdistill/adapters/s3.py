@@ -3,15 +3,17 @@
 import hashlib
 import logging
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
 
-from segdistill.adapters.git_files import shown
 from segdistill.adapters.objects import CHUNK_BYTES, MissingObject, Stopped
+from segdistill.adapters.secrets import masked_text
 from segdistill.errors import UserError
 
 try:
@@ -27,6 +29,8 @@ T = TypeVar("T")
 
 LONGEST_PAUSE_SECONDS = 5.0
 
+AWS = re.compile(r"s3(-[a-z0-9-]+)?(\.dualstack)?(\.[a-z]{2}(-[a-z]+)+-\d)?\.amazonaws\.com(\.cn)?")
+
 WRONG_KEY = {
     "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "TokenRefreshRequired", "401",
 }  # fmt: skip
@@ -39,7 +43,9 @@ BUSY = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "Requ
 class Bucket:
     """Objects of one bucket, read by several threads at a time.
 
-    The credentials are boto3's to find: the environment, a mounted file or web identity, a node's role.
+    The credentials are boto3's to find: the environment, a mounted file or web identity, a node's role. They go to
+    AWS, and to the server that boto3 would ask by itself (``AWS_ENDPOINT_URL_S3``): whoever can write a repository can
+    name any server in it, and a request shows that server the session's token.
 
     Args:
         name: the bucket.
@@ -68,12 +74,14 @@ class Bucket:
         if anonymous:
             settings["signature_version"] = UNSIGNED
         try:
-            self._client = boto3.session.Session(region_name=region).client(
-                "s3", endpoint_url=endpoint, verify=tls, config=Config(**settings)
-            )
+            session = boto3.session.Session(region_name=region)
+            self._client = session.client("s3", endpoint_url=endpoint, verify=tls, config=Config(**settings))
+            allowed = session.client("s3", config=Config(**settings)).meta.endpoint_url
         except (ValueError, OSError, exceptions.BotoCoreError) as error:
             raise UserError(f"s3://{name}: {_one_line(error)}") from None
-        self.endpoint = shown(self._client.meta.endpoint_url)
+        self.endpoint = masked_text(self._client.meta.endpoint_url)
+        if not anonymous:
+            _require_trust(self._client.meta.endpoint_url, allowed, tls)
 
     def __enter__(self) -> Self:
         return self
@@ -169,6 +177,23 @@ class Bucket:
         return UserError(f"{self.url(key)}: {self.endpoint} answered {code}{f': {message}' if message else ''}")
 
 
+def _require_trust(endpoint: str, allowed: str, tls: bool | str) -> None:
+    """Raises a UserError where credentials would go to a server that only a repository names, or to its impostor."""
+    asked, own = urlsplit(endpoint), urlsplit(allowed)
+    host = asked.hostname or ""
+    is_aws = asked.scheme == "https" and AWS.fullmatch(host)  # others' gateways are below amazonaws.com, too
+    if not is_aws and (asked.scheme, asked.netloc.lower()) != (own.scheme, own.netloc.lower()):
+        raise UserError(
+            f"{masked_text(endpoint)}: named by the repository's DVC remote, and S3 credentials go to no server that "
+            f"you did not name yourself; if they may go there, set AWS_ENDPOINT_URL_S3={masked_text(endpoint)}"
+        )
+    if asked.scheme == "https" and tls is False:
+        raise UserError(
+            f"{masked_text(endpoint)}: the repository's DVC remote has ssl_verify off, and S3 credentials go to no "
+            "server whose certificate is not verified; remove it there, and set AWS_CA_BUNDLE to a private authority"
+        )
+
+
 def _outage(error: Exception) -> str | None:
     """Why waiting may help, or None where it cannot."""
     if isinstance(error, exceptions.ClientError):
@@ -188,4 +213,4 @@ def _code(error: Exception) -> str:
 
 
 def _one_line(value: object) -> str:
-    return shown(" ".join(str(value).split()).rstrip("."))
+    return masked_text(" ".join(str(value).split()).rstrip("."))

@@ -45,10 +45,10 @@ class Learner(nn.Module):
             self.factors[f"{name}/ce"] = supervised
             self.factors[f"{name}/aux_ce"] = supervised * auxiliary
             for label, method in self.methods.items():
-                mine = {f"{name}/{label}.{term}": weight for term, weight in method.weights.items()}
-                self.factors |= mine
+                self.factors |= {f"{name}/{label}.{term}": weight for term, weight in method.weights.items()}
                 if method.config.ramp:
-                    self.ramps |= dict.fromkeys(mine, method.config.ramp)
+                    rising = (term for term in method.weights if term not in method.helper_terms)
+                    self.ramps |= {f"{name}/{label}.{term}": method.config.ramp for term in rising}
         for method in self.methods.values():
             method.attach(self.students)
         self.keep_features = False

@@ -30,6 +30,7 @@ from segdistill.engine.progress import TrainingBar
 from segdistill.engine.settings import InferenceConfig, OptimizerConfig, Schedule, TrainConfig
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import Interrupted, UserError, stop_on_sigterm
+from segdistill.models.batch_norm import synchronised
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class Trainer:
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.learner = learner.to(device, memory_format=layout)  # type: ignore[call-overload]
         if processes.world_size > 1 and device.type == "cuda":
-            self.learner = nn.SyncBatchNorm.convert_sync_batchnorm(learner)
+            self.learner = synchronised(learner)
         self.optimizers, self.schedules = self._optimizers(optimizers)
         self.wrapped = self._wrap(self.learner)
         enabled = config.precision != "fp32"

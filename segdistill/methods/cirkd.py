@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +22,8 @@ from segdistill.losses import (
     unit,
     valid_mask,
 )
-from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Positive
+from segdistill.methods.method import Count, MethodConfig, NonNegative, OfflineMethod, Positive, Temperature
+from segdistill.models.batch_norm import allow_single_values
 from segdistill.models.outputs import ModelInfo, Outputs
 
 # The logit of a place of the memory that holds nothing. Finite, because 0 * inf is not 0; exp of it is exactly 0.
@@ -41,25 +41,25 @@ class CIRKDConfig(MethodConfig):
     """Weight of the relations to the memory's pixels; 0 is off. The authors use 0.01 on VOC."""
     region_weight: NonNegative = 0.1
     """Weight of the relations to the memory's regions; 0 is off. The authors use 0.01 on VOC."""
-    temperature: Positive = 0.1
+    temperature: Temperature = 0.1
     """Divides all cosines; the loss is not multiplied by its square."""
-    pool: PositiveInt = 1
+    pool: Count = 1
     """Side of the windows averaged before the relations in the batch; 2 makes them 16 times cheaper."""
     projector: Literal["mlp", "identity"] = "mlp"
     """What maps the student's feature to the memory's width; identity needs networks of equal width."""
-    pixels_per_class: PositiveInt = 16
+    pixels_per_class: Count = 16
     """Teacher pixels that enter the memory, at most, per class and image."""
-    pixel_queue: PositiveInt = 20000
+    pixel_queue: Count = 20000
     """Pixels that the memory keeps per class; the authors use 2000 for SegFormer."""
-    region_queue: PositiveInt = 2000
+    region_queue: Count = 2000
     """Regions that the memory keeps per class; a region is the mean of one class in one image."""
     memory_mib: Positive = 1024.0
     """Both queues are shortened in proportion until all of them fit into so many MiB."""
-    pixel_contrast: PositiveInt = 4096
+    pixel_contrast: Count = 4096
     """Pixels an anchor is compared with: each class gives floor(this / classes) + 1 of those it has."""
-    region_contrast: PositiveInt = 1024
+    region_contrast: Count = 1024
     """Regions an anchor is compared with, likewise."""
-    block_rows: PositiveInt = 1024
+    block_rows: Count = 1024
     """Pixels whose relations are in memory at a time; the others are computed again in the backward pass."""
     align_corners: bool = False
     """How the student's feature is resized to the teacher's size."""
@@ -252,23 +252,16 @@ class CrossImageRelations(OfflineMethod):
             queues.enqueue(gather_batches(found).transpose(0, 1).flatten(1, 2))  # [K, E, C]
 
 
-class _BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation that takes its running statistics where a batch is a single pixel and has none of its own."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.training and input.shape[0] * input.shape[2] * input.shape[3] == 1:
-            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(input)
-
-
 def _projector(kind: Literal["mlp", "identity"], in_channels: int, out_channels: int) -> nn.Module:
     if kind == "mlp":
-        return nn.Sequential(
+        projector = nn.Sequential(
             Projection(in_channels, out_channels),
-            _BatchNorm(out_channels),
+            nn.BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
             Projection(out_channels, out_channels),
         )
+        allow_single_values(projector)
+        return projector
     if in_channels != out_channels:
         raise UserError(
             f"cirkd: projector: identity compares the student with the teacher's vectors as it is, which needs equal "

@@ -57,7 +57,8 @@ channels projected, inside the method. A pair that a method is not defined for i
 * A *term* is raw: in float32 a mean over the valid pixels of the batch that a process holds, so that its size depends
   neither on the batch nor on the resolution, unless the method says otherwise. Raw and weighted terms are both logged.
 * `weight` is the factor of all terms of a method that train the student, `<term>_weight` that of one of them.
-* r rises linearly from 0 to 1 over the first part `ramp` of the budget; with `ramp: 0` it is 1 from the start.
+* r rises linearly from 0 to 1 over the first part `ramp` of the budget; with `ramp: 0` it is 1 from the start. What
+  trains a method's helpers alone (`apd`'s teacher head, `skd`'s critic) has r = 1 and no `weight`.
 * Published weights belong to the reductions of the code they come from, and for the same loss these differ by four
   orders of magnitude. The defaults are published weights in our reduction; "Weights" under a method says how.
 * For another data set or other networks, `segdistill calibrate --experiment NAME` measures the terms and prints the

@@ -12,12 +12,16 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from segdistill.config import Fraction
 from segdistill.config import config as config_class
 from segdistill.models.outputs import ModelInfo, Outputs
 
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+# Ranges that hold what was ever published with much to spare; beyond them a run ends in infinities, or not at all.
+NonNegative = Annotated[float, Field(ge=0, le=1e9)]
+Positive = Annotated[float, Field(ge=1e-3, le=1e6)]
+Temperature = Annotated[float, Field(ge=0.01, le=1000)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Channels = Annotated[int, Field(ge=1, le=16384)]
 
 Evidence = Literal["official code", "public code", "partly second-hand", "reconstruction"]
 
@@ -29,7 +33,7 @@ class MethodConfig:
     weight: NonNegative = 1.0
     """Factor of all of the method's terms; 0 switches the method off."""
     ramp: Fraction = 0.0
-    """Part of the budget over which the method's factor rises linearly from 0; 0 is the full weight from the start."""
+    """Part of the budget over which the factors of what teaches a student rise from 0; 0: full from the start."""
 
 
 class Method(nn.Module):
@@ -46,6 +50,8 @@ class Method(nn.Module):
     """What it compares, and what it builds for that."""
     evidence: ClassVar[Evidence]
     """Where the formula comes from: the authors' code, another public implementation, texts about the paper, ..."""
+    helper_terms: ClassVar[tuple[str, ...]] = ()
+    """Terms that train helpers alone, and no student: neither ``weight`` nor ``ramp`` scales them."""
 
     config: Any
 

@@ -50,19 +50,6 @@ class Parts(NamedTuple):
     classifier: nn.Conv2d
 
 
-class SingleValueBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that takes its running statistics where the batch has but one value per channel.
-
-    Global pooling (ASPP, PSP) of a batch of one leaves nothing to compute a variance from, and PyTorch then raises. Any
-    other input is treated, and named in the state dict, as by BatchNorm2d.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.training and input.shape[0] * input.shape[2] * input.shape[3] == 1:
-            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(input)
-
-
 class EvenConv2dSame(nn.Conv2d):
     """timm's Conv2dSame of stride 2 for inputs of even size, where TensorFlow's padding is a constant.
 
@@ -168,10 +155,7 @@ def _take_apart(network: Any, config: ModelConfig) -> Parts:
 
 
 def _change_classes(network: Any) -> None:
-    """Gives some of the libraries' layers another forward; parameters and their names stay."""
-    for module in network.decoder.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SingleValueBatchNorm2d
+    """Gives some of timm's layers another forward; parameters and their names stay."""
     for module in network.encoder.modules():
         if type(module) is Conv2dSame and module.stride == (2, 2) and module.dilation == (1, 1):
             module.__class__ = EvenConv2dSame

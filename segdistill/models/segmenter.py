@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segdistill.errors import UserError
+from segdistill.models.batch_norm import allow_single_values
 from segdistill.models.config import ModelConfig
 from segdistill.models.network import build_parts, is_transformer, normalisation, resolve_encoder
 from segdistill.models.operators import first_stage_operators
@@ -42,6 +43,7 @@ class Segmenter(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
         self.info = self._measure(num_classes)
         self.aux_head = _fcn_head(self.info.feature_channels[2], num_classes) if config.aux else None
+        allow_single_values(self)
 
     def forward(self, images: Tensor) -> Outputs:
         """One pass.

@@ -170,7 +170,9 @@ def jobs(params: Mapping[str, Any]) -> list[Job]:
     cells = matrix(params)
     for cell in cells:
         if cell.experiment not in defined:
-            raise UserError(f"run: '{cell.experiment}' is not defined under experiments{nearest(cell.experiment, defined)}")
+            raise UserError(
+                f"run: '{cell.experiment}' is not defined under experiments{nearest(cell.experiment, defined)}"
+            )
     return cells
 
 

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 CLASSES = 19  # any number does: no method and no network depends on it
 
 
-def check(
-    teacher: TeacherConfig, experiments: Mapping[str, ExperimentConfig], *, outlines: bool, files: bool
-) -> None:
+def check(teacher: TeacherConfig, experiments: Mapping[str, ExperimentConfig], *, outlines: bool, files: bool) -> None:
     """Raises a UserError for what the first training of its kind would refuse.
 
     Args:
@@ -38,7 +36,7 @@ def check(
         models |= {f"experiments.{name}.students.{key}": student.model for key, student in settings.students.items()}
         for key in settings.students:
             if hasattr(nn.ModuleDict(), key):
-                raise UserError(f"experiments.{name}.students.{key}: the name '{key}' is taken; torch's modules have it")
+                raise UserError(f"experiments.{name}.students.{key}: the name '{key}' is taken by torch's modules")
     for where, model in models.items():
         with _at(f"{where}."):
             resolve_encoder(model.encoder, model.architecture)
@@ -68,7 +66,9 @@ def _at(where: str) -> Any:
         raise UserError(f"{where}{error}") from None
 
 
-def _build(teacher: ModelConfig, experiments: Mapping[str, ExperimentConfig], models: Mapping[str, ModelConfig]) -> None:
+def _build(
+    teacher: ModelConfig, experiments: Mapping[str, ExperimentConfig], models: Mapping[str, ModelConfig]
+) -> None:
     import torch
 
     from segdistill.methods import build_offline, build_online

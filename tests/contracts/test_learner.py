@@ -35,6 +35,15 @@ def test_a_ramp_raises_the_methods_weights_linearly_and_leaves_the_cross_entropy
     torch.testing.assert_close(learner.total(terms, 0.125), expected)
 
 
+@pytest.mark.parametrize(("method", "term"), [("apd", "teacher_head"), ("skd", "critic")])
+def test_a_ramp_leaves_what_trains_a_methods_helpers_alone(tmp_path: Path, method: str, term: str) -> None:
+    learner = tiny.make_trainer(tmp_path, ALONE, method=method, settings={"ramp": 0.5}).learner
+    for progress, risen in ((0.0, 0.0), (0.25, 0.5), (1.0, 1.0)):
+        for own, factor in learner.methods[method].weights.items():
+            expected = factor if own == term else risen * factor
+            assert learner.weights(progress)[f"cnn/{method}.{own}"] == pytest.approx(expected)
+
+
 def test_helpers_have_a_gradient_of_zero_before_a_ramp_begins_to_rise(tmp_path: Path) -> None:
     settings = {"ramp": 0.5, "teacher_head_weight": 0.0}
     learner = tiny.make_trainer(tmp_path, ALONE, method="apd", settings=settings).learner

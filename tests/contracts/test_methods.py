@@ -242,6 +242,21 @@ def test_gradient_reaches_students_and_every_trainable_helper_and_never_the_teac
             assert parameter.grad is not None and bool((parameter.grad != 0).any()), parameter_name
 
 
+@EVERY
+def test_a_term_that_trains_helpers_alone_says_so_and_no_weight_of_the_students_terms_scales_it(name: str) -> None:
+    method = build(name)
+    alone = set()
+    for term in method.weights:
+        first, second = outputs(FIRST, 5), outputs(SECOND, 5, seed=1)
+        found = terms(method, first, second, labels((24, 28), 5))
+        total(method, {key: loss for key, loss in found.items() if key.rpartition("/")[2] == term}).backward()
+        if untouched(first) and untouched(second):
+            alone.add(term)
+    assert alone == set(method.helper_terms)
+    doubled = build(name, weight=2 * method.config.weight).weights
+    assert doubled == {key: factor * (1 if key in alone else 2) for key, factor in method.weights.items()}
+
+
 @ONLINE
 def test_a_term_of_one_peer_trains_that_peer_alone(name: str) -> None:
     method = build(name)

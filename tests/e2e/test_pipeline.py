@@ -143,7 +143,8 @@ class Cluster:
     def environment(self, name: str, **more: str) -> dict[str, str]:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "MLFLOW_"))}
         return {
-            **kept, **credentials(), "MLFLOW_TRACKING_URI": self.mlflow.uri, "SEGDISTILL_PIPELINE_RUN": name,
+            **kept, **credentials(), "AWS_ENDPOINT_URL_S3": self.store.endpoint,
+            "MLFLOW_TRACKING_URI": self.mlflow.uri, "SEGDISTILL_PIPELINE_RUN": name,
             "OMP_NUM_THREADS": "1", **more,
         }  # fmt: skip
 

@@ -141,11 +141,13 @@ def repository(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Repo
 
 
 @pytest.fixture(autouse=True)
-def _as_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+def _as_the_test(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in credentials().items():
         monkeypatch.setenv(name, value)
+    if "repository" in request.fixturenames:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", request.getfixturevalue("server").endpoint)
 
 
 def start(repository: Repository, revision: str, out: Path, *more: str) -> subprocess.Popen[str]:
@@ -326,7 +328,9 @@ def test_credentials_in_git_are_not_used_and_not_shown(
     assert "leaked" not in caplog.text + (tmp_path / "data.dvc").read_text()
 
 
-def test_what_a_repository_lacks_is_said(repository: Repository, tmp_path: Path) -> None:
+def test_what_a_repository_lacks_is_said(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, config = tmp_path / "data", repository.folder / ".dvc" / "config"
     distant = f"file://{repository.folder}"
     for address in (repository, distant):
@@ -346,15 +350,14 @@ def test_what_a_repository_lacks_is_said(repository: Repository, tmp_path: Path)
         "ssh": (change("s3://", "ssh://"), "it can be fetched from s3://BUCKET/PREFIX, or from a folder"),
         "bucket": (change(BUCKET, "nowhere"), "has no such bucket"),
         "prefix": (change(PREFIX, "elsewhere"), "was never pushed there; run dvc push"),
-        "closed": (
-            change(repository.server.endpoint, "http://127.0.0.1:9"),
-            "S3 cannot be reached; gave up after trying for 0.5 seconds",
-        ),
         "address": (change("http://", "nonsense "), "s3://datasets: Invalid endpoint"),
     }
     for name, (edit, expected) in cases.items():
         commit = repository.commit(name, edit)
         assert expected in sentence(repository, commit, out), name
+    commit = repository.commit("closed", change(repository.server.endpoint, "http://127.0.0.1:9"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    assert "S3 cannot be reached; gave up after trying for 0.5 seconds" in sentence(repository, commit, out)
 
 
 def test_a_second_fetch_into_the_same_folder_at_once_is_refused(repository: Repository, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -292,6 +293,52 @@ def test_finishing_a_failed_pipeline_marks_its_lost_children_as_killed(root: Pat
     assert finish_parent(default_store(root), PIPELINE, "FAILED")
     found = runs(root)
     assert (found[PIPELINE][0].info.status, found["kd-s0"][0].info.status) == ("FAILED", "KILLED")
+
+
+def test_where_kfp_makes_the_parent_our_runs_hang_below_it_and_nothing_is_made_twice(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KFP 2.17 makes one run for the pipeline, and one for each task, below that of the loop that the task is in."""
+    client = default_store(root).client()
+    experiment = client.create_experiment("KFP-Default")
+
+    def made(name: str, parent: Any = None) -> Any:
+        return client.create_run(
+            experiment, run_name=name, tags={"mlflow.parentRunId": parent.info.run_id} if parent else {}
+        )
+
+    top = made("segdistill 2026-11-27")
+    loop = made("for-loop-1", top)
+    teaching, distilling = made("train-teacher", top), made("distill", loop)
+    monkeypatch.setenv("SEGDISTILL_MLFLOW", "injected")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
+    for task, name in ((teaching, "teacher-s0"), (distilling, "kd-s0")):
+        monkeypatch.setenv("MLFLOW_RUN_ID", task.info.run_id)
+        one = tracker(root, name, tags={"git_commit": "abc"})
+        one.metrics({"loss": 1})
+        one.close("FINISHED")
+    lost = tracker(root, "cwd-s0", flush_seconds=0.0)
+
+    def away(self: Any) -> None:
+        raise ConnectionError("away")
+
+    monkeypatch.setattr("segdistill.adapters.mlflow_spool.Sender.send", away)
+    lost.metrics({"loss": 2})
+    lost.close("FINISHED")
+    monkeypatch.undo()
+    sync(root / "spool", uri=f"sqlite:///{root}/mlflow.db")  # later, from another machine
+    assert client.get_experiment_by_name("segdistill") is None
+    found = {run.info.run_name: run for run in client.search_runs([experiment])}
+    assert len(found) == 7
+    for name in ("teacher-s0", "kd-s0", "cwd-s0"):
+        assert found[name].data.tags["mlflow.parentRunId"] == top.info.run_id
+    assert found[top.info.run_name].data.tags["git_commit"] == "abc"
+    monkeypatch.setenv("SEGDISTILL_MLFLOW", "injected")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_RUN_ID", made("finish", top).info.run_id)
+    assert finish_parent(default_store(root), PIPELINE, "FINISHED")
+    assert client.get_run(top.info.run_id).info.status == "FINISHED"
 
 
 def test_no_secret_reaches_a_file_or_the_store(root: Path) -> None:

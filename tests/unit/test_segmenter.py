@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from segdistill.config import parse
 from segdistill.errors import UserError
+from segdistill.models.batch_norm import synchronised
 from segdistill.models.config import ModelConfig
 from segdistill.models.segmenter import Segmenter, build_segmenter, logits_at
 
@@ -117,6 +118,27 @@ def test_a_batch_of_one_trains_and_every_parameter_gets_a_gradient(case: Any) ->
     # DDP waits for ever for the gradient of a parameter that never runs.
     assert [name for name, parameter in segmenter.named_parameters() if parameter.grad is None] == []
     assert all(parameter.grad.isfinite().all() for parameter in segmenter.parameters() if parameter.grad is not None)
+
+
+@every_case
+def test_one_crop_of_one_cell_trains_because_a_single_value_has_no_statistics(case: Any) -> None:
+    architecture, encoder, stride, decoder = case[:4]
+    # FPN's group norm has the same wish, in any mode, where it is given as many groups as channels: it is not here.
+    segmenter = build(architecture, encoder, stride, {} if architecture == "FPN" else decoder, aux=True).train()
+    outputs = segmenter(torch.rand(1, 3, 32, 32))
+    assert outputs.aux_logits is not None
+    (outputs.logits.square().mean() + outputs.aux_logits.square().mean()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in segmenter.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "mobilenetv3_small_050"])
+def test_batch_statistics_of_all_processes_leave_the_activations_where_they_were(encoder: str) -> None:
+    segmenter, images = build("Segformer", encoder, 32, {}).eval(), torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        alone = segmenter.logits(images)
+        together = synchronised(segmenter)
+        assert not any(type(module).__name__.startswith(("BatchNorm", "SingleValue")) for module in together.modules())
+        torch.testing.assert_close(together.logits(images), alone)
 
 
 def test_the_pooled_branch_uses_the_batch_again_as_soon_as_there_are_two() -> None:
