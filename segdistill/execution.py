@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from segdistill import environment
-from segdistill.config import Name, Seed, parse
+from segdistill.config import parse
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker, Tracker
 from segdistill.errors import Interrupted, UserError, brief, nearest
 from segdistill.stages import STAGES, Job, Stage, check_sections, jobs, matrix, require_different
@@ -192,6 +192,7 @@ def run_stage(
     try:
         own, *others = stage.params
         config = parse(module.Config, chosen[own], own)
+        places = resolve(stage, job, chosen, paths)
         arguments: dict[str, Any] = {"tracker": tracker, "work": work}
         if job is not None:
             arguments |= {"experiment": job.experiment, "seed": job.seed}
@@ -200,8 +201,8 @@ def run_stage(
             if key.startswith("experiments."):
                 arguments["settings"] = parse(module.ExperimentConfig, chosen[filled], filled)
             else:
-                arguments[key] = parse(list[{"run": Name, "seeds": Seed}[key]], chosen[filled], key)  # type: ignore[misc]
-        arguments |= resolve(stage, job, chosen, paths)
+                arguments[key] = list(chosen[filled])
+        arguments |= places
         accepted = inspect.signature(module.run).parameters
         seconds = module.run(config, **{key: value for key, value in arguments.items() if key in accepted})
         status = "FINISHED"
@@ -236,10 +237,11 @@ def resolve(
             raise UserError(f"{name}: {stage.name} has no such path{nearest(name, declared)}")
     paths: dict[str, Any] = {}
     for name, template in declared.items():
-        if name in given:
+        if "{job}" in template:
+            cells = matrix(chosen)
+            paths[name] = given.get(name, [Path(template.format(job=cell)) for cell in cells])
+        elif name in given:
             paths[name] = given[name]
-        elif "{job}" in template:
-            paths[name] = [Path(template.format(job=cell)) for cell in matrix(chosen)]
         else:
             paths[name] = Path(template.format(experiment=job.experiment, seed=job.seed) if job else template)
     for name in stage.inputs:

@@ -47,8 +47,7 @@ class SGDConfig:
     name: Literal["sgd"] = "sgd"
     lr: LearningRate
     momentum: Beta = 0.9
-    weight_decay: WindowSide = Annotated[int, Field(ge=16, le=16384)]  # pixels
-Decay = 1e-4
+    weight_decay: Decay = 1e-4
     nesterov: bool = False
     # The learning rate of decoder, classifier and method helpers is this many times the encoder's.
     decoder_multiplier: Multiplier = 1.0
@@ -68,8 +67,7 @@ class AdamWConfig:
     name: Literal["adamw"] = "adamw"
     lr: LearningRate
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    weight_decay: WindowSide = Annotated[int, Field(ge=16, le=16384)]  # pixels
-Decay = 0.01
+    weight_decay: Decay = 0.01
     # The learning rate of decoder, classifier and method helpers is this many times the encoder's.
     decoder_multiplier: Multiplier = 1.0
     schedule: Schedule = Field(default_factory=PolySchedule)
@@ -82,8 +80,7 @@ class AdamConfig:
     name: Literal["adam"] = "adam"
     lr: LearningRate
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    weight_decay: WindowSide = Annotated[int, Field(ge=16, le=16384)]  # pixels
-Decay = 0.0
+    weight_decay: Decay = 0.0
     decoder_multiplier: Multiplier = 1.0
     schedule: Schedule = Field(default_factory=ConstantSchedule)
 
