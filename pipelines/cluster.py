@@ -47,8 +47,8 @@ AsText = BeforeValidator(lambda value: str(value) if type(value) in (int, float)
 Cpu = Annotated[str, AsText, _checked(r"\d+m|\d+(\.\d+)?", "4, 0.5 or 500m", 10_000)]
 Memory = Annotated[str, AsText, _checked(r"\d+(\.\d+)?([KMGT]i?)?", "512Mi or 16Gi", 2**50)]
 Name = Annotated[str, Field(min_length=1)]
-Seconds = Annotated[int, Field(ge=1, le=10**8)]
-Id = Annotated[int, Field(ge=1, le=2**31 - 1)]  # 0 is root
+Seconds = Annotated[int, Field(gt=0, le=10**8)]
+Id = Annotated[int, Field(gt=0, le=2**31 - 1)]  # 0 is root
 Kind = Literal["data", "train", "report"]  # of task
 
 
@@ -102,8 +102,8 @@ class Accelerator:
     """What a task that trains or evaluates runs on."""
 
     type: Name
-    count: Annotated[int, Field(ge=1, le=1024)]
-    nodes: Annotated[int, Field(ge=1, le=1000)]
+    count: Annotated[int, Field(gt=0, le=1024)]
+    nodes: Annotated[int, Field(gt=0, le=1000)]
     runtime: Name
     node_selector: dict[Name, str]
     tolerations: list[Toleration]
@@ -146,7 +146,7 @@ class Cluster:
     tasks: Tasks
     accelerator: Accelerator | None
     shared_memory: Memory
-    parallel_jobs: Annotated[int, Field(ge=1, le=100_000)] | None
+    parallel_jobs: Annotated[int, Field(gt=0, le=100_000)] | None
     retries: Retries
     config_maps: list[Reference]
     secrets: list[Reference]

@@ -181,7 +181,7 @@ def parse(cls: type[T], data: Any, where: str) -> T:
         raise UserError(f"{where}: nested too deeply") from None
     try:
         # As JSON: only there are lists tuples, and texts paths, while nothing else is taken for what it is not.
-        return typing.cast(T, _adapter(cls).validate_json(text, strict=True))
+        return typing.cast(T, _adapter(typing.cast(Hashable, cls)).validate_json(text, strict=True))
     except pydantic.ValidationError as error:
         raise UserError(_sentence(error.errors(include_url=False), cls, where)) from None
 

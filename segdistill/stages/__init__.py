@@ -184,7 +184,7 @@ def matrix(params: Mapping[str, Any]) -> list[Job]:
     """
     run = parse(list[Name], params.get("run"), "run")
     seeds = parse(list[Seed], params.get("seeds"), "seeds")
-    for key, values in (("run", run), ("seeds", seeds)):
+    for key, values in {"run": list[Any](run), "seeds": list[Any](seeds)}.items():
         if not values:
             raise UserError(f"{key}: empty; name at least one")
         if len(set(values)) < len(values):
