@@ -1,24 +1,26 @@
 # `make repro` prepares and runs; with the environment active, plain `dvc repro` is the same run.
 SHELL := /bin/bash
 PYTHON ?= python3.11
+UV_VERSION := 0.13.9
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data streets preset repro test e2e images lint format ui clean
+.PHONY: help setup data streets preset repro test e2e images lock lint format ui clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make .venv from requirements.lock
 
-# uv installs what the lock names, nothing else; the package itself is linked, so that edits are seen.
+# uv installs what the lock names, nothing else, and only files whose hashes are in it; the package itself is linked, so
+# that edits are seen.
 $(READY): requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: $(PYTHON) has no venv module; on Debian: apt-get install python3.11-venv" >&2; exit 2; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	@$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@$(BIN)/uv pip sync --quiet --require-hashes --python $(BIN)/python requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -51,6 +53,10 @@ e2e: $(READY)  ## run the pipeline in containers, between real servers (root, or
 
 images:  ## build the container images of what is committed
 	@dockerfiles/build
+
+lock: $(READY)  ## write requirements.lock anew from pyproject.toml, with what is in it kept where it fits
+	@$(BIN)/uv pip compile --quiet --python-version 3.11 --all-extras --generate-hashes --no-header --no-annotate \
+	  --no-emit-index-url --no-emit-find-links --output-file requirements.lock pyproject.toml
 
 lint: $(READY)  ## ruff, mypy, and who may import what
 	@$(BIN)/ruff check .

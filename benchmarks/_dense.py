@@ -37,7 +37,7 @@ def bilinear(maps: Tensor, size: torch.Size, *, align_corners: bool = False) -> 
 
 
 def nearest(target: Tensor, size: torch.Size) -> Tensor:
-    return F.interpolate(target[:, None].float(), size=size)[:, 0].long()
+    return F.interpolate(target[:, None].float(), size=size, mode="nearest-exact")[:, 0].long()
 
 
 def kl(student: Tensor, teacher: Tensor, dim: int) -> Tensor:

@@ -24,7 +24,7 @@ class Files:
 
     def __init__(self, data: Path, layout: str) -> None:
         opened = open_layout(layout, data)
-        self.samples, self.label_map = list(opened.samples("train")), opened.label_map
+        self.samples, self.label_map = list(opened.samples("train")), opened.legend.label_map
 
     def __len__(self) -> int:
         return len(self.samples)

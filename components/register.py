@@ -15,7 +15,7 @@ def register(
     registration: Output[Artifact],
     summary: Output[Markdown],
 ) -> None:
-    """Register the best student, and move the alias if it beats the champion."""
+    """Register the best student if one passed the gate, and move the alias if it beats the champion."""
     from segdistill.tasks import run_component
 
     paths = {

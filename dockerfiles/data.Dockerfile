@@ -1,17 +1,20 @@
 # The steps that touch the data set: fetch, validate and prepare. No torch.
 # How to build it: docs/kubeflow.md
-ARG BASE_IMAGE=python:3.11-slim
+# Any Python 3.11 on Debian, best by digest (python@sha256:...); dockerfiles/build looks up that of a tag.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+ARG UV_VERSION=0.13.9
 
 # What changes rarely, in a layer of its own. uv comes and goes within it.
 FROM ${BASE_IMAGE} AS libraries
+ARG UV_VERSION
 # git reads data.dvc of a revision.
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends git ca-certificates > /dev/null \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log
-# Names here, versions in requirements.lock: whatever these names pull in is held to the lock.
+# Names here, versions and hashes in requirements.lock: whatever these names pull in is held to the lock.
 # The secret is there only behind a private authority: certificates to trust while building.
 RUN --mount=type=bind,source=requirements.lock,target=/tmp/requirements.lock --mount=type=secret,id=certificates \
     trusted=/run/secrets/certificates; if [ -f $trusted ]; then export SSL_CERT_FILE=$trusted PIP_CERT=$trusted; fi; \
-    python3 -m venv /tmp/uv && /tmp/uv/bin/pip install --no-cache-dir --quiet uv \
+    python3 -m venv /tmp/uv && /tmp/uv/bin/pip install --no-cache-dir --quiet uv==${UV_VERSION} \
     && python3 -m venv --without-pip /opt/segdistill \
     && /tmp/uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/segdistill/bin/python \
        --constraints /tmp/requirements.lock \
@@ -19,18 +22,20 @@ RUN --mount=type=bind,source=requirements.lock,target=/tmp/requirements.lock --m
     && rm -rf /tmp/uv*
 
 FROM libraries AS package
+ARG UV_VERSION
 WORKDIR /build
 COPY pyproject.toml requirements.lock README.md LICENSE ./
 COPY segdistill segdistill
 RUN --mount=type=secret,id=certificates \
     trusted=/run/secrets/certificates; if [ -f $trusted ]; then export SSL_CERT_FILE=$trusted PIP_CERT=$trusted; fi; \
-    python3 -m venv /tmp/uv && /tmp/uv/bin/pip install --no-cache-dir --quiet uv \
+    python3 -m venv /tmp/uv && /tmp/uv/bin/pip install --no-cache-dir --quiet uv==${UV_VERSION} \
     && /tmp/uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/segdistill/bin/python \
        --build-constraints requirements.lock --no-deps --prefix /package .
 
 FROM libraries
 RUN useradd --uid 1000 --create-home segdistill
 COPY --from=package /package /opt/segdistill
+ARG BASE_IMAGE
 ARG GIT_COMMIT=unknown
 ARG VERSION=unknown
 # USER is for libraries that ask for a name, where a container runs as a user that /etc/passwd does not know.
@@ -41,7 +46,8 @@ ENV PATH=/opt/segdistill/bin:$PATH \
     SEGDISTILL_GIT_COMMIT=${GIT_COMMIT} \
     GX_ANALYTICS_ENABLED=false \
     MLFLOW_DISABLE_TELEMETRY=true
-LABEL org.opencontainers.image.title="segdistill, data stages" \
+LABEL org.opencontainers.image.base.name=${BASE_IMAGE} \
+      org.opencontainers.image.title="segdistill, data stages" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version=${VERSION} \
       org.opencontainers.image.revision=${GIT_COMMIT}

@@ -1,37 +1,49 @@
 # The stages that train, measure, compare and register.
 # How to build it: docs/kubeflow.md
-ARG BASE_IMAGE=python:3.11-slim
+# Any Python 3.11 on Debian, best by digest (python@sha256:...); dockerfiles/build looks up that of a tag.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+ARG UV_VERSION=0.13.9
 
 # What changes rarely, in a layer of its own: gigabytes that no change of our code moves. uv comes and goes within it.
 FROM ${BASE_IMAGE} AS libraries
+# `compile: true` writes C++ for the CPU, and C for the launchers of a GPU's kernels, against Python's headers: the
+# official images have those, a Debian's own Python has them in a package.
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ > /dev/null \
+    && headers=$(python3 -c "import sysconfig; print(sysconfig.get_path('include'))") \
+    && { test -f "$headers/Python.h" || apt-get install -y -qq --no-install-recommends python3-dev > /dev/null; } \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log
+ARG UV_VERSION
 # Empty: the registry's torch, which brings its CUDA libraries and serves nodes with and without a GPU; the driver is
-# the node's. Or what uv's --torch-backend knows: cpu leaves CUDA out, torchvision likewise, from PyTorch's own index.
+# the node's. Or what uv's --torch-backend knows: cpu leaves CUDA out, torchvision likewise, from PyTorch's own index,
+# whose files are not those of the lock's hashes.
 ARG TORCH_BACKEND=
-# Names here, versions in requirements.lock: whatever these names pull in is held to the lock.
+# Names here, versions and hashes in requirements.lock: whatever these names pull in is held to the lock.
 # The secret is there only behind a private authority: certificates to trust while building.
 RUN --mount=type=bind,source=requirements.lock,target=/tmp/requirements.lock --mount=type=secret,id=certificates \
     trusted=/run/secrets/certificates; if [ -f $trusted ]; then export SSL_CERT_FILE=$trusted PIP_CERT=$trusted; fi; \
-    python3 -m venv /tmp/uv && /tmp/uv/bin/pip install --no-cache-dir --quiet uv \
+    python3 -m venv /tmp/uv && /tmp/uv/bin/pip install --no-cache-dir --quiet uv==${UV_VERSION} \
     && python3 -m venv --without-pip /opt/segdistill \
     && /tmp/uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/segdistill/bin/python \
-       ${TORCH_BACKEND:+--torch-backend ${TORCH_BACKEND}} --constraints /tmp/requirements.lock \
+       ${TORCH_BACKEND:+--torch-backend ${TORCH_BACKEND} --no-verify-hashes} --constraints /tmp/requirements.lock \
        boto3 kfp matplotlib mlflow numpy pillow pyarrow pydantic pyyaml rich safetensors \
        segmentation-models-pytorch timm torch torchvision \
     && rm -rf /tmp/uv*
 
 FROM libraries AS package
+ARG UV_VERSION
 WORKDIR /build
 COPY pyproject.toml requirements.lock README.md LICENSE ./
 COPY segdistill segdistill
 RUN --mount=type=secret,id=certificates \
     trusted=/run/secrets/certificates; if [ -f $trusted ]; then export SSL_CERT_FILE=$trusted PIP_CERT=$trusted; fi; \
-    python3 -m venv /tmp/uv && /tmp/uv/bin/pip install --no-cache-dir --quiet uv \
+    python3 -m venv /tmp/uv && /tmp/uv/bin/pip install --no-cache-dir --quiet uv==${UV_VERSION} \
     && /tmp/uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/segdistill/bin/python \
        --build-constraints requirements.lock --no-deps --prefix /package .
 
 FROM libraries
 RUN useradd --uid 1000 --create-home segdistill
 COPY --from=package /package /opt/segdistill
+ARG BASE_IMAGE
 ARG GIT_COMMIT=unknown
 ARG VERSION=unknown
 # USER is for libraries that ask for a name, where a container runs as a user that /etc/passwd does not know.
@@ -42,14 +54,16 @@ ENV PATH=/opt/segdistill/bin:$PATH \
     SEGDISTILL_GIT_COMMIT=${GIT_COMMIT} \
     MPLCONFIGDIR=/tmp/matplotlib \
     MLFLOW_DISABLE_TELEMETRY=true
-LABEL org.opencontainers.image.title="segdistill, training stages" \
+LABEL org.opencontainers.image.base.name=${BASE_IMAGE} \
+      org.opencontainers.image.title="segdistill, training stages" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version=${VERSION} \
       org.opencontainers.image.revision=${GIT_COMMIT}
 USER 1000
 WORKDIR /home/segdistill
-# The image is good if what its stages and KFP's executor import is there.
+# The image is good if what its stages and KFP's executor import is there, and torch finds a compiler.
 RUN export HOME=/tmp/check \
+    && python3 -c "import torch; torch.compile(lambda x: x.sin() + 1)(torch.ones(8))" \
     && python3 -c "import boto3, mlflow.pytorch, kfp.dsl.executor_main" \
     && python3 -c "import segdistill.tasks, segdistill.methods, segdistill.engine.trainer, segdistill.models.segmenter" \
     && python3 -m segdistill distill --help > /dev/null \

@@ -58,13 +58,18 @@ def compile_to(path: Path, params: Mapping[str, Any], *, cluster: Path | None = 
         params: the content of params.yaml.
         cluster: what tasks ask of the cluster; by default ``pipelines/cluster.yaml``.
         caching: whether KFP may take over results of earlier runs, but for ``register``.
+
+    Raises:
+        UserError: a mistake in one of them, or a matrix that is too large for one run.
     """
     given = arguments(params)
     from kfp import compiler
 
     from pipelines.cluster import DEFAULT, Placement, read_cluster
     from pipelines.distillation import pipeline
+    from pipelines.limits import check_matrix
 
+    check_matrix(given)
     place = Placement(read_cluster(cluster or DEFAULT), caching=caching)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.partial.yaml")  # the compiler goes by the suffix

@@ -6,14 +6,18 @@ those it has the defaults.
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from kfp import dsl, kubernetes
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from components.images import TRAIN
+from segdistill import environment
+from segdistill.adapters.kubernetes_values import DataKey, Key, LabelValue, ObjectName, Variable
+from segdistill.adapters.trainjob import Certificates, Queue
 from segdistill.config import config, parse, read_yaml
 from segdistill.errors import UserError, brief
 
@@ -22,6 +26,11 @@ DEFAULT = Path(__file__).with_name("cluster.yaml")
 # bounds it is the number of attempts, and the timeout of each.
 RETRY_WINDOW = f"{30 * 24 * 3600}s"
 SOONER = 600  # seconds
+# What the MLflow plugin of KFP's server sets in a container. A variable that both it and a reference of ours set is
+# refused by the API server, and the pod never starts.
+OF_THE_PLUGIN = (
+    *environment.OF_KFP, "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD",
+)  # fmt: skip
 UNITS = {"": 1.0, "m": 1e-3} | {
     letter + suffix: base**power
     for power, letter in enumerate("KMGT", 1)
@@ -46,7 +55,6 @@ def _checked(pattern: str, examples: str, most: float) -> AfterValidator:
 AsText = BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)  # YAML reads 4 as a number
 Cpu = Annotated[str, AsText, _checked(r"\d+m|\d+(\.\d+)?", "4, 0.5 or 500m", 10_000)]
 Memory = Annotated[str, AsText, _checked(r"\d+(\.\d+)?([KMGT]i?)?", "512Mi or 16Gi", 2**50)]
-Name = Annotated[str, Field(min_length=1)]
 Seconds = Annotated[int, Field(gt=0, le=10**8)]
 Id = Annotated[int, Field(gt=0, le=2**31 - 1)]  # 0 is root
 Kind = Literal["data", "train", "report"]  # of task
@@ -92,8 +100,8 @@ class Tasks:
 class Toleration:
     """A taint that a task bears."""
 
-    key: Name
-    value: str | None
+    key: Key
+    value: LabelValue | None
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"]
 
 
@@ -101,11 +109,11 @@ class Toleration:
 class Accelerator:
     """What a task that trains or evaluates runs on."""
 
-    type: Name
+    type: Key
     count: Annotated[int, Field(gt=0, le=1024)]
     nodes: Annotated[int, Field(gt=0, le=1000)]
-    runtime: Name
-    node_selector: dict[Name, str]
+    runtime: ObjectName
+    node_selector: dict[Key, LabelValue]
     tolerations: list[Toleration]
 
 
@@ -115,24 +123,36 @@ class Retries:
 
     count: Annotated[int, Field(ge=0, le=1000)]
     wait_seconds: Annotated[int, Field(ge=0, le=10**6)]
-    factor: Annotated[float, Field(ge=1, le=100)]
+    factor: Annotated[int, Field(ge=1, le=100)]  # Argo reads no other
 
 
 @config
 class Reference:
     """Keys of a config map or a secret that become environment variables."""
 
-    name: Name
+    name: ObjectName
     optional: bool
     tasks: Annotated[list[Kind], Field(min_length=1)]
-    keys: Annotated[dict[Name, Name], Field(min_length=1)]
+    keys: Annotated[dict[DataKey, Variable], Field(min_length=1)]
+
+    def without(self, variables: Collection[str]) -> "Reference | None":
+        """What is left of it; None if nothing is."""
+        keys = {key: variable for key, variable in self.keys.items() if variable not in variables}
+        return replace(self, keys=keys) if keys else None
+
+
+@config
+class KueueQueue(Queue):
+    """Where Kueue has the pods of some kinds of tasks wait."""
+
+    tasks: Annotated[list[Kind], Field(min_length=1)]
 
 
 @config
 class Workspace:
     """A persistent volume, by its claim, and where a container sees it."""
 
-    claim: Name
+    claim: ObjectName
     path: Annotated[str, Field(pattern="^/.")]
     share_data: bool
 
@@ -142,20 +162,45 @@ class Cluster:
     """The content of ``pipelines/cluster.yaml``."""
 
     pull_policy: Literal["Always", "IfNotPresent", "Never"]
+    image_pull_secrets: list[ObjectName]
     security: Security
     tasks: Tasks
     accelerator: Accelerator | None
     shared_memory: Memory
     parallel_jobs: Annotated[int, Field(gt=0, le=100_000)] | None
     retries: Retries
+    labels: dict[Key, LabelValue]
+    annotations: dict[Key, str]
+    queue: KueueQueue | None
+    mlflow: Literal["config-map", "injected"]
     config_maps: list[Reference]
     secrets: list[Reference]
+    certificates: Certificates | None
     workspace: Workspace | None
 
     @property
     def on_nodes(self) -> bool:
         """Whether training runs on several nodes."""
         return self.accelerator is not None and self.accelerator.nodes > 1
+
+    def referred(self, references: list[Reference], kind: Kind) -> list[Reference]:
+        """The config maps or secrets whose keys a container of this kind of task gets, and those keys."""
+        left_out = OF_THE_PLUGIN if self.mlflow == "injected" else ()
+        parts = [one.without(left_out) for one in references if kind in one.tasks]
+        return [part for part in parts if part is not None]
+
+    @model_validator(mode="after")
+    def _each_variable_once(self) -> "Cluster":
+        for kind in get_args(Kind):
+            references = self.referred(self.config_maps, kind) + self.referred(self.secrets, kind)
+            names = [name for one in references for name in one.keys.values()]
+            names += self.certificates.variables if self.certificates else []
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"the variable {name} is given twice to tasks of the kind '{kind}'")
+                if name.startswith("SEGDISTILL_"):
+                    raise ValueError(f"the variable {name} is given to tasks by the pipeline itself")
+        return self
 
     @model_validator(mode="after")
     def _several_nodes_share_a_volume(self) -> "Cluster":
@@ -226,7 +271,7 @@ class Placement:
         if asked.on_nodes:  # this pod only starts the others, and waits
             task.set_env_variable("SEGDISTILL_TRAINJOB", json.dumps(_trainjob(asked), sort_keys=True))
             waiting = replace(asked.tasks.report, timeout_seconds=asked.tasks.train.timeout_seconds)
-            return self._place(task, asked, "train", waiting)
+            return self._place(task, replace(asked, queue=None), "train", waiting)  # the job waits in the queue, not it
         if asked.accelerator is not None:
             for label, value in asked.accelerator.node_selector.items():
                 kubernetes.add_node_selector(task, label, value)
@@ -258,14 +303,27 @@ class Placement:
         if asked.workspace is not None and asked.workspace.share_data:
             task.set_env_variable("SEGDISTILL_SHARED", f"{asked.workspace.path}/shared")
         kubernetes.set_image_pull_policy(task, asked.pull_policy)
+        if asked.image_pull_secrets:
+            kubernetes.set_image_pull_secrets(task, asked.image_pull_secrets)
+        for name, value in asked.labels.items():
+            kubernetes.add_pod_label(task, name, value)
+        for name, value in asked.annotations.items():
+            kubernetes.add_pod_annotation(task, name, value)
+        if asked.queue is not None and kind in asked.queue.tasks:
+            for name, value in asked.queue.labels.items():
+                kubernetes.add_pod_label(task, name, value)
+        if asked.certificates is not None:
+            kubernetes.use_config_map_as_volume(task, asked.certificates.config_map, asked.certificates.path)
+            for name, value in asked.certificates.environment.items():
+                task.set_env_variable(name, value)
+        if asked.mlflow == "injected":
+            task.set_env_variable("SEGDISTILL_MLFLOW", "injected")
         kubernetes.set_security_context(task, asked.security.user, asked.security.group, run_as_non_root=True)
         kubernetes.use_field_path_as_env(task, "SEGDISTILL_PIPELINE_RUN", "metadata.labels['pipeline/runid']")
-        for item in asked.config_maps:
-            if kind in item.tasks:
-                kubernetes.use_config_map_as_env(task, item.name, item.keys, optional=item.optional)
-        for item in asked.secrets:
-            if kind in item.tasks:
-                kubernetes.use_secret_as_env(task, item.name, item.keys, optional=item.optional)
+        for item in asked.referred(asked.config_maps, kind):
+            kubernetes.use_config_map_as_env(task, item.name, item.keys, optional=item.optional)
+        for item in asked.referred(asked.secrets, kind):
+            kubernetes.use_secret_as_env(task, item.name, item.keys, optional=item.optional)
         return task
 
 
@@ -275,9 +333,12 @@ def _trainjob(asked: Cluster) -> dict[str, Any]:
     assert accelerator is not None and workspace is not None  # or it would not be on nodes
 
     def given(references: list[Reference]) -> list[dict[str, Any]]:
-        return [
-            {"name": one.name, "keys": one.keys, "optional": one.optional} for one in references if "train" in one.tasks
-        ]
+        return [{"name": one.name, "keys": one.keys, "optional": one.optional} for one in references]
+
+    # KFP's plugin gives its variables to the pods of KFP. The waiting one hands them on, but for a name and a password.
+    left_out = environment.OF_KFP if asked.mlflow == "injected" else ()
+    secrets = [part for one in asked.secrets if "train" in one.tasks and (part := one.without(left_out))]
+    queue = asked.queue if asked.queue is not None and "train" in asked.queue.tasks else None
 
     return {
         "runtime": accelerator.runtime,
@@ -290,8 +351,13 @@ def _trainjob(asked: Cluster) -> dict[str, Any]:
             "memory_limit": train.memory_limit,
         },
         "env": {"SEGDISTILL_WORK": f"{workspace.path}/work"},
-        "secrets": given(asked.secrets),
-        "config_maps": given(asked.config_maps),
+        "secrets": given(secrets),
+        "config_maps": given(asked.referred(asked.config_maps, "train")),
+        "certificates": asdict(asked.certificates) if asked.certificates else None,
+        "image_pull_secrets": asked.image_pull_secrets,
+        "labels": asked.labels,
+        "annotations": asked.annotations,
+        "queue": {"name": queue.name, "priority_class": queue.priority_class} if queue else None,
         "volume": {"claim": workspace.claim, "path": workspace.path},
         "shared_memory": asked.shared_memory,
         "node_selector": accelerator.node_selector,

@@ -1,9 +1,13 @@
-"""The graph for Kubeflow Pipelines: the stages of ``segdistill.stages``, as ``dvc.yaml`` has them too."""
+"""The graph for Kubeflow Pipelines: the stages of ``segdistill.stages``, as ``dvc.yaml`` has them too.
 
-from typing import NamedTuple
+The lists of all jobs' students and evaluations go to tasks that stand beside the loop, and into no graph within the
+graph (a condition, a loop, a pipeline of its own): what such a graph is handed, the released servers keep by name, one
+artifact a name (kubeflow/pipelines#13900). So ``register`` always runs, and reads for itself whether to register. Each
+reader has a ``Collected`` of its own, since kfp 2.17.0 changes it as it compiles.
+"""
 
 from kfp import dsl
-from kfp.dsl import Artifact, Collected, Dataset, ExitHandler, If, Input, Model, ParallelFor
+from kfp.dsl import Collected, ExitHandler, ParallelFor
 from kfp.dsl.graph_component import GraphComponent
 
 from components import (
@@ -21,32 +25,8 @@ from components import (
 from pipelines.cluster import Placement
 
 
-class Trained(NamedTuple):
-    """What the loop over the jobs leaves, in the order of the matrix."""
-
-    students: list[Model]
-    evaluations: list[Artifact]
-
-
 def pipeline(place: Placement) -> GraphComponent:
     """The pipeline; ``place`` says what each kind of task asks of the cluster."""
-
-    @dsl.pipeline(name="matrix")  # a pipeline of its own: only then do its lists reach a task behind the gate
-    def matrix(
-        jobs: list[dict],
-        evaluate_params: str,
-        accelerator_type: str,
-        accelerator_count: str,
-        prepared: Input[Dataset],
-        teacher: Input[Model],
-    ) -> Trained:
-        on = {"accelerator": accelerator_type, "accelerators": accelerator_count}
-        with ParallelFor(jobs, parallelism=place.parallelism) as job:
-            which = {"experiment": job.experiment, "seed": job.seed, **on}
-            students = place.train(distill(params=job.params, prepared=prepared, teacher=teacher, **which))
-            model = students.outputs["students"]
-            measured = place.train(evaluate(params=evaluate_params, prepared=prepared, model=model, **which))
-        return Trained(Collected(model), Collected(measured.outputs["evaluation"]))
 
     @dsl.pipeline(name="segdistill", description="From a version of a data set to a registered student")
     def distillation(
@@ -72,33 +52,29 @@ def pipeline(place: Placement) -> GraphComponent:
             teaching = place.train(train_teacher(params=train_teacher_params, prepared=prepared, **on))
             teacher = teaching.outputs["teacher"]
             taught = place.train(evaluate_teacher(params=evaluate_params, prepared=prepared, model=teacher, **on))
-            trained = matrix(
-                jobs=jobs,
-                evaluate_params=evaluate_params,
-                accelerator_type=accelerator_type,
-                accelerator_count=accelerator_count,
-                prepared=prepared,
-                teacher=teacher,
-            )
+            with ParallelFor(jobs, parallelism=place.parallelism) as job:
+                which = {"experiment": job.experiment, "seed": job.seed, **on}
+                trained = place.train(distill(params=job.params, prepared=prepared, teacher=teacher, **which))
+                model = trained.outputs["students"]
+                measured = place.train(evaluate(params=evaluate_params, prepared=prepared, model=model, **which))
             compared = place.report(
                 compare(
                     params=compare_params,
                     prepared=prepared,
                     teacher=teacher,
                     teacher_evaluation=taught.outputs["evaluation"],
-                    students=trained.outputs["students"],
-                    evaluations=trained.outputs["evaluations"],
+                    students=Collected(model),
+                    evaluations=Collected(measured.outputs["evaluation"]),
                 )
             )
-            with If(compared.outputs["Output"] == True, name="good enough"):  # noqa: E712  a condition of KFP's
-                registered = place.report(
-                    register(
-                        params=register_params,
-                        comparison=compared.outputs["report"],
-                        prepared=prepared,
-                        students=trained.outputs["students"],
-                    )
+            registered = place.report(
+                register(
+                    params=register_params,
+                    comparison=compared.outputs["report"],
+                    prepared=prepared,
+                    students=Collected(model),
                 )
-                registered.set_caching_options(False)  # the registry may have changed since
+            )
+            registered.set_caching_options(False)  # the registry may have changed since
 
     return distillation

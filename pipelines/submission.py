@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -21,6 +22,10 @@ from segdistill.errors import UserError
 
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 PATIENCE = 30  # failed questions in a row after which waiting ends
+# Of Kubeflow Pipelines: the first release that brings a task every artifact of a list and tells an exit handler how the
+# run ended, and the first that heeds the user and group of ``cluster.yaml``. Read in its source: 2.5.0, the release
+# before, and 2.14.4 to 2.15.0 differ there.
+FIRST, FIRST_WITH_USERS = (2, 14, 0), (2, 16, 0)
 
 
 @dataclass(frozen=True)
@@ -146,12 +151,13 @@ class Submission:
             package: the compiled pipeline. Its caching stands: what KFP's client could override forgets the loop.
 
         Raises:
-            UserError: the server is not there, or does not want it.
+            UserError: the server is not there, or does not want it, or is too old for it.
         """
         with tempfile.TemporaryDirectory() as folder, _in_one_sentence(to):
             file = Path(folder) / "segdistill.yaml"
             file.write_text(package)
             client = to.connect()
+            check_version(client, to)
             sent = client.create_run_from_pipeline_package(
                 str(file),
                 arguments=dict(self.arguments),
@@ -161,6 +167,34 @@ class Submission:
                 service_account=self.service_account,
             )
         return client, sent.run_id
+
+
+def check_version(client: Any, to: Server) -> None:
+    """Asks a server which version it is; warns of one that does not say, or that would ignore a setting.
+
+    Raises:
+        UserError: it is older than the first that runs this pipeline.
+    """
+    answer = client._healthz_api.healthz_service_get_healthz(_preload_content=False)  # kfp 2.17.0 drops the version
+    told = ""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        told = str(json.loads(answer.data)["tag_name"])
+    found = re.match(r"v?(\d+)\.(\d+)\.(\d+)", told)
+    if found is None:
+        _warn(f"{to.host}: does not say which version it is; this pipeline needs {_dotted(FIRST)} or later")
+        return
+    version = tuple(map(int, found.groups()))
+    if version < FIRST:
+        raise UserError(f"{to.host}: Kubeflow Pipelines {told}; this pipeline needs {_dotted(FIRST)} or later")
+    if version < FIRST_WITH_USERS:
+        _warn(
+            f"{to.host}: Kubeflow Pipelines {told} ignores 'security' of cluster.yaml, which needs "
+            f"{_dotted(FIRST_WITH_USERS)} or later: containers run as the user of their image"
+        )
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def wait(client: Any, to: Server, run: str, seconds: float = 10) -> str:
@@ -230,6 +264,10 @@ def _message(error: Any) -> str:
         said = json.loads(error.body)
         return " ".join(str(said.get("error_message") or said.get("message") or said["error"]).split())
     return "no more is known"
+
+
+def _warn(line: str) -> None:
+    sys.stderr.write(f"pipelines submit: {line}\n")
 
 
 def _say(line: str) -> None:

@@ -6,11 +6,7 @@ import time
 from pathlib import Path
 
 from segdistill import __version__
-from segdistill.errors import Interrupted, UserError
-
-# A scheduler may run the same command again after this code (sysexits.h, EX_TEMPFAIL): the run stopped and was saved.
-EXIT_RETRY = 75
-EXIT_USER = 2
+from segdistill.errors import UserError, exit_codes
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,6 +24,8 @@ def parser() -> argparse.ArgumentParser:
         if stage.per_job:
             sub.add_argument("--experiment", required=True, help="a name under experiments in the parameters")
             sub.add_argument("--seed", type=int, required=True)
+        if stage.on_device:
+            _add_device(sub)
         for name, path in {**stage.inputs, **stage.outputs, **stage.metrics}.items():
             sub.add_argument(f"--{name.replace('_', '-')}", dest=f"path_{name}", type=Path, metavar="PATH",
                              help=f"instead of {path}")  # fmt: skip
@@ -61,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--strengths", type=float, nargs="+", default=[0.1, 0.3, 1.0, 3.0], metavar="R",
                            help="weighted term over cross-entropy, to print the weight for")  # fmt: skip
     calibrate.add_argument("--json", action="store_true", help="print JSON")
+    _add_device(calibrate)
     methods = commands.add_parser("methods", help="the distillation methods; with a NAME: its formula and parameters")
     page = methods.add_mutually_exclusive_group()
     page.add_argument("name", nargs="?", metavar="NAME", help="a method: its formula, weights, parameters and source")
@@ -71,28 +70,22 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 2 for a user's mistake, 75 for stopped and resumable."""
-    from segdistill import execution
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                         help="where networks run; auto: a GPU if torch can use one (%(default)s)")  # fmt: skip
 
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0, 2 for a user's mistake, 75 for stopped, 130 for Ctrl-C."""
     arguments = parser().parse_args(argv)
-    execution.quiet_libraries()
     try:
-        _dispatch(arguments)
-    except UserError as error:
-        print(f"segdistill {arguments.command}: {error}", file=sys.stderr)
-        return EXIT_USER
-    except KeyboardInterrupt:
-        print(f"segdistill {arguments.command}: interrupted", file=sys.stderr)
-        return 130
-    except OSError as error:
-        if error.errno not in (28, 122):  # no space left, quota
-            raise
-        print(f"segdistill {arguments.command}: {error.filename or 'disk'}: no space left on the disk", file=sys.stderr)
-        return EXIT_USER
-    except Interrupted as error:
-        print(f"segdistill {arguments.command}: {error}", file=sys.stderr)
-        return EXIT_RETRY
+        with exit_codes(f"segdistill {arguments.command}"):
+            from segdistill import execution
+
+            execution.quiet_libraries()
+            _dispatch(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
     return 0
 
 
@@ -148,7 +141,8 @@ def _stage(arguments: argparse.Namespace) -> None:
     }
     tracker = execution.open_tracker(arguments.tracker, execution.context(arguments.params), stage, job)
     chosen = execution.sections(stage, params, job)
-    execution.run_stage(stage, chosen, paths=paths, job=job, tracker=tracker, started=started)
+    device = arguments.device if stage.on_device else "auto"
+    execution.run_stage(stage, chosen, paths=paths, job=job, tracker=tracker, started=started, device=device)
     if stage.name == "register":
         from segdistill.stages.summary import show
 
@@ -180,7 +174,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     found = calibrate.run(
         parse(Config, params["distill"], "distill"), experiment=name, seed=seed, steps=steps,
         settings=parse(ExperimentConfig, params["experiments"][name], f"experiments.{name}"),
-        prepared=inputs["prepared"], teacher=inputs["teacher"],
+        prepared=inputs["prepared"], teacher=inputs["teacher"], device=arguments.device,
     )  # fmt: skip
     if arguments.json:
         print(json.dumps(calibrate.as_json(found, strengths), indent=2))
@@ -208,7 +202,8 @@ def _sync(folder: Path) -> None:
     results = sync(folder)
     for result in results:
         reason = f" ({result.error})" if result.error else ""
-        print(f"{result.name}: {result.sent} records sent, {result.left} left{reason}")
+        refused = f", refused for good: {result.refused}" if result.refused else ""
+        print(f"{result.name}: {result.sent} records sent, {result.left} left{reason}{refused}")
     left = [result for result in results if result.left or result.error]
     if left:
         raise UserError(f"{folder}: {len(left)} of {len(results)} runs could not be sent whole; try again later")
@@ -226,15 +221,12 @@ def entry() -> int:
     """Where the process begins: the warm way if asked for and possible, else here."""
     argv = sys.argv[1:]
     if argv[:1] == ["--warm"]:
-        from segdistill import warm
+        with exit_codes("segdistill"):
+            from segdistill import warm
 
-        try:
             code = warm.run(argv[1:])
-        except UserError as error:
-            print(f"segdistill: {error}", file=sys.stderr)
-            return EXIT_USER
-        if code is not None:
-            return code
+            if code is not None:
+                return code
     return main(argv)
 
 

@@ -38,7 +38,7 @@ TRACKERS = ("auto", "mlflow", "jsonl", "none")
 INJECTED = "injected"
 # What the plugin of KFP's server sets in a task's container, besides a user's name and password, or a token, which it
 # takes from a secret (kubeflow/pipelines 2.17, backend/src/v2/common/plugins/mlflow/handler.go).
-_MLFLOW_OF_KFP = (
+OF_KFP = (
     "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "MLFLOW_WORKSPACE", "MLFLOW_TRACKING_AUTH",
 )  # fmt: skip
 
@@ -129,6 +129,13 @@ def tracking_uri() -> str | None:
     return _read("MLFLOW_TRACKING_URI")
 
 
+def set_tracking_server(given: str, address: str, user: str, password: str) -> None:
+    """Gives MLflow's client, and the processes below this one, an address and its password apart."""
+    os.environ |= {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
+    if tracking_uri() == given:
+        os.environ["MLFLOW_TRACKING_URI"] = address
+
+
 def injected_run() -> str | None:
     """The MLflow run that KFP's server made for this task; None where we make our own.
 
@@ -154,7 +161,7 @@ def injected() -> dict[str, str]:
     """What the pods of a TrainJob are to be told of the MLflow that KFP's server chose for this task."""
     if injected_run() is None:
         return {}
-    values = {name: _read(name) for name in ("SEGDISTILL_MLFLOW", *_MLFLOW_OF_KFP)}
+    values = {name: _read(name) for name in ("SEGDISTILL_MLFLOW", *OF_KFP)}
     return {name: value for name, value in values.items() if value}
 
 

@@ -1,5 +1,6 @@
 """How a stage is run, from the command line or as a task: parameters in, tracker, clock, and a true exit."""
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -18,6 +19,7 @@ from segdistill import environment
 from segdistill.config import parse
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker, Tracker
 from segdistill.errors import Interrupted, UserError, brief, nearest
+from segdistill.files import disk_errors, lock, write_file
 from segdistill.stages import STAGES, Job, Stage, check_sections, jobs, matrix, require_different
 
 TIMINGS, TRACKING = Path("artifacts/timings"), Path("artifacts/tracking")
@@ -90,8 +92,8 @@ def open_tracker(kind: str, here: Context, stage: Stage, job: Job | None, folder
     return NullTracker()
 
 
-def finish_pipeline(kind: str, here: Context, status: str) -> None:
-    """Ends the pipeline run that stages have logged to: FINISHED, FAILED or KILLED."""
+def finish_pipeline(kind: str, here: Context, status: str | None) -> None:
+    """Ends the pipeline run that stages have logged to: FINISHED, FAILED or KILLED, or None, as the stages left it."""
     if _chosen(kind) == "mlflow":
         from segdistill.adapters.mlflow_store import default_store, finish_parent
 
@@ -175,6 +177,7 @@ def run_stage(
     tracker: Tracker,
     started: float,
     work: Path | None = None,
+    device: str = "auto",
 ) -> None:
     """Runs one stage and records where its seconds went.
 
@@ -186,14 +189,39 @@ def run_stage(
         tracker: of the pipeline run; closed with the stage's true status.
         started: when the process began, in seconds since the epoch; what no activity claims is start-up.
         work: where a stage that trains keeps its checkpoint, its fingerprint appended; None is beside its output.
+        device: of a stage that trains or evaluates: "cpu", "cuda", or "auto" for a GPU where there is one.
+
+    Raises:
+        UserError: whatever the stage finds wrong, a full disk, or another process that writes the same outputs, whose
+            run is none of our business: nothing is said of it to the tracker.
     """
+    outputs = [_place(stage, name, job, paths) for name in stage.outputs]
+    with contextlib.ExitStack() as held:
+        if not environment.rank():  # the others of this run work for rank 0
+            for output in outputs:
+                held.enter_context(lock(output, f"segdistill {_label(stage, job)}"))
+        held.enter_context(disk_errors(outputs[0]))
+        _run_stage(stage, chosen, paths=paths, job=job, tracker=tracker, started=started, work=work, device=device)
+
+
+def _run_stage(
+    stage: Stage,
+    chosen: Mapping[str, Any],
+    *,
+    paths: Mapping[str, Path | list[Path]],
+    job: Job | None,
+    tracker: Tracker,
+    started: float,
+    work: Path | None,
+    device: str,
+) -> None:
     module = stage_module(stage)
     status = "FAILED"
     try:
         own, *others = stage.params
         config = parse(module.Config, chosen[own], own)
         places = resolve(stage, job, chosen, paths)
-        arguments: dict[str, Any] = {"tracker": tracker, "work": work}
+        arguments: dict[str, Any] = {"tracker": tracker, "work": work, "device": device}
         if job is not None:
             arguments |= {"experiment": job.experiment, "seed": job.seed}
         for key in others:
@@ -218,9 +246,10 @@ def run_stage(
 
 def _record_seconds(stage: Stage, job: Job | None, spent: dict[str, float], whole: float) -> None:
     spent["start-up"] = max(0.0, whole - sum(spent.values()))
-    TIMINGS.mkdir(parents=True, exist_ok=True)
     record = {"stage": stage.name, "job": str(job) if job else None, "seconds": spent, "ended": time.time()}
-    (TIMINGS / f"{_label(stage, job)}.json").write_text(json.dumps(record) + "\n")
+    with disk_errors(TIMINGS):
+        TIMINGS.mkdir(parents=True, exist_ok=True)
+        write_file(TIMINGS / f"{_label(stage, job)}.json", (json.dumps(record) + "\n").encode())
 
 
 def resolve(
@@ -240,15 +269,19 @@ def resolve(
         if "{job}" in template:
             cells = matrix(chosen)
             paths[name] = given.get(name, [Path(template.format(job=cell)) for cell in cells])
-        elif name in given:
-            paths[name] = given[name]
         else:
-            paths[name] = Path(template.format(experiment=job.experiment, seed=job.seed) if job else template)
+            paths[name] = _place(stage, name, job, given)
     for name in stage.inputs:
         for path in paths[name] if isinstance(paths[name], list) else [paths[name]]:
             if not path.exists():
                 raise UserError(f"{path}: {stage.name} needs it as '{name}'; run what makes it first: dvc repro")
     return paths
+
+
+def _place(stage: Stage, name: str, job: Job | None, given: Mapping[str, Path | list[Path]]) -> Any:
+    """Where an input or output of one job lies, unless it was given."""
+    template = {**stage.inputs, **stage.outputs, **stage.metrics}[name]
+    return given.get(name) or Path(template.format(experiment=job.experiment, seed=job.seed) if job else template)
 
 
 def _label(stage: Stage, job: Job | None) -> str:

@@ -262,6 +262,7 @@ def lock(folder: Path, what: str) -> Iterator[None]:
     # Not beside the folder: DVC counts every file there as the content of its parent.
     path = locks / hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    _held.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -278,4 +279,18 @@ def lock(folder: Path, what: str) -> Iterator[None]:
             )
         yield
     finally:
+        _held.discard(descriptor)
         os.close(descriptor)
+
+
+_held: set[int] = set()  # of the locks of this process
+
+
+def _let_go() -> None:
+    """A worker that was forked, and lives on for seconds after its killed parent, must not hold what that held."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)

@@ -7,14 +7,13 @@ is refused, whatever a runner says of the task that was to make it.
 What is not a matter of the pipeline, the environment says: ``environment.py``.
 """
 
-import contextlib
 import json
 import logging
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 from segdistill import environment
 from segdistill.config import parse
-from segdistill.errors import Interrupted, UserError, brief
+from segdistill.errors import Interrupted, UserError, brief, exit_codes
 from segdistill.execution import (
     TRACKING,
     context,
@@ -40,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 ELSEWHERE = ".elsewhere"  # in place of an output's content: the folder of a volume that has it
 
+# How the pipeline ended, in the words that released servers take from ML Metadata, and in those of KFP's local runner.
+ENDS = {"COMPLETE": "FINISHED", "CACHED": "FINISHED", "SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELED": "KILLED"}
+
 Paths = Mapping[str, str | list[str]]
 
 
@@ -52,6 +54,8 @@ class Task:
     paths: Paths  # inputs and outputs; the folders of every job may come in any order
     experiment: str | None = None
     seed: int | None = None
+    accelerator: str = ""  # the resource's name, such as nvidia.com/gpu
+    accelerators: int = 0  # how many of it this machine has for the task
 
     @property
     def stage(self) -> Stage:
@@ -84,7 +88,7 @@ def run_component(
     seed: int | None = None,
     accelerator: str = "",
     accelerators: str = "0",
-) -> Highlights:
+) -> None:
     """Runs one stage as a task; ends the process as the command line does.
 
     Args:
@@ -98,24 +102,24 @@ def run_component(
         accelerator: the resource's name, such as nvidia.com/gpu, of a stage that trains or evaluates.
         accelerators: how many of it the task has, in digits, as KFP gives them to the pod.
     """
-    task = Task(name, params, paths, experiment, seed)
     quiet_libraries()
-    with _ended_as_the_command_line(name):
-        places, count = _places(task), _processes(accelerator, accelerators)
+    with exit_codes(f"segdistill {name}"):
+        task = Task(name, params, paths, experiment, seed, accelerator, _count(accelerator, accelerators))
+        places, count = _places(task), environment.processes(default=max(1, task.accelerators))
         nodes = environment.trainjob()
         if places.shared and all(folder.is_dir() for folder in places.shared.values()):
             logger.info("%s: is on the volume already", ", ".join(map(str, places.shared.values())))
             _complete(task, places)
         elif nodes is not None:
-            on = {"accelerator": accelerator, "accelerators": int(accelerators)} if int(accelerators) else {}
-            _run_on_nodes(task, nodes, on, count)
-        elif count > 1:
-            _run_together(task, count)
+            _run_on_nodes(task, nodes, count)
         else:
-            _execute(task, places)
-        found = stage_module(task.stage).highlights(places.paths) if task.stage.shows else Highlights()
-        _show(found, shown or {})
-    return found
+            _require_accelerators(task)
+            if count > 1:
+                _run_together(task, count)
+            else:
+                _execute(task, places)
+        if task.stage.shows:
+            _show(stage_module(task.stage).highlights(places.paths), shown or {})
 
 
 def run_fetch(repository: str, revision: str, *, data: str) -> dict[str, str]:
@@ -130,7 +134,7 @@ def run_fetch(repository: str, revision: str, *, data: str) -> dict[str, str]:
         ``data_md5`` and ``data_commit``, which the folder's mark has too.
     """
     quiet_libraries()
-    with _ended_as_the_command_line("fetch"):
+    with exit_codes("segdistill fetch"):
         from segdistill.adapters.dvc_remote import fetch
         from segdistill.adapters.dvc_version import find
 
@@ -146,20 +150,14 @@ def run_fetch(repository: str, revision: str, *, data: str) -> dict[str, str]:
 
 
 def run_finish(state: str) -> None:
-    """Ends the pipeline's run in MLflow with the state that KFP gave the pipeline."""
+    """Ends the pipeline's run in MLflow with the state that KFP gave the pipeline.
+
+    Released servers leave a graph RUNNING that has long ended well (kubeflow/pipelines#13321). So a state that is no
+    end says nothing, and the run ends as its stages left it.
+    """
     quiet_libraries()
-    status = {"SUCCEEDED": "FINISHED", "CANCELLED": "KILLED", "CANCELED": "KILLED"}.get(state, "FAILED")
-    with _ended_as_the_command_line("finish"):
-        finish_pipeline(environment.tracker(), context(), status)
-
-
-@contextlib.contextmanager
-def _ended_as_the_command_line(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (UserError, Interrupted) as error:
-        print(f"segdistill {name}: {error}", file=sys.stderr)
-        raise SystemExit(75 if isinstance(error, Interrupted) else 2) from None
+    with exit_codes("segdistill finish"):
+        finish_pipeline(environment.tracker(), context(), ENDS.get(state))
 
 
 # Where things are
@@ -272,19 +270,32 @@ def _execute(task: Task, places: Places) -> None:
     kind = environment.tracker()
     tracker = open_tracker(kind, here, task.stage, task.job, tracking)
     run_stage(
-        task.stage, places.chosen, paths=places.paths, job=task.job, tracker=tracker, started=started, work=work
+        task.stage, places.chosen, paths=places.paths, job=task.job, tracker=tracker, started=started, work=work,
+        device="cuda" if task.accelerators else "auto",
     )  # fmt: skip
     if not environment.rank():
         _complete(task, places)
 
 
-def _processes(accelerator: str, accelerators: str) -> int:
-    """As many as the environment says, or one for each accelerator."""
+def _count(accelerator: str, accelerators: str) -> int:
+    """How many accelerators the task has."""
     if not accelerators.isdecimal():
         raise UserError(f"accelerators: '{accelerators}' is not a number of them; expected 0 or more")
     if int(accelerators) and not accelerator:
         raise UserError(f"accelerator: missing; name the resource of which the task has {accelerators}")
-    return environment.processes(default=max(1, int(accelerators)))
+    return int(accelerators)
+
+
+def _require_accelerators(task: Task) -> None:
+    """A pod may have its GPUs and no driver that this torch can use: days on the CPU are no substitute.
+
+    Raises:
+        UserError: torch sees fewer accelerators than the task was given.
+    """
+    if task.accelerators and task.stage.on_device:
+        from segdistill.engine.device import require_gpus
+
+        require_gpus(task.accelerators, f"accelerators: {task.accelerators} of {task.accelerator} were asked for")
 
 
 def _run_together(task: Task, count: int) -> None:
@@ -311,13 +322,12 @@ def _run_together(task: Task, count: int) -> None:
             raise Interrupted("stopped; the checkpoint is written, and the next attempt goes on from it") from None
 
 
-def _run_on_nodes(task: Task, template: Mapping[str, Any], on: Mapping[str, Any], count: int) -> None:
+def _run_on_nodes(task: Task, template: Mapping[str, Any], count: int) -> None:
     """Runs the stage as a TrainJob, which reads and writes on a volume, and brings its outputs here.
 
     Args:
         task: what to run.
         template: the fields of the job that the pipeline fixed when it was compiled.
-        on: the ``accelerator`` of each node and how many ``accelerators`` it has; empty: the CPU.
         count: of processes on each node.
     """
     from segdistill.adapters.shared_volume import shared
@@ -334,12 +344,13 @@ def _run_on_nodes(task: Task, template: Mapping[str, Any], on: Mapping[str, Any]
         there = replace(task, paths={key: str(path) for key, path in (placed.inputs | placed.outputs).items()})
         file = volume / "outputs" / name / "task.json"
         file.write_text(json.dumps(asdict(there)))
+        on = {"accelerator": task.accelerator, "accelerators": task.accelerators} if task.accelerators else {}
         own = {
             "name": name,
             "command": [*LAUNCH, __name__],
             "args": [str(file)],
             "processes": count,
-            "resources": {**template["resources"], **on},
+            "resources": {**template["resources"], **on},  # without any: the CPU
             "env": {**template.get("env", {}), **environment.injected(), "SEGDISTILL_PIPELINE_RUN": run_id},
         }
         run(parse(TrainJob, {**template, **own}, "SEGDISTILL_TRAINJOB"))
@@ -363,7 +374,8 @@ def main(path: str) -> None:
     """One of the processes of a task."""
     task = Task(**json.loads(Path(path).read_text()))
     quiet_libraries()
-    with _ended_as_the_command_line(task.name):
+    with exit_codes(f"segdistill {task.name}"):
+        _require_accelerators(task)
         _execute(task, _places(task))
 
 

@@ -100,8 +100,14 @@ def _command(connection: socket.socket, argv: Sequence[str]) -> int:
     """Hands a command over, forwards signals to it and waits for its end; OSError if it did not begin."""
     started = False
 
-    def forward(number: int, _frame: FrameType | None) -> None:
+    ignored = [int(number) for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN]
+    previous = {number: signal.getsignal(number) for number in FORWARDED if number not in ignored}
+
+    def forward(number: int, frame: FrameType | None) -> None:
         if not started:
+            former = previous[number]
+            if callable(former):
+                former(number, frame)
             _die_of(number)
         with contextlib.suppress(OSError):  # the server has died: the wait below ends, too
             connection.send(bytes([number]))
@@ -109,8 +115,8 @@ def _command(connection: socket.socket, argv: Sequence[str]) -> int:
                 os.kill(os.getpid(), signal.SIGSTOP)
                 connection.send(bytes([signal.SIGCONT]))
 
-    ignored = [int(number) for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN]
-    previous = {number: signal.signal(number, forward) for number in FORWARDED if number not in ignored}
+    for number in previous:
+        signal.signal(number, forward)
     try:
         umask = os.umask(0o077)
         os.umask(umask)

@@ -14,7 +14,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import re
@@ -22,16 +21,16 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeVar
 
 import yaml
 
-from segdistill.adapters.dvc_version import CONFIG_FILE, Remote, Version, find, is_true
+from segdistill.adapters.dvc_version import CONFIG_FILE, Remote, Version, find, is_true, parse_list
 from segdistill.adapters.objects import MissingObject, ObjectFolder, ObjectStore
 from segdistill.data.parallel import progress
 from segdistill.errors import UserError
-from segdistill.files import disk_errors, write_file
+from segdistill.files import disk_errors, read_text, require_regular, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -115,21 +114,7 @@ def list_files(store: ObjectStore, version: Version) -> dict[str, str]:
         content = store.read(key)
     except MissingObject as error:
         raise UserError(f"{error}: data version {version.md5} was never pushed there; run dvc push") from None
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if f"{found}.dir" != version.md5:
-        raise UserError(
-            f"{store.url(key)}: the list of files is corrupted: expected md5 {version.md5[:32]}, found {found}"
-        )
-    files: dict[str, str] = {}
-    try:
-        for entry in json.loads(content):
-            path, md5 = PurePosixPath(entry["relpath"]), entry["md5"]
-            if path.is_absolute() or ".." in path.parts or not path.parts or not re.fullmatch("[0-9a-f]{32}", md5):
-                raise ValueError
-            files[path.as_posix()] = md5
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{store.url(key)}: not a list of files below one folder, as dvc push writes it") from None
-    return files
+    return parse_list(content, version.md5, store.url(key))
 
 
 def _fill(out: Path, store: ObjectStore, version: Version, files: Mapping[str, str]) -> None:
@@ -239,6 +224,7 @@ def _hashes(folder: Path, threads: int) -> Iterator[tuple[str, str]]:
     paths = sorted(Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
 
     def md5_of(path: Path) -> tuple[str, str]:
+        require_regular(path)
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
         return path.relative_to(folder).as_posix(), digest.hexdigest()
@@ -263,7 +249,7 @@ def _in_threads(function: Callable[[T], R], items: Iterable[T], threads: int) ->
 
 def _check_record(record: Path, version: Version) -> None:
     """Raises a UserError where ``<name>.dvc`` says that the folder is another version: later stages believe it."""
-    found = re.search(r"md5:\s*(\S+)", record.read_text(encoding="utf-8")) if record.is_file() else None
+    found = re.search(r"md5:\s*(\S+)", read_text(record)) if record.exists() else None
     if found and found.group(1) != version.md5:
         raise UserError(
             f"{record}: says that the folder beside it is {found.group(1)}, but {version.commit[:12]} has "

@@ -1,18 +1,20 @@
 """What a git revision says of its DVC data: which version of the folder, and where its objects are."""
 
-import json
+import hashlib
 import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
 from segdistill.adapters.git_files import read_revision
+from segdistill.adapters.objects import LIST_LIMIT
 from segdistill.adapters.secrets import masked_text
 from segdistill.errors import UserError, nearest
+from segdistill.files import parse_json, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ def find(repository: str, revision: str) -> Version:
     entry = _entry(recorded, f"{where}: {DATA_FILE}")
     sections = _read_config(configured or "", f"{where}: {CONFIG_FILE}")
     base = Path(repository).absolute() / ".dvc"  # what relative paths in its config are relative to
-    cache = base / sections.get("cache", {}).get("dir", "cache")
+    cache = base / str(sections.get("cache", {}).get("dir", "cache"))
     if _is_cached(cache, entry["md5"]):
         return Version(masked_text(repository), found.commit, entry, Remote(None, str(cache)))
     return Version(
@@ -71,21 +73,61 @@ def find(repository: str, revision: str) -> Version:
     )
 
 
+def parse_list(content: bytes, md5: str, where: str) -> dict[str, str]:
+    """The files of a version, md5 by relative path, as its list (an object ``<md5>.dir``) says.
+
+    Raises:
+        UserError: the list is corrupted, or names what can be no file below one folder.
+    """
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if f"{found}.dir" != md5:
+        raise UserError(f"{where}: the list of files is corrupted: expected md5 {md5[:32]}, found {found}")
+    entries = parse_json(content, where)
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{where}: not a list of files, as dvc push writes it")
+    files: dict[str, str] = {}
+    folders: set[str] = set()
+    for entry in entries:
+        path = entry.get("relpath") if isinstance(entry, dict) else None
+        if not isinstance(path, str) or not _is_path(path):
+            raise UserError(f"{where}: {path!r} is no path of a file below one folder; was the list made by dvc push?")
+        if not isinstance(entry.get("md5"), str) or not re.fullmatch("[0-9a-f]{32}", entry["md5"]):
+            raise UserError(f"{where}: {path!r} has the md5 {entry.get('md5')!r}; expected 32 hexadecimal digits")
+        if path in files:
+            raise UserError(f"{where}: names {path!r} twice")
+        files[path] = entry["md5"]
+        folders.update(map(str, PurePosixPath(path).parents))
+    if both := folders & files.keys():
+        raise UserError(f"{where}: {min(both)!r} is a file and a folder there")
+    return files
+
+
+def _is_path(path: str) -> bool:
+    try:
+        parts = [part.encode() for part in path.split("/")]
+    except UnicodeEncodeError:
+        return False
+    return all(0 < len(part) <= 255 and part not in (b".", b"..") and b"\0" not in part for part in parts)
+
+
 def _is_cached(cache: Path, md5: str) -> bool:
     """Whether a DVC cache has every object of a version. Whether they are right, who reads them sees."""
     objects = cache / "files/md5"
+    path = objects / md5[:2] / md5[2:]
     try:
-        files = json.loads((objects / md5[:2] / md5[2:]).read_bytes())
-        return all((objects / entry["md5"][:2] / entry["md5"][2:]).is_file() for entry in files)
-    except (OSError, ValueError, KeyError, TypeError):
+        content = read_bytes(path, limit=LIST_LIMIT)
+    except UserError:
         return False
+    if f"{hashlib.md5(content, usedforsecurity=False).hexdigest()}.dir" != md5:
+        return False
+    return all((objects / name[:2] / name[2:]).is_file() for name in parse_list(content, md5, str(path)).values())
 
 
 def _entry(text: str, where: str) -> Mapping[str, Any]:
     try:
         (entry,) = yaml.safe_load(text)["outs"]
         md5 = str(entry["md5"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError):
         raise UserError(f"{where}: expected one entry with an md5 under outs, as dvc add writes it") from None
     if not re.fullmatch(r"[0-9a-f]{32}\.dir", md5):
         raise UserError(f"{where}: md5 is '{md5}'; expected that of a folder: 32 hexadecimal digits and '.dir'")

@@ -9,12 +9,18 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from segdistill.adapters.mlflow_store import DatasetFacts, Store, ensure_run
+from segdistill import environment
+from segdistill.adapters.mlflow_names import file_name, metric_name, shortened
+from segdistill.adapters.mlflow_store import DatasetFacts, Store, check_name, default_store, ensure_run
+from segdistill.adapters.secrets import masked_text
+from segdistill.config import config, parse, to_dict
 from segdistill.engine.tracker import JsonLinesTracker
+from segdistill.errors import UserError
+from segdistill.files import read_json, write_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,6 +30,28 @@ T = TypeVar("T")
 
 # MLflow's limits for one request are 1000 metrics and 100 of the others.
 _METRICS, _OTHERS, _RECORDS = 900, 90, 2000
+_PARAM_LIMIT, _TAG_LIMIT = 6000, 8000  # characters of a value
+_KINDS = ("params", "metrics", "tags", "artifact", "close", "resume")
+# An answer with such a status judges the item: malformed, too large, too long. No waiting or key will change it.
+_REFUSALS = {400, 413, 414, 415, 422, 431}
+_S3_REFUSALS = {"EntityTooLarge", "KeyTooLongError"}
+
+
+@config
+class Meta:
+    """Which run a spool is of, and where that run is kept."""
+
+    name: str
+    pipeline_run: str
+    # The store as it may be shown. An SQLite file also by its path from the spool, which holds when both are moved.
+    uri: str
+    database: str | None = None
+    injected: str | None = None
+    tags: dict[str, str]
+    dataset: DatasetFacts | None
+    # A new run in any case, whatever others of this name there are.
+    fresh: bool
+    run_id: str | None
 
 
 class Spool:
@@ -44,26 +72,27 @@ class Spool:
         dataset: DatasetFacts | None, *, resume: bool,
     ) -> "Spool":  # fmt: skip
         """The spool of this run, to go on in it; a new one if another process has it or ``resume`` is off."""
-        below = folder / re.sub(r"[^\w.\-]", "_", pipeline_run)
+        below, safe = folder / file_name(pipeline_run), file_name(name)
         below.mkdir(parents=True, exist_ok=True)
-        safe = re.sub(r"[^\w.\-]", "_", name)
+        database = os.path.relpath(store.database, below) if store.database else None
         for number in itertools.count(1):
             spool = cls._take(below / (safe if number == 1 else f"{safe}~{number}"))
             if spool is None:
                 continue
             if not spool.meta.exists():
-                write_json(
-                    spool.meta,
-                    {
-                        "name": name, "pipeline_run": pipeline_run, "uri": store.shown, "injected": store.injected,
-                        "tags": dict(tags),
-                        "dataset": asdict(dataset) if dataset else None, "fresh": not resume, "run_id": None,
-                    },
+                spool.write_meta(
+                    Meta(
+                        name=name, pipeline_run=pipeline_run, uri=store.shown, database=database,
+                        injected=store.injected, tags=dict(tags), dataset=dataset, fresh=not resume, run_id=None,
+                    )
                 )  # fmt: skip
                 return spool
-            meta = read_json(spool.meta)
-            if resume and (meta["name"], meta["pipeline_run"], meta["uri"]) == (name, pipeline_run, store.shown):
-                write_json(spool.meta, {**meta, "tags": {**meta["tags"], **tags}})
+            # A damaged one is left as it is, for `sync` to tell of.
+            meta = None
+            with contextlib.suppress(UserError):
+                meta = spool.read_meta()
+            if resume and meta and (meta.name, meta.pipeline_run, spool.uri()) == (name, pipeline_run, store.shown):
+                spool.write_meta(replace(meta, tags={**meta.tags, **tags}, database=database, uri=store.shown))
                 spool.write_resume()
                 return spool
             spool.release()
@@ -84,9 +113,35 @@ class Spool:
             return None
         return cls(base, file)
 
-    @property
-    def name(self) -> str:
-        return str(read_json(self.meta)["name"])
+    def read_meta(self) -> Meta:
+        """Which run this is of.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        meta = parse(Meta, read_json(self.meta), str(self.meta))
+        check_name(f"{self.meta}: run name", meta.name)
+        check_name(f"{self.meta}: pipeline run", meta.pipeline_run)
+        return meta
+
+    def write_meta(self, meta: Meta) -> None:
+        """Complete or not at all."""
+        write_json(self.meta, to_dict(meta))
+
+    def uri(self) -> str:
+        """The store's, where it is now: an SQLite file may have been moved together with this folder."""
+        meta = self.read_meta()
+        database = (self.base.parent / meta.database).resolve() if meta.database else None
+        if database is None or (not database.is_file() and Path(meta.uri.removeprefix("sqlite:///")).is_file()):
+            return meta.uri
+        return f"sqlite:///{database}"
+
+    def store(self, uri: str | None = None) -> Store:
+        """The store of this run, reached at ``uri`` if that is given."""
+        known, given = self.uri(), environment.tracking_uri()
+        if uri is None and given and masked_text(given) == known:
+            uri = given  # the same, with its password
+        return replace(default_store(self.base.parent, uri or known), injected=self.read_meta().injected)
 
     @property
     def lines(self) -> JsonLinesTracker:
@@ -124,13 +179,39 @@ class Spool:
         self._lock.close()
 
     def offset(self) -> int:
-        return int(read_json(self.position).get("offset", 0)) if self.position.exists() else 0
+        """How many bytes of the records were sent; 0 where that cannot be true, since sending again is harmless."""
+        if not self.position.exists():
+            return 0
+        try:
+            found = read_json(self.position)
+            offset = found.get("offset") if isinstance(found, dict) else None
+            if isinstance(offset, int) and self._begins_line(offset):
+                return offset
+        except UserError:
+            pass
+        logger.warning("%s: damaged; all of %s is sent again", self.position, self.records)
+        write_json(self.position, {"offset": 0})
+        return 0
+
+    def _begins_line(self, offset: int) -> bool:
+        if offset <= 0 or not self.records.exists():
+            return offset == 0
+        with self.records.open("rb") as file:
+            file.seek(offset - 1)
+            return file.read(1) == b"\n"
+
+    def refusals(self) -> int:
+        """How many items the store refused for good."""
+        if not self.refused.exists():
+            return 0
+        with self.refused.open("rb") as file:
+            return sum(1 for _ in file)
 
     def unsent(self) -> int:
         return sum(1 for _ in self._read(self.offset()))
 
     def _read(self, offset: int) -> Iterator[tuple[dict[str, Any] | None, int]]:
-        """Complete lines from ``offset`` on, each with the offset behind it; None for one that is torn."""
+        """Complete lines from ``offset`` on, each with the offset behind it; None for one that is no record."""
         if not self.records.exists():
             return
         with self.records.open("rb") as file:
@@ -139,11 +220,26 @@ class Spool:
                 if not line.endswith(b"\n"):
                     return
                 offset += len(line)
-                try:
-                    yield json.loads(line), offset
-                except ValueError:
-                    logger.warning("%s: a torn line before byte %d is left out", self.records, offset)
-                    yield None, offset
+                yield self._record(line), offset
+
+    def _record(self, line: bytes) -> dict[str, Any] | None:
+        """What a line says, or None if it was torn, or nobody of us wrote it."""
+        try:
+            record = json.loads(line)
+            kind, values, _ = record["kind"], record["values"], float(record["time"])
+            if kind == "metrics":
+                int(record.get("step", 0))
+                right = all(isinstance(value, int | float) for value in values.values())
+            elif kind == "artifact":
+                kept = (self.base.parent / values["path"]).resolve()
+                right = kept.is_relative_to(self.files.resolve()) and isinstance(values["folder"], str)
+            elif kind == "close":
+                right = values["status"] in ("FINISHED", "FAILED", "KILLED")
+            else:
+                right = kind in _KINDS and isinstance(values, dict)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+        return record if right else None
 
     def logged_before_resume(self, end: int) -> set[tuple[str, int, float]]:
         """Every (name, step, value) that stands before the last resume mark in the first ``end`` bytes."""
@@ -173,6 +269,8 @@ class Spool:
                 group = []
             if record is not None:
                 group.append(record)
+            else:
+                logger.warning("%s: the line before byte %d is no record, and left out", self.records, behind)
             offset = behind
             if alone:
                 yield group, offset
@@ -221,27 +319,53 @@ class Sender:
         if self._client is None:
             self._client = self.store.client()
         if self._run_id is None:
-            meta = read_json(self.spool.meta)
-            if meta["run_id"] and meta["fresh"]:
-                self._client.update_run(meta["run_id"], status="RUNNING")
-                self._run_id = meta["run_id"]
+            meta = self.spool.read_meta()
+            if meta.run_id and meta.fresh:
+                self._client.update_run(meta.run_id, status="RUNNING")
+                self._run_id = meta.run_id
             else:
-                dataset = DatasetFacts(**meta["dataset"]) if meta["dataset"] else None
                 self._run_id = ensure_run(
-                    self._client, self.store, meta["pipeline_run"], meta["name"], meta["tags"], dataset,
-                    fresh=meta["fresh"],
-                )  # fmt: skip
-            write_json(self.spool.meta, {**meta, "run_id": self._run_id})
+                    self._client, self.store, meta.pipeline_run, meta.name, meta.tags, meta.dataset, fresh=meta.fresh
+                )
+            self.spool.write_meta(replace(meta, run_id=self._run_id))
         return self._client, self._run_id
 
     def _send_artifact(self, client: "MlflowClient", run_id: str, values: Mapping[str, Any]) -> None:
-        path = self.spool.base.parent / values["path"]
-        folder = values["folder"] or None
-        if path.is_dir():
-            client.log_artifacts(run_id, str(path), folder)
-        elif path.exists():  # else it was sent, and the process ended before it noted so
-            client.log_artifact(run_id, str(path), folder)
-        shutil.rmtree(path.parent, ignore_errors=True)
+        """An artifact; of a folder that the store refuses for good, only the refused files are left out, and kept."""
+        path, folder = self.spool.base.parent / values["path"], values["folder"]
+        if not path.exists():  # it was sent, and the process ended before it noted so
+            return
+        try:
+            if path.is_dir():
+                client.log_artifacts(run_id, str(path), folder or None)
+            else:
+                client.log_artifact(run_id, str(path), folder or None)
+        except Exception as error:
+            if not refused_for_good(error):
+                raise
+            if path.is_dir():
+                for file in sorted(file for file in path.rglob("*") if file.is_file()):
+                    self._send_file(client, run_id, file, "/".join((folder, *file.relative_to(path).parts[:-1])))
+            else:
+                self._set_aside({"path": str(path), "folder": folder}, error)
+        else:
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+    def _send_file(self, client: "MlflowClient", run_id: str, path: Path, folder: str) -> None:
+        try:
+            client.log_artifact(run_id, str(path), folder.strip("/") or None)
+        except Exception as error:
+            if not refused_for_good(error):
+                raise
+            self._set_aside({"path": str(path), "folder": folder}, error)
+        else:
+            path.unlink()
+
+    def _set_aside(self, item: Mapping[str, Any], error: Exception) -> None:
+        reason = masked_text(str(error).partition("\n")[0])
+        logger.warning("%s: MLflow refuses %s: %s", self.spool.base.name, dict(item), reason[:500])
+        with self.spool.refused.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"item": item, "reason": reason}, default=str) + "\n")
 
     def _send_numbers(self, client: "MlflowClient", run_id: str, group: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric, Param, RunTag
@@ -259,9 +383,9 @@ class Sender:
                     if (name, step, value) not in before:
                         metrics.append(Metric(name, float(value), moment, step))
                 elif record["kind"] == "params":
-                    params[name] = as_text(value)[:6000]
+                    params[name] = shortened(as_text(value), _PARAM_LIMIT)
                 else:
-                    tags[name] = as_text(value)[:8000]
+                    tags[name] = shortened(as_text(value), _TAG_LIMIT)
         facts, labels = [Param(*item) for item in params.items()], [RunTag(*item) for item in tags.items()]
         self._deliver(lambda part: client.log_batch(run_id, metrics=part), metrics, _METRICS)
         self._deliver(lambda part: client.log_batch(run_id, params=part), facts, _OTHERS)
@@ -269,26 +393,36 @@ class Sender:
 
     def _deliver(self, send: Callable[[Sequence[T]], None], items: Sequence[T], size: int) -> None:
         """In parts; a part that the store refuses for good is halved until only the refused items are left out."""
-        from mlflow.exceptions import MlflowException
-
         for start in range(0, len(items), size):
             part = items[start : start + size]
             try:
                 send(part)
-            except MlflowException as error:
-                if error.error_code != "INVALID_PARAMETER_VALUE":
+            except Exception as error:
+                if not refused_for_good(error):
                     raise
                 if len(part) > 1:
                     self._deliver(send, part, (len(part) + 1) // 2)
                     continue
-                logger.warning("%s: MLflow refuses %s: %s", self.spool.name, part[0], str(error).splitlines()[0])
-                with self.spool.refused.open("a") as file:
-                    file.write(json.dumps({"item": vars(part[0]), "reason": str(error)}, default=str) + "\n")
+                self._set_aside(vars(part[0]), error)
 
 
-def metric_name(name: str) -> str:
-    """A name that MLflow takes: other characters than its own become ``_``."""
-    return re.sub(r"[^/\w.\- :]", "_", name)[:250]
+def refused_for_good(error: BaseException) -> bool:
+    """Whether the store has judged this very item, so that sending it again is no use."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE":
+        return True
+    answer = getattr(error, "response", None)
+    if isinstance(answer, dict):  # botocore's
+        return answer.get("Error", {}).get("Code") in _S3_REFUSALS
+    if getattr(answer, "status_code", None) in _REFUSALS:
+        return True
+    # A proxy's answer is no JSON, and MLflow keeps its status in the text alone.
+    status = re.search(r"failed with error code (\d+) ", str(error)) if isinstance(error, MlflowException) else None
+    if status and int(status[1]) in _REFUSALS:
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and refused_for_good(cause)
 
 
 def as_text(value: Any) -> str:
@@ -296,14 +430,6 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return data
-
-
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Complete or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, default=str) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_file(path, (json.dumps(data, default=str) + "\n").encode())

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import sqlite3
 import tempfile
 import threading
 import time
@@ -22,16 +23,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from segdistill import environment
+from segdistill.adapters.secrets import MaskingFilter, masked_text
 from segdistill.errors import UserError
+from segdistill.files import require_regular
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 EXPERIMENT = "segdistill"
+ARTIFACTS = "mlartifacts"  # the folder beside an embedded store's database
+# Where MLflow's tables record places of artifacts.
+_PLACES = (
+    ("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"),
+    ("model_versions", "source"), ("model_versions", "storage_location"),
+)  # fmt: skip
 PIPELINE_TAG = "segdistill.pipeline_run"
 ROLE_TAG = "segdistill.role"  # "parent" or "run"
 PARENT_TAG = "mlflow.parentRunId"
@@ -74,12 +83,13 @@ class Store:
     @property
     def database(self) -> Path | None:
         """The SQLite file, or None for a server."""
-        return Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
+        given, _, path = self.uri.partition("?")[0].partition("sqlite:///")
+        return Path(path) if path and not given else None
 
     @property
     def shown(self) -> str:
         """The URI without a user name and password."""
-        return without_credentials(self.uri)
+        return masked_text(self.uri)
 
     def lock_path(self, purpose: str = "") -> Path:
         """The file by which processes on this machine take turns."""
@@ -109,6 +119,8 @@ class Store:
         if self.database is None:
             return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
         with self.lock():
+            _make_tables(self.database)
+            _settle(self.database)
             client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             client.search_experiments(max_results=1)
             client.search_registered_models(max_results=1)
@@ -124,22 +136,119 @@ def default_store(root: Path, uri: str | None = None) -> Store:
     if importlib.util.find_spec("mlflow") is None:
         raise UserError("mlflow is not installed; install segdistill[pipeline], or track to JSON lines")
     injected = None if uri else environment.injected_run()
-    uri = uri or environment.tracking_uri() or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+    uri = uri or environment.tracking_uri() or f"sqlite:///{main_copy(root).resolve() / 'mlflow.db'}"
     scheme = uri.split(":", 1)[0] if ":" in uri else uri
     if scheme in ("file", "") or "://" not in uri or uri.endswith(":memory:"):
         raise UserError(
-            f"MLFLOW_TRACKING_URI: '{without_credentials(uri)}' cannot keep runs; "
+            f"MLFLOW_TRACKING_URI: '{masked_text(uri)}' cannot keep runs; "
             "allowed: sqlite:///<file>, another database, http(s)://<server>"
         )
-    return Store(uri, injected)
+    store = Store(_without_password(uri), injected)
+    if store.database is not None and store.database.exists():
+        size = require_regular(store.database)
+        with store.database.open("rb") as file:
+            if size and file.read(16) != b"SQLite format 3\0":
+                raise UserError(
+                    f"{store.database}: not an SQLite database; move it away, or name another store in "
+                    "MLFLOW_TRACKING_URI"
+                )
+    return store
 
 
-def without_credentials(text: str) -> str:
-    """A URL without its ``user:password@``; any other text as it is."""
-    if "://" not in text or "@" not in text:
-        return text
-    parts = urlsplit(text)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+def main_copy(folder: Path) -> Path:
+    """The working copy that a folder belongs to.
+
+    DVC runs ``dvc exp run --temp`` and ``--queue`` in copies below ``.dvc/tmp/exps`` and deletes these. What an
+    experiment leaves beside its outputs, above all what it registers, belongs where the project is.
+    """
+    whole = folder.resolve()
+    for parent in whole.parents:
+        if parent.parts[-3:] == (".dvc", "tmp", "exps"):
+            return parent.parents[2]
+    return folder
+
+
+def _without_password(uri: str) -> str:
+    """The address of a server alone; its user and password go where MLflow looks for them besides.
+
+    MLflow writes the address into its warnings and errors.
+    """
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return uri
+    if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
+        return uri
+    if not parts.username or not parts.password:
+        raise UserError(
+            f"MLFLOW_TRACKING_URI: '{masked_text(uri)}' was given with half of a user and password; allowed: both, or "
+            "neither beside MLFLOW_TRACKING_TOKEN"
+        )
+    address = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    environment.set_tracking_server(uri, address, unquote(parts.username), unquote(parts.password))
+    return address
+
+
+def _make_tables(database: Path) -> None:
+    """Gives a fresh file MLflow's tables: made under another name, since that takes seconds in which one may be killed.
+
+    What such a kill left in ``database`` itself (of MLflow's own commands) has no experiment in it. MLflow would refuse
+    it for ever, so it is put aside.
+    """
+    if not _is_without_experiments(database):
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    partial = database.with_name(f".{database.name}.partial")
+    for left in (partial, partial.with_name(f"{partial.name}-journal")):
+        left.unlink(missing_ok=True)
+    made = SqlAlchemyStore(f"sqlite:///{partial}", (database.parent / "mlruns").as_uri())
+    made.engine.dispose()
+    journal = database.with_name(f"{database.name}-journal")
+    for left in (database, journal):
+        if left.exists() and left.stat().st_size:
+            aside = left.with_name(f"{left.name}.unfinished")
+            logging.getLogger(__name__).warning("%s: its tables were never finished; kept as %s", left, aside)
+            left.replace(aside)
+    partial.replace(database)
+
+
+def _is_without_experiments(database: Path) -> bool:
+    """Whether there is nothing that MLflow has finished: no file, no tables, or not even its first experiment."""
+    if not database.exists() or not database.stat().st_size:
+        return True
+    with contextlib.closing(sqlite3.connect(database, timeout=20)) as connection:
+        names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        # Alembic rebuilds a table under such a name, and only then drops the one before.
+        ours = [f"{prefix}{name}" for prefix in ("", "_alembic_tmp_") for name in ("experiments", "runs")]
+        present = names.intersection(ours)
+        if names and not present:
+            return False  # somebody else's tables
+        return not any(connection.execute(f"SELECT 1 FROM {name} LIMIT 1").fetchone() for name in present)
+
+
+def _settle(database: Path) -> None:
+    """Lets the recorded places of artifacts follow a project folder that was moved or copied.
+
+    MLflow records absolute ones, so it would go on to write where the folder was. Places that are not beside the
+    database are somebody's choice and stay.
+    """
+    home = database.resolve().parent
+    with contextlib.closing(sqlite3.connect(database, timeout=20)) as connection, connection:
+        found = connection.execute("SELECT artifact_location FROM experiments WHERE name = ?", [EXPERIMENT]).fetchone()
+        place = urlsplit(found[0] or "") if found else None
+        if place is None or place.scheme != "file" or not place.path.endswith(f"/{ARTIFACTS}"):
+            return
+        former = Path(unquote(place.path)).parent
+        if former == home or ((former / ARTIFACTS).is_dir() and not (home / ARTIFACTS).is_dir()):
+            return
+        for table, column in _PLACES:
+            for before, now in ((former.as_uri(), home.as_uri()), (str(former), str(home))):
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                    [now, len(before) + 1, len(before) + 1, f"{before}/"],
+                )
+        logging.getLogger(__name__).warning("%s: was in %s; its artifacts are looked for here now", database, former)
 
 
 def import_mlflow() -> None:
@@ -162,7 +271,11 @@ def import_mlflow() -> None:
         import mlflow.store.tracking.sqlalchemy_store
         import mlflow.tracking  # noqa: F401
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        logger = logging.getLogger("mlflow")
+        logger.setLevel(logging.WARNING)
+        for handler in logger.handlers:
+            if not any(isinstance(item, MaskingFilter) for item in handler.filters):
+                handler.addFilter(MaskingFilter())
 
 
 def experiment_id(client: "MlflowClient", store: Store) -> str:
@@ -174,7 +287,7 @@ def experiment_id(client: "MlflowClient", store: Store) -> str:
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is None:
         database = store.database
-        place = (database.resolve().parent / "mlartifacts").as_uri() if database else None
+        place = (database.resolve().parent / ARTIFACTS).as_uri() if database else None
         try:
             kind = {
                 "mlflow.experimentKind": "custom_model_development"
@@ -248,8 +361,11 @@ def ensure_run(
     return str(run.info.run_id)
 
 
-def finish_parent(store: Store, pipeline_run: str, status: str, *, seconds: float = 60.0) -> bool:
+def finish_parent(store: Store, pipeline_run: str, status: str | None, *, seconds: float = 60.0) -> bool:
     """Ends the parent run with FINISHED, FAILED or KILLED; says whether the store took it.
+
+    None is for who does not know: the status that the stages left, of which the pipeline's last one alone writes
+    FINISHED; a run that none of them ended has FAILED.
 
     After a failure, children that still run belong to processes that were killed: they become KILLED.
     """
@@ -259,6 +375,8 @@ def finish_parent(store: Store, pipeline_run: str, status: str, *, seconds: floa
             client = store.client()
             with store.lock():
                 parent = ensure_parent(client, store, pipeline_run, {})
+            if status is None:
+                status = parent.info.status if parent.info.status in ("FINISHED", "KILLED") else "FAILED"
             if status != "FINISHED":
                 for run in _search(client, parent.info.experiment_id, pipeline_run, "run"):
                     if run.info.status == "RUNNING":
@@ -268,8 +386,9 @@ def finish_parent(store: Store, pipeline_run: str, status: str, *, seconds: floa
         except Exception as error:
             if time.monotonic() + pause > deadline:
                 logging.getLogger(__name__).warning(
-                    "%s did not take the status %s of pipeline run %s: %s", store.shown, status, pipeline_run, error
-                )
+                    "%s did not take the status %s of pipeline run %s: %s",
+                    store.shown, status, pipeline_run, masked_text(str(error)),
+                )  # fmt: skip
                 return False
             time.sleep(pause)
             pause = min(2 * pause, 10.0)
@@ -302,7 +421,7 @@ def _dataset_input(dataset: DatasetFacts) -> Any:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     kind = "s3" if dataset.source.startswith("s3:") else "http" if dataset.source.startswith("http") else "local"
-    source = {"url" if kind == "http" else "uri": without_credentials(dataset.source)}
+    source = {"url" if kind == "http" else "uri": masked_text(dataset.source)}
     return DatasetInput(
         Dataset(
             name=dataset.name,

@@ -11,28 +11,26 @@ and, only if the store refused something for good, ``<name>.refused.jsonl``.
 """
 
 import logging
-import re
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from segdistill.adapters.mlflow_spool import Sender, Spool, read_json
+from segdistill.adapters.mlflow_spool import Sender, Spool
 from segdistill.adapters.mlflow_store import (
     DatasetFacts,
     Store,
     check_name,
     default_store,
     finish_parent,
-    without_credentials,
+    main_copy,
 )
+from segdistill.adapters.secrets import masked, masked_text
 from segdistill.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-_SECRET = re.compile(r"(^|_)(password|passwd|secret|token|api_key|access_key|credentials?)($|_)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def open_run(
         tags: such as ``data_md5``, ``git_commit``, ``stage``, ``experiment``, ``seed``.
     """
     check_name("pipeline run", pipeline_run)
-    given = {key: _clean(key, value) for key, value in {**(tags or {}), "pipeline_run": pipeline_run}.items()}
+    given = masked({**(tags or {}), "pipeline_run": pipeline_run})
     settings = Settings(
         default_store(root, uri), spool, pipeline_run, given, dataset, resume, flush_seconds=flush_seconds
     )
@@ -103,7 +101,8 @@ def open_pipeline_run(
         counts = {key: int(entry[name]) for key, name in (("files", "nfiles"), ("bytes", "size")) if name in entry}
     dataset = DatasetFacts(data.resolve().name, tags["data_md5"], str(data), counts) if "data_md5" in tags else None
     name = tags.get("stage", "pipeline")
-    return open_run(name, root=root, spool=spool, pipeline_run=pipeline_run, tags=tags, dataset=dataset)
+    kept = main_copy(root) / spool
+    return open_run(name, root=root, spool=kept, pipeline_run=pipeline_run, tags=tags, dataset=dataset)
 
 
 class MlflowTracker:
@@ -120,10 +119,10 @@ class MlflowTracker:
     @property
     def run_id(self) -> str | None:
         """The run's id, once the store has given one."""
-        return read_json(self._spool.meta).get("run_id") if self._spool else None
+        return self._spool.read_meta().run_id if self._spool else None
 
     def params(self, values: Mapping[str, Any]) -> None:
-        self._open().lines.params({key: _clean(key, value) for key, value in values.items()})
+        self._open().lines.params(masked(values))
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         self._open().lines.metrics({key: float(value) for key, value in values.items()}, step)
@@ -131,7 +130,7 @@ class MlflowTracker:
             self._start()
 
     def tags(self, values: Mapping[str, str]) -> None:
-        self._open().lines.tags({key: _clean(key, value) for key, value in values.items()})
+        self._open().lines.tags(masked(values))
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Keeps a copy until it is sent, since the original may be renamed or replaced meanwhile."""
@@ -167,6 +166,11 @@ class MlflowTracker:
             logger.warning(
                 "%s: %d records wait in %s since %s does not answer; send them later: segdistill sync %s",
                 self.name, left, self._spool.records, self.settings.store.shown, self.settings.spool,
+            )  # fmt: skip
+        if refused := self._spool.refusals():
+            logger.warning(
+                "%s: %s refused %d items for good; what and why: %s",
+                self.name, self.settings.store.shown, refused, self._spool.refused,
             )  # fmt: skip
         self._spool.release()
 
@@ -226,6 +230,7 @@ class Synced:
     sent: int
     left: int
     error: str | None = None
+    refused: str | None = None  # what the store will never take, and where that is told
 
 
 def sync(folder: Path, uri: str | None = None) -> list[Synced]:
@@ -241,40 +246,30 @@ def sync(folder: Path, uri: str | None = None) -> list[Synced]:
         raise UserError(f"{folder}: no such folder; name the spool folder that the warning named")
     results: list[Synced] = []
     for meta in sorted(folder.rglob("*.meta.json")):
-        spool = Spool.reopen(meta)
-        if spool is None:
-            results.append(Synced(meta.name.removesuffix(".meta.json"), 0, 0, "its process still runs"))
-            continue
         try:
-            before = spool.unsent()
-            error = None
-            if before:
-                facts = read_json(meta)
-                store = replace(default_store(folder, uri or facts["uri"]), injected=facts.get("injected"))
-                error = _sync_one(spool, store)
-            left = spool.unsent()
-            results.append(Synced(spool.name, before - left, left, error))
-        finally:
-            spool.release()
+            results.append(_sync_one(meta, uri))
+        except (UserError, OSError) as error:  # of this one alone
+            results.append(Synced(meta.name.removesuffix(".meta.json"), 0, 0, masked_text(str(error))))
     return results
 
 
-def _sync_one(spool: Spool, store: Store) -> str | None:
+def _sync_one(meta: Path, uri: str | None) -> Synced:
+    spool = Spool.reopen(meta)
+    if spool is None:
+        return Synced(meta.name.removesuffix(".meta.json"), 0, 0, "its process still runs")
     try:
-        Sender(spool, store).send()
-    except Exception as error:
-        return f"{store.shown}: {_short(error)}"
-    return None
-
-
-def _clean(key: str, value: Any) -> Any:
-    """Keeps secrets out: values of keys that name one, and passwords in URLs."""
-    if isinstance(value, str):
-        if value and _SECRET.search(key.rpartition(".")[2]):
-            return "***"
-        return without_credentials(value)
-    return value
+        name, before, error = spool.read_meta().name, spool.unsent(), None
+        if before:
+            store = spool.store(uri)
+            try:
+                Sender(spool, store).send()
+            except Exception as failure:
+                error = f"{store.shown}: {_short(failure)}"
+        left, refused = spool.unsent(), spool.refusals()
+        return Synced(name, before - left, left, error, f"{refused} ({spool.refused})" if refused else None)
+    finally:
+        spool.release()
 
 
 def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    return masked_text(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Protocol
 
 from segdistill.errors import UserError
+from segdistill.files import MIB, read_bytes, require_regular
 
+LIST_LIMIT = 1024 * MIB  # bytes of an object that is read whole: the list of ten million files
 CHUNK_BYTES = 1 << 20  # what one thread holds of an object at any time
 
 
@@ -46,10 +48,7 @@ class ObjectFolder:
         Raises:
             UserError: it is missing, or cannot be read.
         """
-        try:
-            return (self.root / key).read_bytes()
-        except OSError as error:
-            raise self._sentence(key, error) from None
+        return read_bytes(self._regular(key), limit=LIST_LIMIT)
 
     def download(self, key: str, target: Path) -> str:
         """Copies an object into a file; returns its md5.
@@ -57,18 +56,20 @@ class ObjectFolder:
         Raises:
             UserError: it is missing, or cannot be read.
         """
-        digest = hashlib.md5(usedforsecurity=False)
+        path, digest = self._regular(key), hashlib.md5(usedforsecurity=False)
         try:
-            source = (self.root / key).open("rb")
+            source = path.open("rb")
         except OSError as error:
-            raise self._sentence(key, error) from None
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         with source, target.open("wb") as file:
             while chunk := source.read(CHUNK_BYTES):
                 digest.update(chunk)
                 file.write(chunk)
         return digest.hexdigest()
 
-    def _sentence(self, key: str, error: OSError) -> UserError:
-        if isinstance(error, FileNotFoundError):
-            return MissingObject(f"{self.url(key)}: no such object")
-        return UserError(f"{self.url(key)}: cannot be read: {error.strerror}")
+    def _regular(self, key: str) -> Path:
+        path = self.root / key
+        if not path.exists():
+            raise MissingObject(f"{path}: no such object")
+        require_regular(path)
+        return path

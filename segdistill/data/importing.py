@@ -5,11 +5,11 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from segdistill.data.checks import BadFile, load_sample
-from segdistill.data.layouts import IGNORE_INDEX, SPLITS, Sample, open_layout
+from segdistill.data.checks import load_sample
+from segdistill.data.decoding import BadFile, encode_png, image_format
+from segdistill.data.layouts import IGNORE_INDEX, SPLITS, Legend, Sample, open_layout
 from segdistill.data.parallel import ordered_map, progress
 from segdistill.errors import UserError
 from segdistill.files import new_folder
@@ -37,7 +37,7 @@ def import_dataset(layout: str, source: Path, out: Path, *, workers: int = 0) ->
     dataset = open_layout(layout, source)
     samples = [sample for split in SPLITS for sample in dataset.samples(split)]
     if not samples:
-        raise UserError(f"{source}: no sample found in the layout '{layout}'")
+        raise dataset.without_samples()
     for (split, name), count in Counter((sample.split, sample.id) for sample in samples).items():
         if count > 1:
             raise UserError(f"{source}: {count} images of {split} are called '{name}'; a name may stand there once")
@@ -45,7 +45,7 @@ def import_dataset(layout: str, source: Path, out: Path, *, workers: int = 0) ->
         for split in SPLITS:
             for kind in ("images", "masks"):
                 (partial / kind / split).mkdir(parents=True)
-        task = functools.partial(_import_sample, label_map=dataset.label_map, out=partial)
+        task = functools.partial(_import_sample, legend=dataset.legend, out=partial)
         done = progress(ordered_map(task, samples, workers=workers), "import", len(samples))
         problems = [problem for problem in done if problem]
         if problems:
@@ -57,13 +57,14 @@ def import_dataset(layout: str, source: Path, out: Path, *, workers: int = 0) ->
     return dict(Counter(sample.split for sample in samples))
 
 
-def _import_sample(sample: Sample, *, label_map: np.ndarray, out: Path) -> str | None:
+def _import_sample(sample: Sample, *, legend: Legend, out: Path) -> str | None:
     """Writes both files of a sample, or tells why it cannot."""
     try:
-        content, image, labels = load_sample(sample, label_map)
+        content, _, labels = load_sample(sample, legend)
     except BadFile as problem:
         return str(problem)
-    suffix = ".png" if image.format == "PNG" else ".jpg"
+    suffix = ".png" if image_format(content) == "png" else ".jpg"
     (out / "images" / sample.split / f"{sample.id}{suffix}").write_bytes(content)
-    Image.fromarray(labels).save(out / "masks" / sample.split / f"{sample.id}.png")
+    # Encoded first: where the disk is full, Pillow would not say so.
+    (out / "masks" / sample.split / f"{sample.id}.png").write_bytes(encode_png(Image.fromarray(labels)))
     return None

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator
@@ -14,12 +13,24 @@ import numpy as np
 from PIL import Image
 from PIL import __version__ as pillow_version
 
-from segdistill.data.checks import BadFile, load_sample
-from segdistill.data.layouts import IGNORE_INDEX, SPLITS, Layout, Sample
+from segdistill.data.checks import load_sample
+from segdistill.data.decoding import FILE_LIMIT, BadFile, encode_png, image_format
+from segdistill.data.layouts import IGNORE_INDEX, SPLITS, Layout, Legend, Sample
 from segdistill.data.parallel import ordered_map
-from segdistill.data.shards import INFO_FILE, MANIFEST_FILE, SHARD_FOLDER, open_shard, sample_hash, shard_schema
+from segdistill.data.shards import (
+    INFO_FILE,
+    MANIFEST_FILE,
+    PLACE,
+    SHARD_FOLDER,
+    content_hash,
+    read_encoded,
+    sample_hash,
+    shard_schema,
+)
 from segdistill.errors import UserError
-from segdistill.files import write_file
+from segdistill.files import read_text, require_regular, seal, write_file
+
+Row = dict[str, Any]  # what the manifest says of a sample
 
 
 @dataclass(frozen=True)
@@ -43,34 +54,40 @@ def plan_shards(layout: Layout, shard_samples: int) -> list[Shard]:
 
 def write_shards(
     layout: Layout, shards: list[Shard], folder: Path, *, max_side: int | None, workers: int
-) -> Iterator[Shard]:
+) -> Iterator[tuple[Shard, list[Row]]]:
     """Writes the shards that ``folder`` does not hold yet, and yields each as soon as it is there.
 
     Args:
         layout: where the samples come from.
         shards: the plan.
-        folder: the unfinished folder; a shard counts as there if it was made from the same files in the same way.
+        folder: the unfinished folder; a shard counts as there if it was made from the same files in the same way, and
+            every sample in it is still what was written.
         max_side: shrink larger images to this longer side; None keeps them.
         workers: processes; 0 = all cores.
+
+    Yields:
+        A shard, and what the manifest says of its samples.
     """
     keys = {shard.name: _key(shard, layout, max_side) for shard in shards}
-    _forget_others(folder, keys)
-    todo = []
+    done = {name: rows for name, key in keys.items() if (rows := _finished(folder, name, key))}
+    for name in (SHARD_FOLDER, "keys"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for path in (folder / name).iterdir():
+            if path.name not in done:
+                path.unlink()
+    todo = [shard for shard in shards if shard.name not in done]
     for shard in shards:
-        if (folder / "keys" / shard.name).exists():
-            yield shard
-        else:
-            todo.append(shard)
-    task = functools.partial(
-        write_shard, folder=folder, root=layout.root, label_map=layout.label_map, max_side=max_side
-    )
-    for shard, _ in zip(todo, ordered_map(task, todo, workers=workers), strict=True):
-        write_file(folder / "keys" / shard.name, keys[shard.name].encode())
-        yield shard
+        if shard.name in done:
+            yield shard, done[shard.name]
+    task = functools.partial(write_shard, folder=folder, root=layout.root, legend=layout.legend, max_side=max_side)
+    for shard, rows in zip(todo, ordered_map(task, todo, workers=workers), strict=True):
+        text = json.dumps(rows)
+        write_file(folder / "keys" / shard.name, f"{_digest(keys[shard.name], text)}\n{text}".encode())
+        yield shard, rows
 
 
-def write_shard(shard: Shard, *, folder: Path, root: Path, label_map: np.ndarray, max_side: int | None) -> None:
-    """Writes one shard, with one sample in memory at a time.
+def write_shard(shard: Shard, *, folder: Path, root: Path, legend: Legend, max_side: int | None) -> list[Row]:
+    """Writes one shard, with one sample in memory at a time; returns what the manifest says of its samples.
 
     Raises:
         UserError: a sample that cannot be used, by its file's name.
@@ -80,48 +97,52 @@ def write_shard(shard: Shard, *, folder: Path, root: Path, label_map: np.ndarray
     path = folder / SHARD_FOLDER / shard.name
     partial = path.with_suffix(f".{os.getpid()}.partial")
     schema = shard_schema()
+    rows: list[Row] = []
     try:
         with partial.open("wb") as file, pyarrow.ipc.new_file(file, schema) as writer:
             for sample in shard.samples:
-                row = _encode(sample, root, label_map, max_side)
+                row = _encode(sample, root, legend, max_side)
                 writer.write_batch(pyarrow.record_batch([[row[name]] for name in schema.names], schema=schema))
+                sizes = {f"{name}_bytes": len(row.pop(name)) for name in ("image", "label")}
+                rows.append({"split": shard.split, "shard": shard.name, "row": len(rows), **row, **sizes})
+        for row, place in zip(rows, _places(partial), strict=True):
+            row.update(place)
         partial.replace(path)
     except BadFile as problem:
         raise UserError(str(problem)) from None
     finally:
         partial.unlink(missing_ok=True)
+    return rows
 
 
-def write_index(layout: Layout, shards: list[Shard], folder: Path) -> None:
-    """Writes the manifest, one row a sample, and ``dataset.json``; both follow from the shards."""
+def write_index(layout: Layout, shards: list[Shard], rows: list[Row], folder: Path) -> None:
+    """Writes the manifest, one row a sample, and ``dataset.json``, and seals both."""
     import pyarrow
     import pyarrow.parquet
 
-    small = [name for name in shard_schema().names if name not in ("image", "label")]
-    rows: dict[str, list[Any]] = {name: [] for name in ("split", "shard", "row", *small, "image_bytes", "label_bytes")}
-    for shard in shards:
-        reader = open_shard(folder / SHARD_FOLDER / shard.name)
-        for number in range(reader.num_record_batches):
-            record = reader.get_batch(number)
-            values = {name: record[name][0].as_py() for name in small}
-            values |= {"split": shard.split, "shard": shard.name, "row": number}
-            values |= {f"{name}_bytes": record[name][0].as_buffer().size for name in ("image", "label")}
-            for name, value in values.items():
-                rows[name].append(value)
-    pyarrow.parquet.write_table(pyarrow.table(rows), folder / MANIFEST_FILE)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / MANIFEST_FILE)
+    names = [entry.name for entry in layout.classes]
     info = {
         "classes": [{"name": entry.name, "color": list(entry.color)} for entry in layout.classes],
         "ignore_index": IGNORE_INDEX,
-        "content_hash": _content_hash(layout, rows),
+        "content_hash": content_hash(names, ((row["split"], row["id"], row["sha256"]) for row in rows)),
         "splits": {split: _describe([shard for shard in shards if shard.split == split]) for split in SPLITS},
     }
     (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    seal(folder, leave=[SHARD_FOLDER])
 
 
-def _content_hash(layout: Layout, rows: dict[str, list[Any]]) -> str:
-    """What the data is, however it is cut into shards: the classes' names, and every sample in order."""
-    samples = list(zip(rows["split"], rows["id"], rows["sha256"], strict=True))
-    return hashlib.sha256(json.dumps([[entry.name for entry in layout.classes], samples]).encode()).hexdigest()
+def _places(shard: Path) -> Iterator[dict[str, int]]:
+    """Where in the file the image and the label of each sample begin."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(shard)) as file:
+        whole = file.read_buffer()  # maps, and copies nothing
+        reader = pyarrow.ipc.open_file(whole)
+        for number in range(reader.num_record_batches):
+            record = reader.get_batch(number)
+            values = {name: record[name].buffers()[2] for name in ("image", "label")}  # of one value, it begins there
+            yield {f"{name}_offset": buffer.address - whole.address for name, buffer in values.items()}
 
 
 def _describe(shards: list[Shard]) -> dict[str, Any]:
@@ -129,20 +150,19 @@ def _describe(shards: list[Shard]) -> dict[str, Any]:
     return {"samples": sum(len(shard.samples) for shard in shards), "shards": files}
 
 
-def _encode(sample: Sample, root: Path, label_map: np.ndarray, max_side: int | None) -> dict[str, Any]:
-    content, image, labels = load_sample(sample, label_map)
-    image_format = "png" if image.format == "PNG" else "jpeg"
+def _encode(sample: Sample, root: Path, legend: Legend, max_side: int | None) -> Row:
+    content, image, labels = load_sample(sample, legend)
     if max_side and max(image.size) > max_side:
         factor = max_side / max(image.size)
         size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
         # Without loss from here on: a second JPEG generation would add its own artefacts.
-        content, image_format = _png(image.convert("RGB").resize(size, Image.Resampling.BILINEAR)), "png"
+        content = encode_png(image.resize(size, Image.Resampling.BILINEAR))
         labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
-    label = _png(Image.fromarray(labels))
+    label = encode_png(Image.fromarray(labels))
     return {
         "id": sample.id,
         "image": content,
-        "image_format": image_format,
+        "image_format": image_format(content),
         "label": label,
         "height": labels.shape[0],
         "width": labels.shape[1],
@@ -152,12 +172,6 @@ def _encode(sample: Sample, root: Path, label_map: np.ndarray, max_side: int | N
     }
 
 
-def _png(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, format="PNG")
-    return stream.getvalue()
-
-
 def _key(shard: Shard, layout: Layout, max_side: int | None) -> str:
     """A digest of all that decides a shard's bytes; a file counts as the same if size and time of change are."""
     import pyarrow
@@ -165,22 +179,31 @@ def _key(shard: Shard, layout: Layout, max_side: int | None) -> str:
     files: list[Any] = []
     for sample in shard.samples:
         for path in (sample.image, sample.mask):
-            try:
-                state = path.stat()
-            except OSError:
-                raise UserError(f"{path}: missing") from None
+            if not path.exists():
+                raise UserError(f"{path}: missing")
+            require_regular(path, limit=FILE_LIMIT)
+            state = path.stat()
             files.append([sample.id, path.relative_to(layout.root).as_posix(), state.st_size, state.st_mtime_ns])
-    made_by = [pillow_version, pyarrow.__version__, layout.label_map.tolist(), max_side]
+    made_by = [pillow_version, pyarrow.__version__, layout.legend.label_map.tolist(), layout.legend.colors, max_side]
     return hashlib.sha256(json.dumps([made_by, files]).encode()).hexdigest()
 
 
-def _forget_others(folder: Path, keys: dict[str, str]) -> None:
-    """Removes what an earlier attempt left and this one cannot use."""
-    for name in (SHARD_FOLDER, "keys"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for path in (folder / "keys").iterdir():
-        if not (folder / SHARD_FOLDER / path.name).exists() or path.read_text() != keys.get(path.name):
-            path.unlink()
-    for path in (folder / SHARD_FOLDER).iterdir():
-        if not (folder / "keys" / path.name).exists():
-            path.unlink()
+def _finished(folder: Path, name: str, key: str) -> list[Row] | None:
+    """What the manifest says of a shard that an earlier attempt finished, if it is whole and made for this key."""
+    path = folder / SHARD_FOLDER / name
+    try:
+        digest, text = read_text(folder / "keys" / name).split("\n", 1)
+        require_regular(path)
+        if digest != _digest(key, text):
+            return None
+        rows: list[Row] = json.loads(text)
+        with path.open("rb") as file:
+            for row in rows:
+                read_encoded(file.fileno(), **{column: row[column] for column in PLACE if column != "shard"})
+    except (UserError, OSError, ValueError):
+        return None
+    return rows
+
+
+def _digest(key: str, text: str) -> str:
+    return hashlib.sha256(f"{key}\n{text}".encode()).hexdigest()

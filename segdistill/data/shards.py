@@ -1,24 +1,32 @@
-"""Prepared data: Arrow files with encoded images and train ids, read at random through a memory map."""
+"""Prepared data: Arrow files with encoded images and train ids, of which single samples are read and verified.
+
+The manifest says where in its shard each image and label lies, and their hash. So a reader takes just those bytes,
+and nothing is decoded, and nothing of Arrow is believed, before they are known to be what ``prepare`` wrote. The
+manifest and ``dataset.json`` are sealed.
+"""
 
 import hashlib
 import io
 import json
 import os
-from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from segdistill.data.decoding import FILE_LIMIT, decode_image
 from segdistill.data.layouts.layout import ClassInfo
 from segdistill.errors import UserError
+from segdistill.files import MIB, read_sealed, read_sealed_json, require_regular
 
 INFO_FILE = "dataset.json"
 MANIFEST_FILE = "manifest.parquet"
 SHARD_FOLDER = "shards"
+MANIFEST_LIMIT = 4096 * MIB  # bytes; about 150 a sample
+MEND = "remove the folder and run the stage 'prepare' again"
 
 
 @dataclass(frozen=True)
@@ -38,97 +46,108 @@ def read_dataset_info(prepared: Path) -> DatasetInfo:
     """The classes and the sizes of the splits.
 
     Raises:
-        UserError: the folder was not written by the stage ``prepare``.
+        UserError: the folder was not written by the stage ``prepare``, or is damaged.
     """
-    content = _read_info(prepared)
-    classes = tuple(ClassInfo(entry["name"], tuple(entry["color"])) for entry in content["classes"])
-    splits = {split: entry["samples"] for split, entry in content["splits"].items()}
-    return DatasetInfo(classes, splits, content["content_hash"])
+    path = prepared / INFO_FILE
+    if not path.exists():
+        raise UserError(f"{path}: no such file; the stage 'prepare' writes it")
+    content = read_sealed_json(prepared, INFO_FILE, mend=MEND)
+    try:
+        classes = tuple(ClassInfo(entry["name"], tuple(entry["color"])) for entry in content["classes"])
+        splits = {split: entry["samples"] for split, entry in content["splits"].items()}
+        return DatasetInfo(classes, splits, content["content_hash"])
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: written by another version; {MEND}") from None
 
 
 class ShardDataset:
     """One split of the prepared data.
 
-    Files are opened on first use, once in each process, so that a data set may be pickled or inherited by a fork.
+    Files are opened on first use, so that a data set may be pickled; a fork reads through the files of its parent.
     """
 
     def __init__(self, prepared: Path, split: str) -> None:
-        splits = _read_info(prepared)["splits"]
-        if split not in splits:
-            raise UserError(f"{prepared / INFO_FILE}: no split '{split}'; it has {', '.join(splits)}")
+        info = read_dataset_info(prepared)
+        if split not in info.splits:
+            raise UserError(f"{prepared / INFO_FILE}: no split '{split}'; it has {', '.join(info.splits)}")
         self.prepared, self.split = prepared, split
-        self._files = [prepared / shard["file"] for shard in splits[split]["shards"]]
-        self._ends = list(accumulate(shard["samples"] for shard in splits[split]["shards"]))
-        self._readers: dict[int, Any] = {}
-        self._process = os.getpid()
+        self._class_names = [entry.name for entry in info.classes]
+        self._samples = _read_manifest(prepared, split)
+        self._files: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readers": {}}
+        return {**self.__dict__, "_files": {}}
+
+    def __del__(self) -> None:
+        for descriptor in self.__dict__.get("_files", {}).values():
+            os.close(descriptor)
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._samples.num_rows
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The image and its train ids.
 
         Shape:
             image [H, W, 3] uint8 RGB; label [H, W] uint8, ``losses.IGNORE_INDEX`` where there is no label.
+
+        Raises:
+            UserError: the sample is not what ``prepare`` wrote; names shard and sample.
         """
-        record = self._record(index)
-        image = _decode(record["image"][0]).convert("RGB")
-        return np.array(image), np.array(_decode(record["label"][0]))
+        place = {name: self._value(name, index) for name in PLACE}
+        shard = place.pop("shard")
+        path = self.prepared / SHARD_FOLDER / shard
+        if shard not in self._files:
+            try:
+                require_regular(path)
+            except UserError as error:
+                raise UserError(f"{error}; {MEND}") from None
+            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            image, label = read_encoded(self._files[shard], **place)
+        except ValueError as error:
+            raise UserError(f"{path}: sample '{self.sample_id(index)}': {error}; {MEND}") from None
+        return np.array(decode_image(image, verified=True)), np.array(Image.open(io.BytesIO(label)))
 
     def sample_id(self, index: int) -> str:
         """The name of a sample, as in the source."""
-        return self._record(index)["id"][0].as_py()
+        return self._value("id", index)
 
-    def _record(self, index: int) -> Any:
+    @property
+    def content_hash(self) -> str:
+        """What this split is, however it is cut into shards."""
+        columns = (self._samples[name].to_pylist() for name in ("split", "id", "sha256"))
+        return content_hash(self._class_names, zip(*columns, strict=True))
+
+    def _value(self, name: str, index: int) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in split '{self.split}'")
-        number = bisect_right(self._ends, index)
-        first = self._ends[number - 1] if number else 0
-        if self._process != os.getpid():
-            self._process, self._readers = os.getpid(), {}
-        if number not in self._readers:
-            self._readers[number] = open_shard(self._files[number])
-        return self._readers[number].get_batch(index - first)
+        return self._samples[name][index].as_py()
 
 
-def open_shard(path: Path) -> Any:
-    """A ``pyarrow.ipc.RecordBatchFileReader`` over a memory map; each sample is a record batch of one row.
+# The columns of the manifest that say where a sample lies, and what must be found there.
+PLACE = ("shard", "image_offset", "image_bytes", "label_offset", "label_bytes", "sha256")
+
+
+def read_encoded(
+    file: int, image_offset: int, image_bytes: int, label_offset: int, label_bytes: int, sha256: str
+) -> tuple[bytes, bytes]:
+    """An encoded image and label of an open shard.
+
+    Read, not mapped: where a disk fails or a file has become shorter, a map would end the process.
 
     Raises:
-        UserError: missing or damaged.
+        ValueError: not there, or not what the hash says.
     """
-    import pyarrow
-
+    if max(image_bytes, label_bytes) > 4 * FILE_LIMIT:
+        raise ValueError("damaged")
     try:
-        options = pyarrow.ipc.IpcReadOptions(use_threads=False)
-        return pyarrow.ipc.open_file(pyarrow.memory_map(str(path)), options=options)
-    except (OSError, pyarrow.ArrowInvalid):
-        raise UserError(f"{path}: missing or damaged; run the stage 'prepare' again") from None
-
-
-def shard_schema() -> Any:
-    """The columns of a shard.
-
-    One sample a record batch: a writer then holds one sample in memory, and a reader maps just the one it wants.
-    """
-    import pyarrow
-
-    return pyarrow.schema(
-        {
-            "id": pyarrow.string(),
-            "image": pyarrow.binary(),  # encoded
-            "image_format": pyarrow.string(),  # jpeg or png
-            "label": pyarrow.binary(),  # PNG of train ids
-            "height": pyarrow.int32(),
-            "width": pyarrow.int32(),
-            "sha256": pyarrow.string(),  # of image and label as they stand here
-            "image_file": pyarrow.string(),  # in the source, relative to its folder
-            "mask_file": pyarrow.string(),
-        }
-    )
+        image, label = os.pread(file, image_bytes, image_offset), os.pread(file, label_bytes, label_offset)
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    if sample_hash(image, label) != sha256:
+        raise ValueError("damaged, or cut off: not what the manifest records")
+    return image, label
 
 
 def sample_hash(image: bytes, label: bytes) -> str:
@@ -139,17 +158,45 @@ def sample_hash(image: bytes, label: bytes) -> str:
     return digest.hexdigest()
 
 
-def _decode(scalar: Any) -> Image.Image:
-    return Image.open(io.BytesIO(scalar.as_buffer()))  # of all that was mapped, only these encoded bytes are copied
+def content_hash(class_names: Sequence[str], samples: Iterable[tuple[str, str, str]]) -> str:
+    """What data is, however it is cut into shards: the classes' names, and (split, id, hash) of every sample."""
+    return hashlib.sha256(json.dumps([list(class_names), list(samples)]).encode()).hexdigest()
 
 
-def _read_info(prepared: Path) -> dict[str, Any]:
-    path = prepared / INFO_FILE
+def shard_schema() -> Any:
+    """The columns of a shard: one sample a record batch, so that a writer holds one sample in memory."""
+    import pyarrow
+
+    return pyarrow.schema(
+        {
+            "id": pyarrow.string(),
+            "image": pyarrow.binary(),  # encoded
+            "image_format": pyarrow.string(),  # jpeg or png
+            "label": pyarrow.binary(),  # PNG of train ids
+            "height": pyarrow.int32(),  # of the upright image
+            "width": pyarrow.int32(),
+            "sha256": pyarrow.string(),  # of image and label as they stand here
+            "image_file": pyarrow.string(),  # in the source, relative to its folder
+            "mask_file": pyarrow.string(),
+        }
+    )
+
+
+def _read_manifest(prepared: Path, split: str) -> Any:
+    """A ``pyarrow.Table`` of the samples of a split: their names and places."""
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    content = read_sealed(prepared, MANIFEST_FILE, mend=MEND, limit=MANIFEST_LIMIT)
+    names = ["split", "id", *PLACE]
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["classes"], content["splits"], content["content_hash"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such file; the stage 'prepare' writes it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise UserError(f"{path}: damaged; run the stage 'prepare' again") from None
-    return content
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content), columns=names, use_threads=False)
+        table = table.select(names).filter(pyarrow.compute.field("split") == split).combine_chunks()
+    except (pyarrow.ArrowException, KeyError):
+        raise UserError(f"{prepared / MANIFEST_FILE}: written by another version; {MEND}") from None
+    # Both become names of files.
+    for name in ("id", "shard"):
+        wrong = table.filter(pyarrow.compute.match_substring_regex(table[name], r"^\.*$|[/\x00]"))[name]
+        if len(wrong):
+            raise UserError(f"{prepared / MANIFEST_FILE}: {name} '{wrong[0]}' is no name of a file; {MEND}")
+    return table

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
 from segdistill.data.settings import AugmentationConfig
@@ -26,7 +26,11 @@ class RandomScale(v2.Transform):
         return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return functional.resize(inpt, params["size"], antialias=True)  # the mask's kernel resizes by nearest
+        if not isinstance(inpt, tv_tensors.Mask):
+            return functional.resize(inpt, params["size"], antialias=True)
+        # The mask's own kernel takes the pixel at a cell's corner, up to half a pixel beside the image's.
+        exact = InterpolationMode.NEAREST_EXACT
+        return tv_tensors.wrap(functional.resize_image(inpt[None], params["size"], exact)[0], like=inpt)
 
 
 class Augmentation:

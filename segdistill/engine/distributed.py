@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from segdistill.engine.device import require_gpus, usable_gpus
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -48,9 +50,16 @@ def processes(device: str = "auto") -> Iterator[Processes]:
 
     Args:
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
+
+    Raises:
+        UserError: there are fewer GPUs than processes of this machine that are to use one.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    use_cuda = device == "cuda" or (device == "auto" and usable_gpus() > 0)
+    if use_cuda:
+        needed = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        who = "needs 1 GPU" if needed == 1 else f"the processes of this machine need {needed} GPUs"
+        require_gpus(needed, f"--device {device}: {who}")
     chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(chosen)

@@ -63,7 +63,9 @@ def _view(
     network: Segmenter, images: Tensor, size: tuple[int, int], settings: InferenceConfig, scale: float, mirrored: bool
 ) -> Tensor:
     if scale != 1.0:
-        images = functional.interpolate(images, scale_factor=scale, mode="bilinear", antialias=scale < 1.0)
+        # By size, as the logits come back: by factor, the image's edge would be cut off where sizes are rounded.
+        scaled = [max(1, round(length * scale)) for length in images.shape[-2:]]
+        images = functional.interpolate(images, size=scaled, mode="bilinear", antialias=scale < 1.0)
     if mirrored:
         images = images.flip(-1)
     logits = _slide(network, images, settings) if settings.window else _full_size(network, images)

@@ -1,14 +1,7 @@
 """Losses: pure functions, aware of the ignore label, in float32."""
 
-from segdistill.losses.align import (
-    Projection,
-    finest,
-    projection,
-    resize_features,
-    resize_labels,
-    resize_logits,
-    size_of,
-)
+from segdistill.geometry import finest, resize_labels, size_of
+from segdistill.losses.align import Projection, projection, resize_features, resize_logits
 from segdistill.losses.blocks import sum_over_blocks
 from segdistill.losses.masks import IGNORE_INDEX, masked_mean, valid_mask
 from segdistill.losses.memory import ClassQueues, class_means, gather_batches, random_members

@@ -14,7 +14,7 @@ class Perspective(NamedTuple):
     """A cosine classifier made from the features at hand."""
 
     logits: Tensor  # [B, K, h, w], 0 for a class without pixels
-    prototypes: Tensor  # [G, K, C] unit vectors, 0 for a class without pixels; G = 1 (batch) or B (image)
+    prototypes: Tensor  # [G, K, C], 0 for a class without pixels; G = 1 (batch) or B (image)
 
 
 def unit(vectors: Tensor, dim: int) -> Tensor:
@@ -45,6 +45,8 @@ def local_perspective(
 ) -> Perspective:
     """Averages each class's features to a prototype and scores every pixel against every prototype.
 
+    With ``normalize`` features and prototypes are brought to length one; else both keep the length they have.
+
     The sums are one product with the 0/1 membership matrix: no loop over classes, deterministic, and the host need not
     know which classes are there.
 
@@ -56,7 +58,9 @@ def local_perspective(
     sums, counts = torch.einsum("bkp,bcp->bkc", belongs, vectors), belongs.sum(-1, keepdim=True)
     if scope == "batch":
         sums, counts = sums.sum(0, keepdim=True), counts.sum(0, keepdim=True)
-    prototypes = unit(sums / counts.clamp_min(1), dim=-1)  # [G, K, C]
+    prototypes = sums / counts.clamp_min(1)  # [G, K, C]
+    if normalize:
+        prototypes = unit(prototypes, dim=-1)
     shared = prototypes.expand(len(vectors), -1, -1)
     logits = cosine_scale * torch.einsum("bkc,bcp->bkp", shared, vectors)
     return Perspective(logits.unflatten(-1, features.shape[-2:]), prototypes)

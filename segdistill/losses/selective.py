@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from segdistill.losses.align import Size, size_of
+from segdistill.geometry import Size, average, size_of
 from segdistill.losses.masks import IGNORE_INDEX, masked_mean, valid_mask
 from segdistill.losses.precision import in_float32
 from segdistill.losses.prototypes import unit
@@ -101,13 +101,13 @@ def region_means(features: Tensor, grid: Size, labels: Tensor | None = None) -> 
         features: [B, C, h, w]; labels: [B, H, W], of any size; returns [B, C, *grid].
     """
     if labels is None:
-        return F.adaptive_avg_pool2d(features, grid)
+        return average(features, grid)
     share = _regions(valid_mask(labels).to(features.dtype), size_of(features))[:, None]  # [B, 1, h, w]
-    return F.adaptive_avg_pool2d(features * share, grid) / _positive(F.adaptive_avg_pool2d(share, grid))
+    return average(features * share, grid) / _positive(average(share, grid))
 
 
 def _regions(maps: Tensor, grid: Size) -> Tensor:
-    return F.adaptive_avg_pool2d(maps[:, None], grid)[:, 0]
+    return average(maps[:, None], grid)[:, 0]
 
 
 def _positive(shares: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from segdistill.losses.align import resize_logits, size_of
+from segdistill.geometry import size_of
+from segdistill.losses.align import resize_logits
 from segdistill.losses.masks import IGNORE_INDEX, valid_mask
 from segdistill.losses.precision import in_float32
 

@@ -64,7 +64,7 @@ class APDConfig(MethodConfig):
     out_channels: Channels = 512
     """Width of the prototypes behind an mlp head."""
     normalize: bool = True
-    """Give every pixel's vector unit length before averaging; prototypes always have it."""
+    """Give every pixel's vector and every prototype unit length; false (kmeans_norm: False there) leaves both be."""
     mask_ignore_global: bool = False
     """Leave pixels without a label out of the global divergence; the released code does not."""
     mask_ignore_local: bool = False
@@ -105,7 +105,7 @@ def prototype_distance(student: Tensor, teacher: Tensor, present: Tensor) -> Ten
     """0.5 * mean over present classes of 1 - <p_student, p_teacher>; per image, then averaged, if they are per image.
 
     Shape:
-        student, teacher: [G, K, C] unit vectors; present: [G, K] bool.
+        student, teacher: [G, K, C], unit vectors if the distance is to be one; present: [G, K] bool.
     """
     distance = torch.where(present, 1 - (student * teacher.detach()).sum(-1), 0.0)  # [G, K]
     count = present.sum(1)
@@ -141,7 +141,7 @@ class AdaptivePerspective(OfflineMethod):
 
     Inferred:
         The paper's text was not available: this is the released code. Its exceptions turned to zeros are not copied.
-        Without ``normalize`` only the pixels' vectors keep their length; where the paper would do otherwise is unknown.
+        Without ``normalize`` prototype is no distance, there as here: it has no least value.
 
     Reference:
         Tian et al.: Adaptive Perspective Distillation for Semantic Segmentation, IEEE TPAMI 45(2), 2023,

@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from segdistill.config import config
 from segdistill.errors import UserError
-from segdistill.losses import in_float32, size_of, unit
+from segdistill.geometry import average
+from segdistill.losses import in_float32, unit
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
 
@@ -56,14 +56,10 @@ def attention_distance(
     size = min(student.shape[-2], teacher.shape[-2]), min(student.shape[-1], teacher.shape[-1])
     maps = []
     for features in (student, teacher.detach()):
-        seen = attention(_smaller(features, size)) if pool == "feature" else _smaller(attention(features), size)
+        seen = attention(average(features, size)) if pool == "feature" else average(attention(features), size)
         maps.append(unit(seen.flatten(1), dim=1))  # [B, h * w]
     distance = (maps[0] - maps[1]).square()
     return distance.sum(1).mean() if reduction == "sum" else distance.mean()
-
-
-def _smaller(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return maps if size_of(maps) == size else F.adaptive_avg_pool2d(maps, size)
 
 
 class AttentionTransfer(OfflineMethod):
@@ -88,7 +84,7 @@ class AttentionTransfer(OfflineMethod):
 
     Inferred:
         Where sizes differ, the larger *feature* is pooled before it is squared, as public code does; ``pool:
-        attention`` pools the map, in which opposite signs do not cancel. Both are averages over adaptive windows.
+        attention`` pools the map, in which opposite signs do not cancel. Both average the cells in each coarser cell.
 
     Reference:
         Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017, arXiv:1612.03928. For segmentation, the

@@ -61,6 +61,8 @@ class C2VKDConfig(MethodConfig):
     """Where the student's feature is taken."""
     teacher_tap: Tap = "stage4"
     """Where the teacher's feature is taken; last_feature is the nearest to the released VOC script's (ASPP output)."""
+    student_vector: Literal["projection", "pool"] = "projection"
+    """What makes the student's feature a vector: a projection of its mean (segformer.py), or the pool (train.py)."""
     pool: Literal["gap", "clip"] = "gap"
     """What makes the teacher's feature a vector: its mean (the fallback, not the paper's), or CLIP's attention pool."""
     pool_weights: Path | None = None
@@ -135,8 +137,8 @@ class CNNToViT(OfflineMethod):
         visual      mean over locations of KL(softmax T || softmax S) over channels (L_G)
         patch       mean over pairs of locations, within and across images, of (<x_S, y_S> - <x_T, y_T>)^2 / (D - 1)^2,
                     with vectors of unit length, then centred over channels (L_P)
-        linguistic  mean over images of KL(softmax t || softmax s) over the vectors s = project(mean of F_student) and
-                    t = pool(F_teacher) (L_L)
+        linguistic  mean over images of KL(softmax t || softmax s) over the vectors s = project(mean of F_student), or
+                    s = pool(S) with ``student_vector: pool``, and t = pool(F_teacher) (L_L)
         pdd         mean over valid pixels of a s_y log(s_y / q_y) + b s_n log(s_n / q_n), where s and t are softmaxes
                     of logits, summed to the labelled class y and all others n, and q = (t + (1, 0)) / 2
 
@@ -171,10 +173,21 @@ class CNNToViT(OfflineMethod):
         default. The pool's positions are resized to the teacher's grid, whereas the released pool is declared for
         16 x 16.
 
+        The released files disagree about the student's vector. models/seg/segformer.py gives one, a projection of the
+        encoder's mean, and no script uses it: ``student_vector: projection``. train.py sends the visual features of
+        *both* sides through the same frozen pool: ``student_vector: pool``, through which the student's gradient then
+        goes. Its pool is 2048 wide and its features 256, so that as released it cannot run; here S has the teacher's
+        width.
+
+        pdd counts a teacher's certainty in full: log q is exact and not cut off. Our specification's pseudo-code cuts
+        probabilities off at 1e-8, which matters only where the teacher gives all other classes less: with logits
+        (0, 0) of the student and (40, 0) of the teacher, label 0, the term is 9.83 here and 4.26 there.
+
         The pool's weights are not published, so the default ``pool: gap`` is a fallback and **not the paper's LFD**:
         the mean of the teacher's feature, with the student projected to its width. Tables must name the rows "C2VKD
         (re-implementation, GAP for LFD)", with ``pool: clip`` "C2VKD (re-implementation, CLIP-RN101 pool)", and with
-        ``linguistic_weight: 0`` "C2VKD (re-implementation, no LFD)".
+        ``linguistic_weight: 0`` "C2VKD (re-implementation, no LFD)"; beside cross-entropy "C2VKD + CE" with the same in
+        brackets. Only with ``pool: clip`` and without cross-entropy is a row "as published".
 
         The features' projection is left out where the widths are equal already (the published pairs never are), and
         the one to CLIP's space never is. Zero vectors have no relation and get no gradient (the code would divide by
@@ -200,15 +213,16 @@ class CNNToViT(OfflineMethod):
         self.pool: AttentionPool | None = None
         self.visual_projection: nn.Module | None = None
         self.linguistic_projection: nn.Module | None = None
-        if not {"visual", "patch"}.isdisjoint(self.weights):
+        linguistic = "linguistic" in self.weights
+        pooled = linguistic and config.student_vector == "pool"
+        if pooled or not {"visual", "patch"}.isdisjoint(self.weights):
             self.visual_projection = projection(ours, theirs)
-        if "linguistic" in self.weights:
-            if config.pool == "gap":
-                self.linguistic_projection = projection(ours, theirs)
-            else:
-                self.pool = _fitting_pool(config, theirs)
-                self.linguistic_width = self.pool.out_channels
-                self.linguistic_projection = Projection(ours, self.linguistic_width)
+        if linguistic and config.pool == "clip":
+            self.pool = _fitting_pool(config, theirs)
+            self.linguistic_width = self.pool.out_channels
+        if linguistic and not pooled:
+            make = projection if config.pool == "gap" else Projection
+            self.linguistic_projection = make(ours, self.linguistic_width)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -235,10 +249,13 @@ class CNNToViT(OfflineMethod):
                 terms["patch"] = patch_distance(
                     visual, theirs, form_pairs=config.form_pairs, block_rows=config.block_rows
                 )
-        if self.linguistic_projection is not None:
-            vector = self.linguistic_projection(_mean(ours)).flatten(1)  # [B, d]
-            answer = _mean(theirs).flatten(1) if self.pool is None else self.pool(theirs)
-            terms["linguistic"] = channel_kl(vector, answer, direction=config.kl_direction)
+        if "linguistic" in self.weights:
+            pool = _mean if self.pool is None else self.pool
+            if self.linguistic_projection is None:
+                vector = pool(visual)  # [B, d]
+            else:
+                vector = self.linguistic_projection(_mean(ours)[:, :, None, None]).flatten(1)
+            terms["linguistic"] = channel_kl(vector, pool(theirs), direction=config.kl_direction)
         return terms
 
     def _pdd(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
@@ -258,7 +275,7 @@ class CNNToViT(OfflineMethod):
 
 @in_float32
 def _mean(feature: Tensor) -> Tensor:
-    return feature.mean((2, 3), keepdim=True)  # [B, C, 1, 1]
+    return feature.mean((2, 3))  # [B, C]
 
 
 def _require_consistent(config: C2VKDConfig, student: ModelInfo) -> None:

@@ -26,6 +26,8 @@ from segdistill.methods.method import Count, MethodConfig, NonNegative, OfflineM
 from segdistill.models.batch_norm import allow_single_values
 from segdistill.models.outputs import ModelInfo, Outputs
 
+# The released code averages windows of 4 x 4 before the relations in the batch where both sides have so many cells.
+LARGE, LARGE_POOL = 256, 4
 # The logit of a place of the memory that holds nothing. Finite, because 0 * inf is not 0; exp of it is exactly 0.
 EMPTY = -1e9
 
@@ -43,8 +45,8 @@ class CIRKDConfig(MethodConfig):
     """Weight of the relations to the memory's regions; 0 is off. The authors use 0.01 on VOC."""
     temperature: Temperature = 0.1
     """Divides all cosines; the loss is not multiplied by its square."""
-    pool: Count = 1
-    """Side of the windows averaged before the relations in the batch; 2 makes them 16 times cheaper."""
+    pool: Count | None = None
+    """Side of the windows averaged before the relations in the batch; null: 4 from 256 x 256 cells on, else none."""
     projector: Literal["mlp", "identity"] = "mlp"
     """What maps the student's feature to the memory's width; identity needs networks of equal width."""
     pixels_per_class: Count = 16
@@ -158,6 +160,11 @@ class CrossImageRelations(OfflineMethod):
         terms they are neither anchors nor queued; they do count in the projector's batch statistics (there too), so
         only ``projector: identity`` makes the terms independent of them. A batch without labels gives zeros there.
 
+    Speed:
+        The relations in the batch grow with the square of the cells: ``pool: 2`` makes them 16 times cheaper. As in the
+        released code, maps of 256 x 256 cells and more are averaged over 4 x 4 windows first, and others are not;
+        ``pool: 1`` never averages.
+
     Inferred:
         A re-implementation that leaves out three faults of the released memory. It draws a class's pixels by their
         number within the class but takes them from the whole image, so that queues hold other classes; here they are
@@ -213,8 +220,9 @@ class CrossImageRelations(OfflineMethod):
     def _minibatch(self, student: Tensor, teacher: Tensor) -> Tensor:
         config = self.config
         student = resize_features(student, size_of(teacher), align_corners=config.align_corners)
-        if config.pool > 1:
-            student, teacher = (F.avg_pool2d(maps, config.pool, ceil_mode=True) for maps in (student, teacher))
+        pool = config.pool or (LARGE_POOL if min(size_of(teacher)) >= LARGE else 1)
+        if pool > 1:
+            student, teacher = (F.avg_pool2d(maps, pool, ceil_mode=True) for maps in (student, teacher))
         return image_pair_kl(student, teacher, temperature=config.temperature, block_rows=config.block_rows)
 
     def _memory(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:

@@ -105,8 +105,9 @@ class CollaborativeLearning(OnlineMethod):
         The paper's equations were not available. Known, partly second-hand: what the three parts are, that attention
         serves transformer to CNN and MLP CNN to transformer, that cross-entropy to the labels decides the direction,
         and the mean per direction. Inferred, with confidence: the formula of HFD (0.5; direct and aux_op 0.25 each),
-        cosine distances (0.4 to 0.45), a region is a cell of a grid (0.6), T = 1 (0.7), mean over the selected pixels
-        (0.65); the operators' branches without residual, and all weights, are ours.
+        cosine distances (0.4 to 0.45), a region is a cell of a grid (0.6), T = 1 (0.7); of the pixel term, which is
+        told only to be of KL's kind, that it is KL(source || sink) summed over classes, and its mean over the selected
+        pixels (0.65); the operators' branches without residual, and all weights, are ours.
 
     Reference:
         Zhu, Luo, Zheng, Wang, Wang: A Good Student is Cooperative and Reliable: CNN-Transformer Collaborative Learning

@@ -45,7 +45,9 @@ class PixelWise(OfflineMethod):
             mmrazor, mean                                               w / K
 
         All of these use T = 1, and none masks ignored pixels (``mask_ignore: false``). mmrazor and CIRKD multiply
-        by T^2; the KD terms of IFVD and TorchDistiller do not.
+        by T^2; the KD terms of IFVD and TorchDistiller do not. The pixel-wise term of structure_knowledge_distillation
+        (SKD) is a soft cross-entropy: to the divergence, whose gradient it has, its value adds the teacher's entropy,
+        so that it is not 0 where student and teacher agree.
 
     Reference:
         Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531. Defaults are those

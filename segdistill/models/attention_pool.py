@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segdistill.errors import UserError
-from segdistill.losses import in_float32, resize_features
+from segdistill.losses import in_float32
 
 PREFIX = "visual.attnpool."
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "c_proj")
@@ -84,7 +84,7 @@ class AttentionPool(nn.Module):
         """The positions for a grid of another size: [1 + h * w, C]."""
         mean, cells = self.positions[:1], self.positions[1:]
         side = _side(len(cells))
-        grid = resize_features(cells.mT.unflatten(1, (side, side))[None], size)  # [1, C, h, w]
+        grid = F.interpolate(cells.mT.unflatten(1, (side, side))[None], size, mode="bilinear")  # [1, C, h, w]
         return torch.cat([mean, grid[0].flatten(1).mT])
 
 

@@ -2,7 +2,7 @@
 
 Image sizes: any. The images are padded at the bottom and right, by repeating the edge, to a multiple of 32, and every
 tap is cropped to ceil(H / stride) x ceil(W / stride). So cell (i, j) of a tap of stride s always covers the pixels from
-(s*i, s*j) on, only the last cells may reach beyond the image, and :func:`logits_at` undoes it without a shift.
+(s*i, s*j) on, and only the last cells may reach beyond the image: the rule of :mod:`segdistill.geometry`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segdistill.errors import UserError
+from segdistill.geometry import crop, enlarge, resize
 from segdistill.models.batch_norm import allow_single_values
 from segdistill.models.config import ModelConfig
 from segdistill.models.network import build_parts, is_transformer, normalisation, resolve_encoder
@@ -155,23 +156,15 @@ def logits_at(logits: Tensor, size: Sequence[int], stride: int | None = None) ->
     Args:
         logits: what a segmenter gave for an image of ``size``, or for one of another scale.
         size: H and W.
-        stride: image pixels per cell of the logits. Found from the sizes if left out; logits of another scale, for
-            which there is no such power of two, are stretched to ``size``.
+        stride: image pixels per cell of the logits; found from the sizes if left out.
 
     Shape:
         logits: [B, K, h, w]. Returns [B, K, H, W].
     """
     height, width = size
-    stride = stride or _stride_of(logits.shape[-2:], (height, width))
-    covered = (height, width) if stride is None else (logits.shape[-2] * stride, logits.shape[-1] * stride)
-    full = F.interpolate(logits.float(), size=covered, mode="bilinear", align_corners=False)
-    return _crop(full, height, width, stride=1)
-
-
-def _stride_of(cells: Sequence[int], size: Sequence[int]) -> int | None:
-    # At most one power of two fits where an axis has two cells or more; with one cell every choice gives the same.
-    fits = (2**n for n in range(6) if all(-(-full // 2**n) == cell for full, cell in zip(size, cells, strict=True)))
-    return next(fits, None)
+    if stride is None:
+        return resize(logits.float(), (height, width))
+    return enlarge(logits.float(), (height, width), stride)
 
 
 def _pad(images: Tensor) -> Tensor:
@@ -185,13 +178,7 @@ def _pad(images: Tensor) -> Tensor:
 
 
 def _crop(tap: Tensor, height: int, width: int, stride: int) -> Tensor:
-    rows, columns = (height + stride - 1) // stride, (width + stride - 1) // stride
-    if (
-        torch.compiler.is_exporting()
-    ):  # a slice would tie the program to sizes for which, as here, it is the whole or a part
-        tap = tap.index_select(-2, torch.arange(rows, device=tap.device))
-        return tap.index_select(-1, torch.arange(columns, device=tap.device))
-    return tap[..., :rows, :columns]
+    return crop(tap, (height + stride - 1) // stride, (width + stride - 1) // stride)
 
 
 def _fcn_head(in_channels: int, num_classes: int) -> nn.Sequential:

@@ -32,6 +32,7 @@ class Stage:
     large: tuple[str, ...] = ()  # outputs that a cluster may keep on a volume, to be read there by every pod
     metrics: Mapping[str, str] = field(default_factory=dict)  # outputs that are small, readable and kept in git
     per_job: bool = False
+    on_device: bool = False  # it trains or evaluates networks, on a GPU where there is one
     shows: tuple[str, ...] = ()  # its highlights (stages/highlights.py), which Kubeflow's pages show
     help: str = ""
 
@@ -66,6 +67,7 @@ STAGES: tuple[Stage, ...] = (
         params=("train_teacher",),
         inputs={"prepared": "artifacts/prepared"},
         outputs={"teacher": "artifacts/teacher"},
+        on_device=True,
         shows=("scores",),
         help="train the teacher, or import a checkpoint, and record its validation score",
     ),
@@ -76,6 +78,7 @@ STAGES: tuple[Stage, ...] = (
         params=("evaluate",),
         inputs={"prepared": "artifacts/prepared", "model": "artifacts/teacher"},
         outputs={"evaluation": "reports/evaluation/teacher"},
+        on_device=True,
         shows=("scores", "confusion"),
         help="the teacher on the test split, at original resolution",
     ),
@@ -87,6 +90,7 @@ STAGES: tuple[Stage, ...] = (
         inputs={"prepared": "artifacts/prepared", "teacher": "artifacts/teacher"},
         outputs={"students": f"artifacts/students/{JOB}"},
         per_job=True,
+        on_device=True,
         shows=("scores",),
         help="train one experiment's student (or co-trained students) with one seed",
     ),
@@ -98,6 +102,7 @@ STAGES: tuple[Stage, ...] = (
         inputs={"prepared": "artifacts/prepared", "model": f"artifacts/students/{JOB}"},
         outputs={"evaluation": f"reports/evaluation/{JOB}"},
         per_job=True,
+        on_device=True,
         shows=("scores", "confusion"),
         help="one job's students on the test split, at original resolution",
     ),

@@ -278,7 +278,7 @@ def _tracked(comparison: "Comparison") -> dict[str, float]:
 
 
 def highlights(paths: Mapping[str, Any]) -> Highlights:
-    """The table, the page, and whether a student is good enough to be registered."""
+    """The table and the page."""
     report = paths["report"]
     results = json.loads((report / "results.json").read_text())
     rows = {f"{row['experiment']}.{row['student']}": {"test/miou": row["test_miou"]["mean"]} for row in results["rows"]}
@@ -287,5 +287,4 @@ def highlights(paths: Mapping[str, Any]) -> Highlights:
         scores=scores_of(taught | rows, ("test/miou",)),
         page=(report / "report.html").read_text(encoding="utf-8"),
         summary=(report / "report.md").read_text(encoding="utf-8"),
-        passed=results["passed"],
     )

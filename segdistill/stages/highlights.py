@@ -15,7 +15,6 @@ class Highlights:
     confusion: tuple[Sequence[str], Sequence[Sequence[int]]] | None = None  # classes; rows are the truth
     page: str | None = None  # self-contained HTML
     summary: str | None = None  # Markdown
-    passed: bool = True  # whether the pipeline goes on: the gate after ``compare``
 
 
 def scores_of(networks: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> dict[str, float]:

@@ -1,9 +1,8 @@
 """The stage ``prepare``: a checked data set of any layout -> Arrow shards with train ids, and a manifest."""
 
-import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -11,6 +10,7 @@ from segdistill.config import config
 from segdistill.data.settings import Workers
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
+from segdistill.files import disk_errors, read_json, replace_folder
 
 
 @config
@@ -43,18 +43,17 @@ def run(config: Config, *, data: Path, report: Path, prepared: Path, tracker: Tr
     from segdistill.data.layouts import SPLITS, open_layout
     from segdistill.data.parallel import progress
     from segdistill.data.sharding import plan_shards, write_index, write_shards
-    from segdistill.files import disk_errors, replace_folder
 
     _check_report(report, config.layout)
     layout = open_layout(config.layout, data)
     partial = prepared.with_name(f"{prepared.name}.partial")
-    with disk_errors(prepared, f"finished shards wait in {partial}, and the same command continues from there"):
+    kept = f"finished shards wait in {partial}, and the same command continues from there"
+    with disk_errors(prepared, kept):
         shards = plan_shards(layout, config.shard_samples)
         written = write_shards(layout, shards, partial, max_side=config.max_side, workers=config.workers)
         total = sum(len(shard.samples) for shard in shards)
-        for _ in progress(written, "prepare", total, lambda shard: len(shard.samples)):
-            pass
-        write_index(layout, shards, partial)
+        rows = {shard.name: rows for shard, rows in progress(written, "prepare", total, lambda done: len(done[1]))}
+        write_index(layout, shards, [row for shard in shards for row in rows[shard.name]], partial)
         size = sum(path.stat().st_size for path in (partial / "shards").iterdir())
         shutil.rmtree(partial / "keys")
         replace_folder(partial, prepared)
@@ -64,13 +63,14 @@ def run(config: Config, *, data: Path, report: Path, prepared: Path, tracker: Tr
 
 def _check_report(report: Path, layout: str) -> None:
     path = report / "summary.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; run the stage 'validate' first")
+    again = "run the stage 'validate' again"
     try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_json(path, mend=again)
         success, checked = summary["success"], summary["layout"]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run the stage 'validate' first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise UserError(f"{path}: damaged; run the stage 'validate' again") from None
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: damaged; {again}") from None
     if not success:
         raise UserError(f"{path}: the data set failed its validation; mend the files named there, then validate again")
     if checked != layout:

@@ -62,6 +62,8 @@ def run(
 ) -> None:
     """Writes ``registration``: the model as files and ``registration.json``; registers it and moves the alias.
 
+    Where no student passed the gate, nothing is registered, and ``registration.json`` says so.
+
     Args:
         config: the stage's parameters.
         run: the experiments.
@@ -75,12 +77,11 @@ def run(
     Raises:
         UserError: no student is within the budget, a file is missing, or the registered model serves other logits.
     """
-    candidates = read_candidates(run, seeds, students, comparison)
     if not passed(comparison):
         with new_folder(registration) as partial:
             _write(partial, {"name": config.model_name, "version": None, "reason": "no student passed the gate"})
         return
-    best = choose(candidates, config)
+    best = choose(read_candidates(run, seeds, students, comparison), config)
 
     from segdistill.models.export import ExportedSegmenter, load_model
 
@@ -119,10 +120,18 @@ def _write(folder: Path, result: Mapping[str, Any]) -> None:
 
 
 def passed(comparison: Path) -> bool:
-    """What the gate ``compare.min_test_miou`` said."""
+    """What the gate ``compare.min_test_miou`` said.
+
+    Raises:
+        UserError: the comparison has no such verdict.
+    """
     from segdistill.stages.comparison.inputs import read_json
 
-    return bool(read_json(comparison / "results.json")["passed"])
+    results = comparison / "results.json"
+    verdict = read_json(results).get("passed")
+    if not isinstance(verdict, bool):
+        raise UserError(f"{results}: passed: expected true or false, found {verdict!r}; run compare again")
+    return verdict
 
 
 def read_candidates(
@@ -186,21 +195,9 @@ def choose(candidates: Sequence[Candidate], config: Config) -> Candidate:
 
 def identity_of_test_data(prepared: Path) -> str:
     """A hash of the classes and of every test image and label, whatever the shards they lie in."""
-    import hashlib
+    from segdistill.data.shards import ShardDataset
 
-    from segdistill.data.shards import INFO_FILE, open_shard, read_dataset_info
-    from segdistill.stages.comparison.inputs import read_json
-
-    names = [entry.name for entry in read_dataset_info(prepared).classes]
-    found = hashlib.sha256(json.dumps(names).encode())
-    for shard in read_json(prepared / INFO_FILE)["splits"]["test"]["shards"]:
-        reader = open_shard(prepared / shard["file"])
-        for number in range(reader.num_record_batches):
-            record = reader.get_batch(number)
-            found.update(record["id"][0].as_py().encode())
-            for column in ("image", "label"):
-                found.update(record[column][0].as_buffer())
-    return found.hexdigest()
+    return ShardDataset(prepared, "test").content_hash
 
 
 def sentence(result: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from segdistill.config import Fraction, config
 from segdistill.data.settings import Workers
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
+from segdistill.files import new_folder
 from segdistill.stages.highlights import Highlights
 
 if TYPE_CHECKING:
@@ -63,19 +64,19 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
     from segdistill.data.checks import inspect
     from segdistill.data.layouts import SPLITS, open_layout
     from segdistill.data.parallel import progress
-    from segdistill.files import new_folder
     from segdistill.stages import _rules
 
     layout = open_layout(config.layout, data)
     samples = [sample for split in SPLITS for sample in layout.samples(split)]
     if not samples:
-        raise UserError(f"{data}: no sample in any split of the layout '{config.layout}'")
+        raise layout.without_samples()
     facts = list(progress(inspect(layout, samples, workers=config.workers), "validate", len(samples)))
     tables, rules = _rules.tables(layout, facts, config), _rules.rules(config)
     with new_folder(report) as partial:
         verdicts = gx.validate(tables, [rule.expectation for rule in rules], partial / "data_docs")
         found = [_finding(rule, verdict, tables, data) for rule, verdict in zip(rules, verdicts, strict=True)]
         summary = _summarise(config.layout, tables, [finding for finding in found if finding])
+        summary["values"] = _rules.values(layout, facts)
         (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         (partial / "summary.md").write_text(_markdown(summary, data), encoding="utf-8")
     counts = {kind: sum(len(finding["sentences"]) for finding in summary[kind]) for kind in ("failures", "warnings")}
@@ -138,6 +139,11 @@ def _markdown(summary: dict[str, Any], data: Path) -> str:
     for row in summary["classes"]:
         images = " | ".join(str(row[f"{split}_images"]) for split in summary["samples"])
         lines.append(f"| {row['name']} | {images} | {row['train_share'] or 0:.2%} |")
+    lines += ["", "| stored value | read as | train pixels | val pixels | test pixels |"]
+    lines += ["| ---: | --- | ---: | ---: | ---: |"]
+    for row in summary["values"]:
+        pixels = " | ".join(str(row[f"{split}_pixels"]) for split in summary["samples"])
+        lines.append(f"| {row['value']} | {row['read_as']} | {pixels} |")
     for kind in ("failures", "warnings"):
         lines += ["", f"## {kind.capitalize()}", ""] + ([] if summary[kind] else ["None."])
         for finding in summary[kind]:

@@ -1,19 +1,20 @@
 """One contract for every method in the table. Where a method departs from it on purpose, a table here says so."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import pytest
 import torch
+from formulas import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from segdistill.config import parse, to_dict
 from segdistill.errors import UserError
-from segdistill.losses import IGNORE_INDEX
+from segdistill.losses import IGNORE_INDEX, pixel_kl
 from segdistill.methods import METHODS, build_offline, build_online, load, parse_method
 from segdistill.methods.method import Evidence, Method
 from segdistill.models.outputs import ModelInfo, Outputs
@@ -82,11 +83,12 @@ class Shape:
 
 
 FIRST, SECOND = Shape(), Shape()
+CASE = Shape((2, 4), (2, 4), 4)  # of the numeric case
 GEOMETRIES = {
     "equal": (Shape(), Shape(), (24, 28)),
     "odd": (Shape((5, 3), (5, 3)), Shape((5, 3), (5, 3)), (37, 21)),
     "finer student": (Shape((12, 14), (12, 14), 6), Shape((6, 7), (6, 7), 11), (48, 56)),
-    "finer teacher": (Shape((5, 7), (5, 7), 5), Shape((10, 13), (20, 26), 9), (40, 53)),
+    "finer teacher": (Shape((5, 7), (5, 7), 5), Shape((10, 14), (20, 27), 9), (40, 53)),
     "one pixel": (Shape((1, 1), (1, 1)), Shape((1, 1), (1, 1)), (4, 4)),
 }
 
@@ -111,7 +113,7 @@ def outputs(
         return values.requires_grad_(grad)
 
     height, width = shape.last
-    stages = [(max(height >> level, 1), max(width >> level, 1)) for level in range(4)]
+    stages = [(-(-height // 2**level), -(-width // 2**level)) for level in range(4)]
     features = tuple(draw(channels, size) for channels, size in zip((4, 6, 8, 10), stages, strict=True))
     aux = draw(num_classes, stages[2])
     return Outputs(draw(num_classes, shape.logits), features, draw(shape.width, shape.last), aux)
@@ -215,6 +217,76 @@ def test_terms_are_finite_float32_scalars_named_as_their_weights(name: str) -> N
         assert {key.partition("/")[0] for key in found} == {"first", "second"}
     for loss in found.values():
         assert loss.shape == () and loss.dtype == torch.float32 and loss.requires_grad and bool(loss.isfinite())
+
+
+def check_formula(name: str) -> None:
+    """The terms and their gradients against the formula written a second time, in float64."""
+    if name not in CASES:
+        raise AssertionError(f"tests/contracts/formulas.py has no numeric case of '{name}': write its formula there")
+    case = CASES[name]
+    method = build(name, CASE, CASE, num_classes=4, **case.settings).double()
+    case.prepare(method)
+    first, second = case_outputs(0), case_outputs(1)
+    target = torch.tensor([[[0, 1, 1, 255], [0, 0, 255, 2]], [[2, 2, 1, 0], [255, 255, 1, 1]]])  # no class 3
+    found, expected = terms(method, first, second, target), case.formula(method, first, second, target)
+    assert set(found) == set(expected)
+    leaves = [*tensors(first), *tensors(second), *method.parameters()]
+    for key in expected:
+        gradients = (
+            torch.autograd.grad(term[key], leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for term in (found, expected)
+        )
+        for one, other in [(found[key], expected[key]), *zip(*gradients, strict=True)]:
+            torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-11, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def case_outputs(seed: int) -> Outputs:
+    """All maps at the size of the labels."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = [4, 4, 6, 8, 10, CASE.width, 4]
+    drawn = [torch.randn(2, width, *CASE.logits, generator=generator, dtype=torch.float64) for width in widths]
+    return rebuilt([values.requires_grad_() for values in drawn])
+
+
+@EVERY
+def test_terms_and_gradients_are_those_of_the_formula_in_float64(name: str) -> None:
+    check_formula(name)
+
+
+def test_a_new_method_is_asked_for_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "new", METHODS["kd"])
+    with pytest.raises(AssertionError, match="no numeric case of 'new'"):
+        check_formula("new")
+
+
+WRONG: dict[str, Callable[..., Tensor]] = {
+    "reversed": lambda student, teacher, valid=None, *, temperature: pixel_kl(
+        teacher.detach(), student, valid, temperature=temperature
+    ) + 0 * student.sum(),
+    "without the squared temperature": lambda student, teacher, valid=None, *, temperature: pixel_kl(
+        student, teacher, valid, temperature=temperature
+    ) / temperature**2,
+    "a mean over classes too": lambda student, teacher, valid=None, *, temperature: pixel_kl(
+        student, teacher, valid, temperature=temperature
+    ) / student.shape[1],
+    "a gradient half as large": lambda student, teacher, valid=None, *, temperature: pixel_kl(
+        (student + student.detach()) / 2, teacher, valid, temperature=temperature
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_wrong_formula_keeps_every_other_contract_and_fails_its_case(
+    mistake: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segdistill.methods.kd.pixel_kl", WRONG[mistake])
+    test_terms_are_finite_float32_scalars_named_as_their_weights("kd")
+    test_terms_are_zero_when_student_equals_teacher("kd")
+    test_ignored_pixels_matter_only_where_the_method_says_so("kd", masked=True)
+    if mistake != "reversed":
+        test_gradient_reaches_students_and_every_trainable_helper_and_never_the_teacher("kd")
+    with pytest.raises(AssertionError, match="kl"):
+        check_formula("kd")
 
 
 @EVERY

@@ -127,7 +127,9 @@ class Engine:
 
 def _debootstrap(archive: Path, folder: Path) -> None:
     if shutil.which("debootstrap") is None or os.getuid():
-        raise Missing("needs a base image: set BASE_IMAGE=python:3.11-slim, or install debootstrap and be root")
+        raise Missing(
+            "needs a base image: set BASE_IMAGE=python:3.11-slim-bookworm, or install debootstrap and be root"
+        )
     packages = "python3,python3-pip,python3-venv,ca-certificates"
     command = ["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -33,6 +33,12 @@ class Graphs:
         """The tasks that run something."""
         return {name: task for name, task in self.tasks.items() if name not in self.content}
 
+    @property
+    def loop(self) -> str:
+        """The task that stands for the loop over the jobs."""
+        (loop,) = [name for name, task in self.tasks.items() if "parameterIterator" in task]
+        return loop
+
     def inside(self, name: str, graph: str) -> bool:
         """Whether a task is in a graph, or in one inside it."""
         while name != "root":

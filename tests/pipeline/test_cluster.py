@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 CLUSTERS = {"default": ROOT / "pipelines/cluster.yaml", "everything": GOLDEN / "cluster.yaml"}
 TASKS = {stage.name.replace("_", "-") for stage in STAGES} | {"fetch", "finish"}
+QUEUE = {"kueue.x-k8s.io/queue-name": "gpus", "kueue.x-k8s.io/priority-class": "research"}
+CERTIFICATES = dict.fromkeys(("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"), "/etc/segdistill/authorities/ca.crt")
 TRAINING = {"train-teacher", "evaluate-teacher", "distill", "evaluate"}
 
 
@@ -145,10 +147,11 @@ def test_no_secret_is_in_the_compiled_file(compiled: Compiled) -> None:
     assert not [name for name in compiled.inputs if secret.search(name)]
     for container in compiled.containers.values():
         literal = {entry["name"] for entry in container.get("env", [])}
-        assert literal <= {"SEGDISTILL_WORK", "SEGDISTILL_SHARED"}
+        certificates = compiled.cluster.certificates
+        assert literal <= {"SEGDISTILL_WORK", "SEGDISTILL_SHARED", *(certificates.variables if certificates else [])}
         assert not secret.search(" ".join([*container["command"], *container["args"]]))
     names = {text for item in compiled.cluster.secrets for text in (item.name, *item.keys, *item.keys.values())}
-    schema = {"secretAsEnv", "secretKey", "secretName", "secretNameParameter"}
+    schema = {"imagePullSecret", "secretAsEnv", "secretKey", "secretName", "secretNameParameter"}
     words = set(re.findall(r"[\w-]+", compiled.text))
     assert {word for word in words if secret.search(word)} <= names | schema
 
@@ -178,7 +181,7 @@ def test_a_workspace_is_mounted_where_training_looks_for_it(tmp_path: Path) -> N
         environment = {one["name"]: one["value"] for one in compiled.containers[name].get("env", [])}
         assert mounts == [({"runtimeValue": {"constant": "segdistill-workspace"}}, "/workspace")]
         training = {"SEGDISTILL_WORK": "/workspace/work"} if name in TRAINING else {}
-        assert environment == {"SEGDISTILL_SHARED": "/workspace/shared"} | training
+        assert environment == {"SEGDISTILL_SHARED": "/workspace/shared"} | training | CERTIFICATES
 
 
 def test_a_volume_for_checkpoints_alone_is_mounted_only_where_there_are_any(tmp_path: Path) -> None:
@@ -191,7 +194,7 @@ def test_a_volume_for_checkpoints_alone_is_mounted_only_where_there_are_any(tmp_
 
 
 def test_jobs_run_at_most_so_many_at_a_time(compiled: Compiled) -> None:
-    policy = compiled.graphs.tasks["for-loop-1"].get("iteratorPolicy", {})
+    policy = compiled.graphs.tasks[compiled.graphs.loop].get("iteratorPolicy", {})
     assert policy.get("parallelismLimit") == compiled.cluster.parallel_jobs
 
 
@@ -215,8 +218,83 @@ def test_on_several_nodes_the_pod_of_a_task_only_waits_and_the_job_asks_for_the_
         assert job.image == container["image"] and job.timeout_seconds < timeout
         assert [one.name for one in job.secrets] == ["segdistill-mlflow"]  # S3 is for the tasks that fetch
         assert [taint.key for taint in job.tolerations] == ["nvidia.com/gpu", "pool"]
+        assert job.queue is not None and job.queue.labels == QUEUE
+        assert (job.labels, job.image_pull_secrets) == ({"team": "vision"}, ["registry"])
+        assert job.annotations == {"example.com/contact": "vision team"}
+        assert job.certificates is not None and job.certificates.environment == CERTIFICATES
+        # The pod that waits must not stand in the queue before the job that it waits for.
+        assert settings["podMetadata"]["labels"] == {"team": "vision"}
         assert settings["pvcMount"]
     assert "SEGDISTILL_TRAINJOB" not in {one["name"] for one in compiled.containers["prepare"]["env"]}
+
+
+def test_pods_have_the_labels_the_queue_the_registrys_secret_and_the_certificates_of_the_file(tmp_path: Path) -> None:
+    compiled = compile_with(CLUSTERS["everything"], tmp_path)
+    for name in TASKS:
+        settings = compiled.settings[name]
+        queue = QUEUE if compiled.kind(name) == "train" else {}
+        assert settings["podMetadata"] == {
+            "labels": {"team": "vision", **queue},
+            "annotations": {"example.com/contact": "vision team"},
+        }
+        assert [one["secretName"] for one in settings["imagePullSecret"]] == ["registry"]
+        (mount,) = settings["configMapAsVolume"]
+        assert (mount["configMapName"], mount["mountPath"]) == ("authorities", "/etc/segdistill/authorities")
+        variables = {one["name"]: one["value"] for one in compiled.containers[name]["env"]}
+        assert CERTIFICATES.items() <= variables.items()
+
+
+def test_where_nothing_of_that_is_asked_for_nothing_of_it_is_compiled(tmp_path: Path) -> None:
+    compiled = compile_with(CLUSTERS["default"], tmp_path)
+    for name in TASKS:
+        assert not {"podMetadata", "imagePullSecret", "configMapAsVolume"} & set(compiled.settings[name])
+
+
+def changed(tmp_path: Path, **sections: Any) -> Path:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(read_yaml(CLUSTERS["everything"]) | sections))
+    return path
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_where_kfp_makes_the_runs_of_mlflow_no_variable_of_its_own_is_set_by_us(nodes: int, tmp_path: Path) -> None:
+    accelerator = read_yaml(CLUSTERS["everything"])["accelerator"] | {"nodes": nodes}
+    compiled = compile_with(changed(tmp_path, mlflow="injected", accelerator=accelerator), tmp_path)
+    for name in TASKS:
+        settings, container = compiled.settings[name], compiled.containers[name]
+        references = settings.get("configMapAsEnv", []) + settings.get("secretAsEnv", [])
+        names = [entry["envVar"] for one in references for entry in one["keyToEnv"]]
+        literal = {one["name"]: one["value"] for one in container["env"]}
+        assert not [variable for variable in [*names, *literal] if variable.startswith("MLFLOW_")]
+        assert literal["SEGDISTILL_MLFLOW"] == "injected"
+        assert ("AWS_ACCESS_KEY_ID" in names) == (compiled.kind(name) == "data")
+    if nodes > 1:
+        # To the pods of a TrainJob the plugin gives nothing: the waiting one hands on what is no secret.
+        variables = {one["name"]: one["value"] for one in compiled.containers["distill"]["env"]}
+        job = json.loads(variables["SEGDISTILL_TRAINJOB"])
+        assert job["config_maps"] == []
+        (credentials,) = job["secrets"]
+        assert set(credentials["keys"].values()) == {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"}
+
+
+def test_a_variable_that_would_be_set_twice_is_named(tmp_path: Path) -> None:
+    from pipelines.cluster import read_cluster
+
+    again = {"name": "b", "optional": True, "tasks": ["train"], "keys": {"k": "MLFLOW_TRACKING_USERNAME"}}
+    secrets = [*read_yaml(CLUSTERS["everything"])["secrets"], again]
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_USERNAME is given twice to tasks of the kind 'train'"):
+        read_cluster(changed(tmp_path, secrets=secrets))
+    ours = again | {"keys": {"k": "SEGDISTILL_WORK"}}
+    with pytest.raises(UserError, match="SEGDISTILL_WORK is given to tasks by the pipeline itself"):
+        read_cluster(changed(tmp_path, secrets=[ours]))
+
+
+def test_the_patch_for_administrators_has_every_failed_attempt_tried_again() -> None:
+    (patch,) = yaml.safe_load_all((ROOT / "pipelines/manifests/administrator/retry-always.yaml").read_text())
+    assert (patch["kind"], patch["metadata"]["name"]) == ("ConfigMap", "workflow-controller-configmap")
+    defaults = yaml.safe_load(patch["data"]["workflowDefaults"])["spec"]
+    assert defaults["templateDefaults"]["retryStrategy"]["retryPolicy"] == "Always"
+    assert isinstance(defaults["templateDefaults"]["retryStrategy"]["limit"], str)  # as Argo reads it
 
 
 def test_several_nodes_need_a_volume(tmp_path: Path) -> None:
@@ -251,6 +329,9 @@ def test_without_an_accelerator_tasks_run_on_any_node(tmp_path: Path) -> None:
         ("tasks.data.memory_limit", "8 gigs", "tasks.data.memory_limit: '8 gigs' is not an amount; write it like"),
         ("tasks.data.memory_limit", "1Gi", "tasks.data: memory_request 4Gi is above memory_limit 1Gi"),
         ("tasks.data.cpu_request", "9", "tasks.data: cpu_request 9 is above cpu_limit 8"),
+        ("retries.factor", 1.5, "retries.factor: input should be a valid integer, got a number with a fractional part"),
+        ("labels", {"team": "a b"}, "labels.team: 'a b' is no value of a label"),
+        ("mlflow", "plugin", "mlflow: 'plugin' is not allowed; allowed: 'config-map' or 'injected'"),
         ("shared_memory", "48Gi", "shared_memory 48Gi leaves nothing of tasks.train.memory_limit 48Gi"),
         ("pull_policy", "Sometimes", "pull_policy: 'Sometimes' is not allowed; allowed: 'Always', 'IfNotPresent'"),
         (

@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from compiled import Graphs
+from tiny_params import tiny
 from versioned import commit_data
 
 from segdistill.config import read_yaml
@@ -79,7 +79,7 @@ def test_the_compiled_file_is_a_pipeline_to_kfp(
 def test_the_loop_is_handed_all_that_its_tasks_read(documents: tuple[dict[str, Any], dict[str, Any]]) -> None:
     # kfp 2.17.0 compiles a resource setting that is a pipeline parameter, and forgets to hand it into a loop.
     graphs = Graphs(documents[0])
-    assert graphs.inside("distill", "for-loop-1")
+    assert graphs.inside("distill", graphs.loop)
     for name, task in graphs.tasks.items():
         around = graphs.content[graphs.graph_of[name]].get("inputDefinitions", {})
         for kind, key in (("parameters", "componentInputParameter"), ("artifacts", "componentInputArtifact")):
@@ -132,42 +132,6 @@ def test_the_compiled_pipeline_is_the_one_under_version_control(tmp_path: Path) 
 
 
 # The whole pipeline in processes of this machine
-
-
-def tiny(params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of the project, for seconds instead of minutes: two steps, two experiments, one seed."""
-
-    def shrink(section: Mapping[str, Any]) -> dict[str, Any]:
-        train = {**section["train"], "iterations": 2, "batch_size": 2, "validate_every": 2, "checkpoint_every": 2}
-        train |= {"log_every": 1, "augmentation": {**train["augmentation"], "crop_size": [32, 32]}}
-        return {**section, "train": train, "inference": {**section["inference"], "batch_size": 2}}
-
-    student = {
-        "model": {
-            "architecture": "DeepLabV3Plus",
-            "encoder": "mobilenetv3_small_050",
-            "encoder_weights": "none",
-            "output_stride": 16,
-            "decoder": {"decoder_channels": 16},
-        },
-        "optimizer": params["experiments"]["none"]["students"]["cnn"]["optimizer"],
-    }
-    teacher = shrink(params["train_teacher"])
-    experiments = {
-        "none": {"students": {"cnn": student}, "methods": []},
-        "kd": {"students": {"cnn": student}, "methods": [{"name": "kd"}]},
-    }
-    return {
-        **params,
-        "train_teacher": {**teacher, "model": {**student["model"], "encoder": "resnet18"}},
-        # An untrained teacher's score says nothing; here it must only be reached.
-        "distill": {**shrink(params["distill"]), "teacher_tolerance": 100.0},
-        "evaluate": {**params["evaluate"], "overlays": 1, "latency_repeats": 1},
-        "compare": {**params["compare"], "overlays": 1, "resamples": 100},
-        "run": ["none", "kd"],
-        "seeds": [0],
-        "experiments": experiments,
-    }
 
 
 def run_pipeline(repository: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:

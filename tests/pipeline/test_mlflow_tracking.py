@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from segdistill.adapters.mlflow_names import metric_name
 from segdistill.adapters.mlflow_spool import Spool
 from segdistill.adapters.mlflow_store import DatasetFacts, Store, default_store, finish_parent, import_mlflow
 from segdistill.adapters.mlflow_tracking import MlflowTracker, Settings, open_pipeline_run, open_run, sync
@@ -98,7 +99,7 @@ def test_all_that_is_logged_arrives_below_one_parent_with_the_dataset(root: Path
         "distill.lr": "0.1", "distill.layers": "[1, 2]", "distill.flag": "true", "distill.none": "null"
     }  # fmt: skip
     assert history(root, run, "train/loss/total") == [(step, 1 / (step + 1)) for step in range(1200)]
-    assert run.data.metrics["val/iou/road _wide_"] == 0.5
+    assert run.data.metrics[metric_name("val/iou/road (wide)")] == 0.5
     assert artifacts(root, run, "overlays") == ["overlays/a.png"]
     assert "matrix.csv" in artifacts(root, run, "")
     dataset = run.inputs.dataset_inputs[0].dataset
@@ -344,6 +345,8 @@ def test_where_kfp_makes_the_parent_our_runs_hang_below_it_and_nothing_is_made_t
 def test_no_secret_reaches_a_file_or_the_store(root: Path) -> None:
     one = tracker(root, tags={"data_url": "https://user:hush-1@host/data"})
     one.params({"remote.secret_access_key": "hush-2", "remote.url": "https://me:hush-3@host/x", "tokens": "four"})
+    one.params({"note": "from https://me:hush@host/x today", "passwords": ["hush"], "command": "run --password=hush"})
+    one.params({"commands": [["run", "--token", "hush"]], "nested": {"api_key": "hush"}})
     one.tags({"password": "hush-4"})
     one.close()
     for path in root.rglob("*"):
@@ -354,6 +357,151 @@ def test_no_secret_reaches_a_file_or_the_store(root: Path) -> None:
     )  # fmt: skip
     assert "hush" not in spool.meta.read_text()
     spool.release()
+
+
+def test_the_password_of_a_server_is_said_by_nobody(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "before")  # brought back afterwards
+    address = _closed_port()
+    given = address.replace("http://", "http://user:hu%2Fsh@")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    one = tracker(root, flush_seconds=1)
+    one.metrics({"a": 1}, 1)
+    one.close()
+    assert not finish_parent(default_store(root), PIPELINE, "FAILED", seconds=0.1)
+    (away,) = sync(root / "spool")
+    assert away.error and address in away.error
+    for uri in (given, "postgresql+psycopg2://user:hush@127.0.0.1:9/db"):  # what MLflow itself would say of it
+        logging.getLogger("mlflow.store").warning("cannot reach %s", uri)
+    said = caplog.text + str(away) + "".join(capfd.readouterr())
+    assert address in said
+    assert "hush" not in said and "hu%2Fsh" not in said and "hu/sh" not in said
+    assert os.environ["MLFLOW_TRACKING_URI"] == address, "the password goes apart, as MLflow takes it"
+    assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("user", "hu/sh")
+    with pytest.raises(UserError, match="half of a user and password"):
+        default_store(root, "http://hush@host")
+
+
+def test_classes_whose_names_differ_in_special_characters_keep_a_metric_each(root: Path) -> None:
+    names = ["tree (<1m)", "tree (>1m)", "tree __1m_", "a/b", "a_b", "a//b", ".", "été", "x" * 300, "x" * 301]
+    one = tracker(root)
+    one.metrics({f"test/iou/{name}": float(number) for number, name in enumerate(names)})
+    one.close()
+    (run,) = runs(root)["kd-s0"]
+    assert {metric_name(f"test/iou/{name}"): float(number) for number, name in enumerate(names)} == run.data.metrics
+    assert sorted(run.data.metrics.values()) == [float(number) for number in range(len(names))]
+
+
+class _TooLarge:
+    status_code = 413
+
+
+def test_an_artifact_that_the_server_refuses_for_good_is_set_aside_and_told(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import_mlflow()
+    import mlflow
+    import requests
+
+    def send(client, run_id: str, path: str, folder: str | None = None, real=mlflow.MlflowClient.log_artifact) -> None:
+        if Path(path).is_dir() or path.endswith("large.bin"):
+            raise requests.HTTPError("413 Client Error: http://user:hush@host", response=_TooLarge())
+        real(client, run_id, path, folder)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_artifact", send)
+    monkeypatch.setattr(mlflow.MlflowClient, "log_artifacts", send)
+    (root / "pictures/deep").mkdir(parents=True)
+    for name in ("pictures/large.bin", "pictures/a.png", "pictures/deep/b.png", "large.bin"):
+        (root / name).write_bytes(b"x")
+    one = tracker(root)
+    one.artifact(root / "large.bin")
+    one.artifact(root / "pictures", "overlays")
+    one.metrics({"a": 1})
+    with caplog.at_level(logging.WARNING):
+        one.close()
+    (run,) = runs(root)["kd-s0"]
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"a": 1.0})
+    assert artifacts(root, run, "overlays") == ["overlays/a.png", "overlays/deep"]
+    refused = root / "spool" / PIPELINE / "kd-s0.refused.jsonl"
+    assert f"refused 2 items for good; what and why: {refused}" in caplog.text
+    kept = [json.loads(line)["item"]["path"] for line in refused.read_text().splitlines()]
+    assert [Path(path).read_bytes() for path in kept] == [b"x", b"x"]
+    assert "hush" not in refused.read_text() + caplog.text
+    (done,) = sync(root / "spool")
+    assert (done.left, done.error, done.refused) == (0, None, f"2 ({refused})")
+
+
+def test_what_a_proxy_refuses_as_too_large_is_sent_in_smaller_parts(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_mlflow()
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    def send(client, run_id, metrics=(), params=(), tags=(), real=mlflow.MlflowClient.log_batch, **more) -> None:
+        if len(metrics) > 3 or any(metric.key == "huge" for metric in metrics):
+            raise MlflowException("API request to endpoint /x failed with error code 413 != 200. Body: ''")
+        real(client, run_id, metrics, params, tags, **more)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", send)
+    one = tracker(root)
+    one.metrics({f"m{number}": 1.0 for number in range(20)} | {"huge": 2.0})
+    one.close()
+    (run,) = runs(root)["kd-s0"]
+    assert run.data.metrics == {f"m{number}": 1.0 for number in range(20)}
+
+
+FOREIGN = [
+    "5", "[1]", "null", "{}", '{"kind": "metrics"}', '{"kind": "metrics", "values": {"a": "b"}, "time": 1}',
+    '{"kind": "metrics", "values": [1], "time": 1}', '{"kind": "metrics", "values": {"a": 1}, "time": "now"}',
+    '{"kind": "nonsense", "values": {}, "time": 1}', '{"kind": "close", "values": {"status": "DONE"}, "time": 1}',
+    '{"kind": "artifact", "values": {"path": "../../keep/me", "folder": ""}, "time": 1}',
+    '{"kind": "artifact", "values": {"path": "/", "folder": ""}, "time": 1}', "\x00\xff", "[" * 5000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"position": position} for position in (
+        "", "{", "[]", "{}", '{"offset": -5}', '{"offset": 3}', '{"offset": 99999999}', '{"offset": "x"}',
+     )]
+    + [{"meta": meta} for meta in ("", "[]", "{}", '{"name": "kd-s0"}', '{"name": 5}')]
+    + [{"line": FOREIGN}],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_spool_stops_neither_itself_nor_the_others(
+    damage: dict, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "keep").mkdir()
+    (root / "keep" / "me").write_text("nobody's artifact")
+    for name in ("kd-s0", "kd-s1"):
+        one = tracker(root, name, uri=_closed_port(), flush_seconds=0)
+        one.metrics({"a": 1.0}, 1)
+        one.close()
+    spool = root / "spool" / PIPELINE
+    for kind, content in damage.items():
+        if kind == "line":
+            with (spool / "kd-s0.jsonl").open("ab") as file:
+                file.write("\n".join(content).encode("latin-1") + b"\n")
+                file.write(b'{"kind": "metrics", "values": {"b": 2.0}, "time": 1}\n')
+        else:
+            (spool / f"kd-s0.{kind}.json").write_text(content)
+    broken, whole = sync(root / "spool", uri=default_store(root).uri)
+    found = runs(root)
+    assert (whole.name, whole.left, whole.error) == ("kd-s1", 0, None)
+    assert found["kd-s1"][0].data.metrics == {"a": 1.0}
+    if "meta" in damage:
+        assert broken.error and "kd-s0.meta.json" in broken.error
+        one = tracker(root)  # the run itself goes on beside the damage
+        one.metrics({"c": 3.0})
+        one.close()
+        assert runs(root)["kd-s0"][0].data.metrics == {"c": 3.0}
+    else:
+        assert (broken.left, broken.error) == (0, None)
+        assert found["kd-s0"][0].data.metrics == {"a": 1.0} | ({"b": 2.0} if "line" in damage else {})
+    assert (root / "keep" / "me").exists()
 
 
 def test_the_dataset_facts_of_a_pipeline_run_come_from_the_dvc_file(root: Path) -> None:

@@ -307,12 +307,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_identity_of_the_test_data_does_not_depend_on_the_shards_but_on_each_label(prepared: Path) -> None:
     from segdistill.data.shards import INFO_FILE
+    from segdistill.files import seal
 
     whole = prepared.with_name("by-100")
     assert identity_of_test_data(prepared) == identity_of_test_data(whole)
     info = json.loads((whole / INFO_FILE).read_text())
     info["classes"][0]["name"] = "street"
     (whole / INFO_FILE).write_text(json.dumps(info))
+    seal(whole, leave=["shards"])
     assert identity_of_test_data(prepared) != identity_of_test_data(whole)
 
 
@@ -335,14 +337,10 @@ def test_a_comparison_of_other_jobs_is_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_is_registered_if_no_student_passed_the_gate(root: Path, prepared: Path) -> None:
-    folder = root / "kd-s0"
-    folder.mkdir()
-    (folder / "metrics.json").write_text(json.dumps({"students": {"cnn": {"val/miou": 0.3}}}))
-    one_row = {**row("kd", 0.3), "seeds": [{"seed": 0, "test_miou": 0.3}]}
-    (root / "results.json").write_text(json.dumps({"rows": [one_row], "passed": False}))
+    (root / "results.json").write_text(json.dumps({"rows": [row("kd", 0.3)], "passed": False}))
     registration, one = root / "registration", tracker(root)
     stage.run(
-        ANY, run=["kd"], seeds=[0], comparison=root, prepared=prepared, students=[folder],
+        ANY, run=["kd"], seeds=[0], comparison=root, prepared=prepared, students=[root / "kd-s0"],
         registration=registration, tracker=one,
     )  # fmt: skip
     one.close()
@@ -350,6 +348,13 @@ def test_nothing_is_registered_if_no_student_passed_the_gate(root: Path, prepare
     assert found["version"] is None and found["name"] == NAME
     assert stage.sentence(found) == "Not registered: no student passed the gate (compare.min_test_miou)"
     assert not (registration / "model").exists()
+
+
+@pytest.mark.parametrize("verdict", [{}, {"passed": "false"}, {"passed": None}])
+def test_a_comparison_without_a_verdict_registers_nothing(verdict: dict[str, object], root: Path) -> None:
+    (root / "results.json").write_text(json.dumps({"rows": [row("kd", 0.3)], **verdict}))
+    with pytest.raises(UserError, match=r"results.json: passed: expected true or false, found .*; run compare again"):
+        stage.passed(root)
 
 
 def test_the_stage_registers_a_student_that_serves_any_image_size(root: Path, prepared: Path) -> None:

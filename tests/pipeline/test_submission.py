@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from compiled import Graphs
 from stand_in import Request, serving
 
@@ -27,6 +28,7 @@ class Api:
         self.requests: list[Request] = []
         self.states: list[Any] = []  # the answers when asked for the run; the last one stays
         self.refuse: int | None = None
+        self.health: Any = {"multi_user": False, "tag_name": "2.17.0"}
         self.host = ""
 
     def answer(self, request: Request) -> tuple[int, Any]:
@@ -37,7 +39,7 @@ class Api:
         if self.refuse:
             return self.refuse, {"error": "you may not,\n not here"}
         if path.endswith("/healthz"):
-            return 200, {"multi_user": False}
+            return 200, self.health
         if path.endswith("/experiments"):
             made = {"experiment_id": "e1", "display_name": "segdistill"}
             return 200, made if method == "POST" else {"experiments": []}
@@ -201,6 +203,49 @@ def test_waiting_tells_of_the_tasks_and_ends_as_the_run_ends(
     ]  # fmt: skip
     assert ("prepare did it" in lines) == (end == "FAILED")
     assert err == ("" if code == 0 else f"pipelines submit: the run ended as {end.lower()}: {page}\n")
+
+
+@pytest.mark.parametrize("version", ["2.5.0", "v1.8.22", "2.13.9-rc.1"])
+def test_a_server_that_is_too_old_gets_no_run(version: str, api: Api, capfd: pytest.CaptureFixture[str]) -> None:
+    api.health = {"tag_name": version, "multi_user": False}
+    assert submit(host=api.host) == 2
+    out, err = capfd.readouterr()
+    assert (out, err) == (
+        "",
+        f"pipelines submit: {api.host}: Kubeflow Pipelines {version}; this pipeline needs 2.14.0 or later\n",
+    )
+    assert not [one for one in api.requests if one.method == "POST"]
+
+
+@pytest.mark.parametrize(
+    ("health", "warning"),
+    [
+        ({"tag_name": "2.14.0"}, "Kubeflow Pipelines 2.14.0 ignores 'security' of cluster.yaml, which needs 2.16.0"),
+        ({"tag_name": "2.16.0"}, None),
+        ({"tag_name": "3.0.1"}, None),
+        ({"tag_name": "unknown"}, "does not say which version it is; this pipeline needs 2.14.0 or later"),
+        ({}, "does not say which version it is; this pipeline needs 2.14.0 or later"),
+    ],
+)
+def test_a_server_that_may_run_it_gets_the_run_and_a_warning_where_one_is_due(
+    health: dict[str, Any], warning: str | None, api: Api, capfd: pytest.CaptureFixture[str]
+) -> None:
+    api.health = {"multi_user": False, **health}
+    assert submit(host=api.host) == 0
+    err = capfd.readouterr().err
+    assert err == "" if warning is None else err.startswith(f"pipelines submit: {api.host}: {warning}")
+    assert api.sent()
+
+
+def test_a_matrix_that_a_server_could_not_hand_over_is_refused_with_the_size_of_one_that_it_could(
+    api: Api, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = yaml.safe_load((GOLDEN / "params.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({**params, "seeds": list(range(60))}))
+    assert submit("--params", str(tmp_path / "params.yaml"), host=api.host) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("pipelines submit: run, seeds: 120 jobs are more than one run of Kubeflow Pipelines can hand")
+    assert "the first 79 would fit" in err and api.requests == []
 
 
 @pytest.mark.parametrize("status", [401, 503])

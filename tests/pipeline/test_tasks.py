@@ -206,9 +206,8 @@ def start(name: str, task: Mapping[str, Any], **environment: str) -> subprocess.
 
 
 @pytest.mark.slow
-def test_one_process_for_each_accelerator_trains_and_one_of_them_speaks(tiny_prepared: Path, tmp_path: Path) -> None:
-    on = {"accelerator": "nvidia.com/gpu", "accelerators": "2"}
-    running = start("train_teacher", teacher_task(tiny_prepared, tmp_path) | on)
+def test_several_processes_train_and_one_of_them_speaks(tiny_prepared: Path, tmp_path: Path) -> None:
+    running = start("train_teacher", teacher_task(tiny_prepared, tmp_path), SEGDISTILL_PROCESSES="2")
     out, err = running.communicate(timeout=300)
     assert running.returncode == 0, out + err
     assert json.loads((tmp_path / "teacher" / COMPLETED).read_text())["stage"] == "train_teacher"
@@ -258,6 +257,65 @@ def test_a_number_of_processes_that_is_none_is_named(
         with pytest.raises(SystemExit):
             run_component("train_teacher", **task, accelerators=count)
         assert sentence in capsys.readouterr().err
+
+
+# Accelerators
+
+
+@pytest.mark.parametrize(("asked", "seen"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize("on_node", [False, True], ids=["pod", "node of a TrainJob"])
+def test_a_task_whose_accelerators_torch_does_not_see_ends_before_anything_runs(
+    on_node: bool, asked: int, seen: int, tiny_prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    import torch
+
+    from segdistill.engine import device
+
+    def init() -> None:
+        raise RuntimeError("Found no NVIDIA driver on your system. Please check that\nyou have one.")
+
+    monkeypatch.setattr(device, "usable_gpus", lambda: seen)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(tasks, "_run_together", lambda *given: pytest.fail("nothing is to run"))
+    monkeypatch.setattr(tasks, "_execute", lambda *given: pytest.fail("nothing is to run"))
+    task = teacher_task(tiny_prepared, tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        if on_node:
+            file = tmp_path / "task.json"
+            file.write_text(
+                json.dumps({"name": "train_teacher", **task, "accelerator": "nvidia.com/gpu", "accelerators": asked})
+            )
+            tasks.main(str(file))
+        else:
+            run_component("train_teacher", **task, accelerator="nvidia.com/gpu", accelerators=str(asked))
+    assert ended.value.code == 2
+    reason = " (Found no NVIDIA driver on your system)" if not seen else ""
+    assert capsys.readouterr().err == (
+        f"segdistill train_teacher: accelerators: {asked} of nvidia.com/gpu were asked for, and torch sees {seen} that "
+        f"it can use{reason}; torch {torch.__version__} is built for CUDA 13.0, "
+        "which needs NVIDIA's driver R580 or newer\n"
+    )
+
+
+def test_a_task_with_accelerators_runs_on_them_and_one_without_where_it_can(
+    tiny_prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from segdistill.engine import device
+
+    used: list[str] = []
+    monkeypatch.setattr(device, "usable_gpus", lambda: 1)
+    monkeypatch.setattr(tasks, "run_stage", lambda *given, device, **others: used.append(device))
+    monkeypatch.setattr(tasks, "_complete", lambda *given: None)
+    monkeypatch.setattr(tasks, "_show", lambda *given: None)
+    monkeypatch.setattr(
+        tasks, "stage_module", lambda stage: type("M", (), {"highlights": staticmethod(lambda paths: None)})
+    )
+    task = teacher_task(tiny_prepared, tmp_path)
+    run_component("train_teacher", **task, accelerator="nvidia.com/gpu", accelerators="1")
+    run_component("train_teacher", **task)
+    assert used == ["cuda", "auto"]
 
 
 # Several nodes

@@ -56,8 +56,14 @@ EVERYTHING = LEAST | {
         {"key": "nvidia.com/gpu", "effect": "NoSchedule"},
         {"key": "team", "value": "vision", "effect": "NoExecute"},
     ],
-    "labels": {"kueue.x-k8s.io/queue-name": "vision"},
-}
+    "certificates": {
+        "config_map": "private-authority", "key": "ca.crt", "path": "/etc/authority", "variables": ["SSL_CERT_FILE"],
+    },
+    "image_pull_secrets": ["registry"],
+    "queue": {"name": "vision", "priority_class": "research"},
+    "labels": {"team": "vision"},
+    "annotations": {"example.com/contact": "vision team <vision@example.com>"},
+}  # fmt: skip
 
 
 def job(content: dict[str, Any] = LEAST, **changes: Any) -> TrainJob:
@@ -85,7 +91,7 @@ def fields(value: Any) -> Iterator[tuple[dict[str, Any], str]]:
     if isinstance(value, dict):
         for key, inner in value.items():
             yield value, key
-            if key not in ("labels", "limits", "requests", "nodeSelector"):
+            if key not in ("labels", "annotations", "limits", "requests", "nodeSelector"):
                 yield from fields(inner)
     elif isinstance(value, list):
         for inner in value:
@@ -112,7 +118,13 @@ def test_the_manifest_says_what_was_asked_for() -> None:
     assert made["metadata"] == {
         "name": "segdistill-distill-kd-s1-0123456789ab",
         "namespace": "team",
-        "labels": {"kueue.x-k8s.io/queue-name": "vision", "app.kubernetes.io/managed-by": "segdistill"},
+        "labels": {
+            "team": "vision",
+            "kueue.x-k8s.io/queue-name": "vision",
+            "kueue.x-k8s.io/priority-class": "research",
+            "app.kubernetes.io/managed-by": "segdistill",
+        },
+        "annotations": {"example.com/contact": "vision team <vision@example.com>"},
     }
     spec = made["spec"]
     assert spec["runtimeRef"]["kind"] == "TrainingRuntime" and spec["runtimeRef"]["name"] == "torch-of-the-team"
@@ -125,6 +137,7 @@ def test_the_manifest_says_what_was_asked_for() -> None:
     }
     assert trainer["env"] == [
         {"name": "SEGDISTILL_PIPELINE_RUN", "value": "run-7"},
+        {"name": "SSL_CERT_FILE", "value": "/etc/authority/ca.crt"},
         {
             "name": "MLFLOW_TRACKING_URI",
             "valueFrom": {
@@ -145,10 +158,110 @@ def test_the_manifest_says_what_was_asked_for() -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] == 1000
     (container,) = pod["containers"]
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert mounted == {"workspace": "/workspace", "shared-memory": "/dev/shm"}
+    assert mounted == {"workspace": "/workspace", "shared-memory": "/dev/shm", "certificates": "/etc/authority"}
+    assert pod["imagePullSecrets"] == [{"name": "registry"}]
     assert {volume["name"] for volume in pod["volumes"]} == set(mounted)
-    # Trainer refuses environment variables of this container here; they belong to spec.trainer.
-    assert "env" not in container
+    (patch,) = made["spec"]["runtimePatches"]
+    pods = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    assert pods["metadata"]["annotations"] == EVERYTHING["annotations"]
+    # Kueue is to see the job, and not each of its pods once more.
+    assert pods["metadata"]["labels"]["team"] == "vision" and "kueue.x-k8s.io/queue-name" not in str(pods)
+
+
+# What Trainer's webhook, its CRD and the API server refuse, beyond the published classes
+
+
+def is_domain_prefixed_path(text: str) -> bool:
+    """``IsDomainPrefixedPath`` of k8s.io/apimachinery: a domain of RFC 1123, a slash, and a path of RFC 3986."""
+    domain, slash, path = text.partition("/")
+    label = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+    return bool(
+        slash and len(domain) <= 253 and re.fullmatch(rf"{label}(\.{label})*", domain)
+        and re.fullmatch(r"[A-Za-z0-9/\-._~%!$&'()*+,;=:]+", path)
+    )  # fmt: skip
+
+
+def is_label(key: str, value: str) -> bool:
+    """``IsQualifiedName`` and ``IsValidLabelValue`` of the same."""
+    *prefix, name = key.split("/")
+    word = "[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
+    return bool(
+        len(prefix) <= 1 and all(is_domain_prefixed_path(f"{one}/x") for one in prefix)
+        and len(name) <= 63 and re.fullmatch(word, name) and len(value) <= 63 and re.fullmatch(f"({word})?", value)
+    )  # fmt: skip
+
+
+def refusals(made: dict[str, Any]) -> list[str]:
+    """Of a job for the runtime ``torch-distributed``, as Trainer 2.2 and 2.3 have it: jobset.go, torch.go, the CRD."""
+    said, spec = [], made["spec"]
+    name, trainer = made["metadata"]["name"], spec["trainer"]
+    if not re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(f"{name}-node-0-999-abcde") > 63:
+        said.append("name")
+    variables = [one["name"] for one in trainer.get("env", [])]
+    reserved = {"PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"}
+    if reserved & set(variables) or len(set(variables)) < len(variables) or len(variables) > 128:
+        said.append("env")
+    if len(trainer["image"]) > 500:
+        said.append("image")
+    labels = [made["metadata"]["labels"]]
+    for patch in spec["runtimePatches"]:
+        if not is_domain_prefixed_path(patch["manager"]) or len(patch["manager"]) > 253:
+            said.append("manager")
+        for replicated in patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]:
+            pods = replicated["template"]["spec"]["template"]
+            labels.append(pods["metadata"]["labels"])
+            if set(pods["metadata"]) - {"labels", "annotations"}:
+                said.append("metadata")
+            for container in pods["spec"]["containers"]:
+                if (replicated["name"], container["name"]) != ("node", "node") or "env" in container:
+                    said.append("container")
+                mounts = [one["name"] for one in container["volumeMounts"]]
+                if sorted(mounts) != sorted({one["name"] for one in pods["spec"]["volumes"]}):
+                    said.append("volumes")
+    if not all(is_label(*label) for some in labels for label in some.items()):
+        said.append("label")
+    return said
+
+
+@pytest.mark.parametrize("content", [LEAST, EVERYTHING], ids=["least", "everything"])
+def test_the_webhook_of_trainer_takes_the_job(content: dict[str, Any]) -> None:
+    assert refusals(manifest(job(content))) == []
+
+
+@pytest.mark.parametrize(
+    "manager",
+    ["segdistill", "/task", "segdistill/", "Seg.io/x", "a_b.io/x", "a..io/x", "acme.io/a b", "x" * 254 + "/y"],
+)
+def test_a_manager_that_is_no_path_with_a_domain_would_be_refused(manager: str) -> None:
+    made = manifest(job())
+    made["spec"]["runtimePatches"][0]["manager"] = manager
+    assert refusals(made) == ["manager"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"labels": {"team": "vision & co"}}, "job.labels.team: 'vision & co' is no value of a label"),
+        ({"labels": {"team": "v" * 64}}, f"job.labels.team: '{'v' * 64}' is no value of a label"),
+        ({"labels": {"a/b/c": "x"}}, "job.labels.a/b/c.[key]: 'a/b/c' is no key"),
+        ({"annotations": {"-": "x"}}, "job.annotations.-.[key]: '-' is no key"),
+        ({"node_selector": {"pool": "GPU nodes"}}, "job.node_selector.pool: 'GPU nodes' is no value of a label"),
+        ({"queue": {"name": "a b", "priority_class": None}}, "job.queue.name: 'a b' is no value of a label"),
+        ({"runtime": "Torch"}, "job.runtime: 'Torch' is no name of an object"),
+        ({"image_pull_secrets": ["My_Secret"]}, "job.image_pull_secrets.0: 'My_Secret' is no name of an object"),
+        ({"env": {"A-B": "x"}}, "job.env.A-B.[key]: 'A-B' is no environment variable"),
+        ({"env": {"PET_NNODES": "3"}}, "job: the environment variable PET_NNODES is Trainer's own"),
+        (
+            {"env": {"X": "3"}, "secrets": [{"name": "s", "keys": {"k": "X"}}]},
+            "job: the environment variable X is given twice",
+        ),
+        ({"image": "i" * 501}, "job.image: string should have at most 500 characters"),
+    ],
+)
+def test_what_the_cluster_would_refuse_is_refused_when_it_is_read(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError) as raised:
+        job(LEAST, **change)
+    assert str(raised.value).startswith(sentence)
 
 
 def pod_of(made: dict[str, Any]) -> dict[str, Any]:

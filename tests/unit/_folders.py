@@ -2,9 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from segdistill.engine.tracker import NullTracker
+from segdistill.stages import prepare as stage
 
 CLASSES = ("sky", "road", "car")
 SPLITS = ("train", "val", "test")
@@ -43,3 +47,14 @@ def read_mask(path: Path) -> np.ndarray:
 def truncate(path: Path, share: float = 0.6) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
+
+
+def prepare(data: Path, prepared: Path, **changes: Any) -> Path:
+    """The shards of a data set that counts as validated."""
+    report = prepared.parent / "report"
+    report.mkdir(parents=True, exist_ok=True)
+    (report / "summary.json").write_text('{"success": true, "layout": "folder"}')
+    settings: dict[str, Any] = {"layout": "folder", "shard_samples": 3, "max_side": None, "workers": 1}
+    config = stage.Config(**settings | changes)
+    stage.run(config, data=data, report=report, prepared=prepared, tracker=NullTracker())
+    return prepared

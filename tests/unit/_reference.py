@@ -45,33 +45,69 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return mean(values)
 
 
+def ratio(fine: tuple[int, ...], coarse: tuple[int, ...]) -> int | None:
+    """The least power of two r with coarse = ceil(fine / r) along both axes: cells of one image at two strides."""
+    fits = [2**n for n in range(12) if tuple(math.ceil(cells / 2**n) for cells in fine) == tuple(coarse)]
+    return fits[0] if fits else None
+
+
 def nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """The label at the centre of each cell, or the last one of the image."""
+    cells = ratio(tuple(labels.shape[1:]), size)
     small = labels.new_empty(len(labels), *size)
     for b, i, j in pixels(small):
-        small[b, i, j] = labels[b, i * labels.shape[1] // size[0], j * labels.shape[2] // size[1]]
+        row, column = (
+            min(math.floor((index + 0.5) * (cells or old / new)), old - 1)
+            for index, old, new in zip((i, j), labels.shape[1:], size, strict=True)
+        )
+        small[b, i, j] = labels[b, row, column]
     return small
 
 
-def bilinear(maps: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    rows, columns = (_taps(old, new, align_corners) for old, new in zip(maps.shape[-2:], size, strict=True))
+def windows(old: tuple[int, ...], new: tuple[int, int]) -> list[list[range]]:
+    """Along both axes, the cells that lie in each cell of a coarser grid."""
+    cells = ratio(old, new)
+    if cells:
+        return [[range(i * cells, min((i + 1) * cells, a)) for i in range(b)] for a, b in zip(old, new, strict=True)]
+    return [[range(i * a // b, -(-(i + 1) * a // b)) for i in range(b)] for a, b in zip(old, new, strict=True)]
+
+
+def resized(maps: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """Averaged to a coarser grid, interpolated to a finer one."""
+    old = tuple(maps.shape[-2:])
+    if old != size and old[0] >= size[0] and old[1] >= size[1]:
+        down, across = windows(old, size)
+        means = [[maps[..., [*rows], :][..., [*columns]].mean((-2, -1)) for columns in across] for rows in down]
+        return torch.stack([torch.stack(row, -1) for row in means], -2)
+    return bilinear(maps, size, align_corners)
+
+
+def bilinear(maps: Tensor, size: tuple[int, int], align_corners: bool, *, stretched: bool = False) -> Tensor:
+    """To a finer grid, whose cells lie in those of the maps; or from edge to edge."""
+    cells = None if stretched else ratio(size, tuple(maps.shape[-2:]))
+    rows, columns = (
+        _taps(old, new, old * cells if cells else new, align_corners)
+        for old, new in zip(maps.shape[-2:], size, strict=True)
+    )
     lines = []
     for top, bottom, down in rows:
-        cells = []
+        cells_of_row = []
         for left, right, along in columns:
             upper = (1 - along) * maps[..., top, left] + along * maps[..., top, right]
             lower = (1 - along) * maps[..., bottom, left] + along * maps[..., bottom, right]
-            cells.append((1 - down) * upper + down * lower)
-        lines.append(torch.stack(cells, -1))
+            cells_of_row.append((1 - down) * upper + down * lower)
+        lines.append(torch.stack(cells_of_row, -1))
     return torch.stack(lines, -2)
 
 
-def _taps(old: int, new: int, align_corners: bool) -> list[tuple[int, int, float]]:
+def _taps(old: int, new: int, covered: int, align_corners: bool) -> list[tuple[int, int, float]]:
+    """For the first ``new`` of the ``covered`` cells over which the old ones are spread."""
     taps = []
     for index in range(new):
         if align_corners:
-            position = index * (old - 1) / (new - 1) if new > 1 else 0.0
+            position = index * (old - 1) / (covered - 1) if covered > 1 else 0.0
         else:
-            position = max((index + 0.5) * old / new - 0.5, 0.0)
+            position = max((index + 0.5) * old / covered - 0.5, 0.0)
         low = min(math.floor(position), old - 1)
         taps.append((low, min(low + 1, old - 1), position - low))
     return taps
@@ -81,13 +117,14 @@ def l2norm(vector: Tensor) -> Tensor:
     return vector / torch.sqrt((vector * vector).sum())
 
 
-def prototypes(vectors: Tensor, labels: Tensor, images: range) -> dict[int, Tensor]:
-    """Unit mean of the vectors [B, C, h, w] of each class that some pixel of these images has."""
+def prototypes(vectors: Tensor, labels: Tensor, images: range, normalize: bool = True) -> dict[int, Tensor]:
+    """Mean of the vectors [B, C, h, w] of each class that some pixel of these images has, at length one or as it is."""
     members: dict[int, list[Tensor]] = {}
     for b, i, j in pixels(vectors):
         if b in images and labels[b, i, j] != 255:
             members.setdefault(int(labels[b, i, j]), []).append(vectors[b, :, i, j])
-    return {c: l2norm(mean(members[c])) for c in sorted(members)}
+    means = {c: mean(members[c]) for c in sorted(members)}
+    return {c: l2norm(vector) for c, vector in means.items()} if normalize else means
 
 
 def apd_local(
@@ -116,7 +153,7 @@ def apd_local(
     divergences, distances = [], []
     slots = torch.zeros(len(target), num_classes, *labels.shape[1:], dtype=torch.float64)
     for images in groups:
-        ours, theirs = prototypes(student, labels, images), prototypes(teacher, labels, images)
+        ours, theirs = (prototypes(vectors, labels, images, normalize) for vectors in (student, teacher))
         if not ours:
             continue
         distances.append(mean([1 - (ours[c] * theirs[c].detach()).sum() for c in ours]))

@@ -65,7 +65,9 @@ def attention_pool(feature: Tensor, weights: dict[str, Tensor], heads: int) -> T
     """The mean token's answer after attention over all tokens: [B, D]."""
     side = math.isqrt(len(weights["positional_embedding"]) - 1)
     grid = weights["positional_embedding"][1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    positions = bilinear(grid, (feature.shape[2], feature.shape[3]), align_corners=False)[0].flatten(1).T
+    positions = (
+        bilinear(grid, (feature.shape[2], feature.shape[3]), align_corners=False, stretched=True)[0].flatten(1).T
+    )
 
     def linear(name: str, value: Tensor) -> Tensor:
         return weights[f"{name}.weight"] @ value + weights[f"{name}.bias"]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from _reference import bilinear, kl, log_softmax, mean, nearest, pixels
+from _reference import kl, log_softmax, mean, nearest, pixels, resized, windows
 from torch import Tensor
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -41,13 +41,9 @@ def hfd(sink: Tensor, source: Tensor, distance: str) -> Tensor:
     return mean([DISTANCES[distance](sink[b, :, i, j], source[b, :, i, j]) for b, i, j in pixels(sink)])
 
 
-def window(cells: int, regions: int, index: int) -> range:
-    """The cells of one region of adaptive pooling: from floor(index * n / R) up to ceil((index + 1) * n / R)."""
-    return range(index * cells // regions, -(-(index + 1) * cells // regions))
-
-
 def region_cells(size: tuple[int, int], grid: tuple[int, int], row: int, column: int) -> list[tuple[int, int]]:
-    return [(i, j) for i in window(size[0], grid[0], row) for j in window(size[1], grid[1], column)]
+    down, across = windows(size, grid)
+    return [(i, j) for i in down[row] for j in across[column]]
 
 
 def region_error(logits: Tensor, labels: Tensor, b: int, grid: tuple[int, int], row: int, column: int) -> float | None:
@@ -97,7 +93,7 @@ def bsd(
         projections: a peer's W [C_other, C_own], where it has one.
     """
     labels = nearest(target, size)
-    fitted = {name: bilinear(value, size, False) for name, value in logits.items()}
+    fitted = {name: resized(value, size, False) for name, value in logits.items()}
     terms = {}
     for sink, source in (tuple(logits), tuple(logits)[::-1]):
         w = (projections or {}).get(sink)

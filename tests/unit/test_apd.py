@@ -1,5 +1,7 @@
 """Adaptive perspective distillation: terms against the slow loop, and the invariants of its specification."""
 
+import math
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -87,6 +89,28 @@ def test_local_terms_and_their_gradients_equal_the_slow_loop(
                 torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-11)
 
 
+def test_without_normalisation_prototypes_keep_their_length_worked_by_hand() -> None:
+    """Two pixels, two classes, cosine_scale 1. Student (2, 0) and (0, 1), teacher (1, 0) and (0, 3), prototypes alike.
+
+    Local logits at the first pixel: student (4, 0), teacher (1, 0); at the second: student (0, 1), teacher (0, 9).
+    The prototypes' products are 2 and 3, so the prototype term is 0.5 * mean(1 - 2, 1 - 3) = -0.75.
+    """
+    two = replace(STUDENT, last_channels=2)
+    method = build(two, two, normalize=False, cosine_scale=1.0, global_weight=0.0, **IDENTITY)
+    student, teacher = (
+        Outputs(torch.empty(0), (), torch.tensor(pixels).T[None, :, None])
+        for pixels in ([[2.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 3.0]])
+    )
+    found = method(student, teacher, torch.tensor([[[0, 1]]]))
+
+    def kl(teacher: float, student: float) -> float:
+        t, s = 1 / (1 + math.exp(-teacher)), 1 / (1 + math.exp(-student))
+        return t * math.log(t / s) + (1 - t) * math.log((1 - t) / (1 - s))
+
+    assert found["local"].item() == pytest.approx((kl(1, 4) + kl(9, 1)) / 2 / 2)
+    assert found["prototype"].item() == pytest.approx(-0.75)
+
+
 def test_an_image_without_label_is_left_out_of_prototypes_per_image() -> None:
     method, student, teacher, target = build(scope="image"), draw(5), draw(7, seed=1), labels()
     target[1] = 255
@@ -109,8 +133,8 @@ def test_the_global_term_equals_the_slow_loop(upsample: bool, masked: bool) -> N
     student, teacher, target = draw(5, (3, 4)), draw(7, seed=1), labels()
     size = (13, 17) if upsample else (4, 5)
     slow = reference.pixel_kl(
-        reference.bilinear(student.logits, size, align_corners=True),
-        reference.bilinear(teacher.logits, size, align_corners=True),
+        reference.resized(student.logits, size, align_corners=True),
+        reference.resized(teacher.logits, size, align_corners=True),
         reference.nearest(target, size) if masked else None,
         temperature=2.0,
     )
@@ -122,7 +146,7 @@ def test_features_of_other_size_are_brought_to_the_teachers_size_before_the_head
     teacher = draw(7, seed=1)
     for size in ((2, 3), (8, 10)):
         student = draw(5, size)
-        fitted = with_last(student, reference.bilinear(student.last_feature, (4, 5), align_corners=True))
+        fitted = with_last(student, reference.resized(student.last_feature, (4, 5), align_corners=True))
         found, expected = method(student, teacher, target), method(fitted, teacher, target)
         for term in LOCAL:
             torch.testing.assert_close(found[term], expected[term])

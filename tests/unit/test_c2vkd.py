@@ -99,10 +99,10 @@ def test_the_method_and_its_gradients_equal_the_slow_loop(
     found = method(student, teacher, target)
     assert method.visual_projection is not None and method.linguistic_projection is not None
     ours, theirs = student.features[3], teacher.features[3]
-    visual = reference.bilinear(method.visual_projection(ours), (3, 4), align_corners)
+    visual = reference.resized(method.visual_projection(ours), (3, 4), align_corners)
     vector = method.linguistic_projection(ours.mean((2, 3))[:, :, None, None])[:, :, 0, 0]
     size = (7, 9) if upsample else (6, 8)
-    logits = [reference.bilinear(outputs.logits, size, align_corners) for outputs in (student, teacher)]
+    logits = [reference.resized(outputs.logits, size, align_corners) for outputs in (student, teacher)]
     expected = {
         "pdd": slow.pdd(*logits, reference.nearest(target, size)),
         "visual": slow.channel_kl(rows(visual), rows(theirs), kl_direction),
@@ -122,7 +122,7 @@ def test_every_reading_of_the_decoupled_term_equals_the_slow_loop(reading: str, 
     (student, teacher), target = pair(), labels((6, 8))
     size = (6, 8)
     expected = slow.pdd(
-        reference.bilinear(student.logits, size, False),
+        reference.resized(student.logits, size, False),
         teacher.logits,
         target,
         reading=reading,
@@ -138,7 +138,7 @@ def test_the_taps_are_those_of_the_config() -> None:
     (student, teacher), target = pair(), labels()
     found = method(student, teacher, target)
     assert method.visual_projection is not None
-    visual = reference.bilinear(method.visual_projection(student.last_feature), (3, 4), False)
+    visual = reference.resized(method.visual_projection(student.last_feature), (3, 4), False)
     torch.testing.assert_close(
         found["visual"], slow.channel_kl(rows(visual), rows(teacher.features[3]), "teacher_to_student")
     )
@@ -313,6 +313,13 @@ def test_a_right_teacher_is_followed_and_a_wrong_one_half_corrected(t_y: float, 
     assert grid[min(range(len(grid)), key=values.__getitem__)].item() == pytest.approx(optimum, abs=5e-3)
 
 
+def test_a_certain_teacher_counts_in_full_and_is_not_cut_off() -> None:
+    """s = (1/2, 1/2), q = (1, e^-40 / 2): (1/2 log(1/2) + 1/2 log(e^40)) / 2 = 9.83; cut off at 1e-8 it is 4.26."""
+    student, teacher = (torch.tensor([zs]).double()[:, :, None, None] for zs in ((0.0, 0.0), (40.0, 0.0)))
+    found = blended_two_way(student, teacher, zeros(1))
+    assert found.item() == pytest.approx((math.log(1 / 2) + 40) / 4)
+
+
 def test_the_literal_form_is_lower_by_half_a_log_2_with_the_same_gradient_at_equal_factors() -> None:
     student, teacher = (2 * normal(2, CLASSES, 4, 6)).requires_grad_(), normal(2, CLASSES, 4, 6, seed=1)
     target = labels((4, 6))
@@ -452,6 +459,23 @@ def test_the_linguistic_term_with_the_pool_equals_the_slow_loop(tmp_path: Path) 
     assert method.weights["visual"] == pytest.approx(0.1 / THEIRS)
 
 
+@pytest.mark.parametrize("pool", ["gap", "clip"])
+def test_both_visual_features_go_through_one_frozen_pool_as_in_the_released_script(pool: str, tmp_path: Path) -> None:
+    method = clip(tmp_path, student_vector="pool") if pool == "clip" else build(student_vector="pool")
+    assert method.linguistic_projection is None and method.visual_projection is not None
+    student, teacher = pair()
+    ours, theirs = student.features[3], teacher.features[3]
+    visual = F.interpolate(method.visual_projection(ours), theirs.shape[-2:], mode="bilinear")
+    vectors = [features.mean((2, 3)) if method.pool is None else method.pool(features) for features in (visual, theirs)]
+    expected = slow.channel_kl(*vectors, "teacher_to_student")
+    assert_same(method(student, teacher, labels())["linguistic"], expected, [ours, *method.parameters()])
+
+
+def test_with_the_pool_on_both_sides_the_linguistic_term_alone_builds_the_visual_projection() -> None:
+    method = build(student_vector="pool", pdd_weight=0.0, visual_weight=0.0, patch_weight=0.0)
+    assert set(method.state_dict()) == {"visual_projection.weight"} and set(method(*pair(), labels())) == {"linguistic"}
+
+
 def test_the_pool_is_frozen_and_neither_trained_nor_checkpointed_but_moves_along(tmp_path: Path) -> None:
     method, (student, teacher) = clip(tmp_path), pair()
     assert method.pool is not None and not list(method.pool.parameters())
@@ -548,8 +572,8 @@ def test_the_defaults_are_the_released_codes_with_the_fallback_pool() -> None:
         "weight": 1.0, "ramp": 0.0, "pdd_weight": 1.0, "visual_weight": 0.1, "patch_weight": 0.1,
         "linguistic_weight": 0.5, "pdd": "mix", "target_factor": 0.5, "other_factor": 0.5, "temperature": 1.0,
         "upsample": True, "kl_direction": "teacher_to_student", "reduction": "element_mean", "student_tap": "stage4",
-        "teacher_tap": "stage4", "pool": "gap", "pool_weights": None, "pool_heads": 32, "form_pairs": False,
-        "block_rows": 1024, "align_corners": False,
+        "teacher_tap": "stage4", "student_vector": "projection", "pool": "gap", "pool_weights": None, "pool_heads": 32,
+        "form_pairs": False, "block_rows": 1024, "align_corners": False,
     }  # fmt: skip
     assert to_dict(parse_method({"name": "c2vkd"}, "methods.0")[1]) == {"name": "c2vkd"} | released
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from segdistill.engine import checkpoint
 from segdistill.errors import UserError
 from segdistill.losses import ClassQueues, class_means, random_members
-from segdistill.methods import parse_method
+from segdistill.methods import cirkd, parse_method
 from segdistill.methods.cirkd import CrossImageRelations, image_pair_kl, memory_kl
 from segdistill.models.outputs import ModelInfo, Outputs
 
@@ -123,9 +123,21 @@ def test_relations_in_the_batch_equal_the_slow_loop_over_pairs_of_images(
     student, teacher = draw(5, size, images=3), draw(7, seed=1, images=3)
     method = build(**ALONE["minibatch"], pool=pool, block_rows=block_rows, temperature=0.3)
     fast = method(student, teacher, labels(images=3))["minibatch"]
-    fitted, theirs = reference.bilinear(student.last_feature, (3, 4), False), teacher.last_feature
+    fitted, theirs = reference.resized(student.last_feature, (3, 4), False), teacher.last_feature
     slow = slow_pairs(slow_pool(fitted, pool), slow_pool(theirs, pool), 0.3)
     assert_same(fast, slow, student.last_feature)
+
+
+@pytest.mark.parametrize(("side", "pool"), [(256, 4), (255, 1)])
+def test_maps_of_256_cells_a_side_are_averaged_over_four_as_in_the_released_code(
+    side: int, pool: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+    monkeypatch.setattr(cirkd, "image_pair_kl", lambda student, teacher, **_: compared.extend((student, teacher)))
+    maps = torch.rand(1, 2, side, 300)
+    build(**ALONE["minibatch"])._minibatch(maps, maps)
+    for pooled in compared:
+        torch.testing.assert_close(pooled, slow_pool(maps, pool))
 
 
 def test_two_images_of_one_pixel_worked_by_hand() -> None:
@@ -192,7 +204,7 @@ def test_memory_terms_and_their_gradients_equal_the_slow_loop_over_two_steps(
             ]
         fast = method(student, teacher, target)
         projector = method.projector
-        ours = reference.bilinear(projector(student.last_feature), (3, 4), False)
+        ours = reference.resized(projector(student.last_feature), (3, 4), False)
         for term, kept in memory.items():
             slow = slow_memory(ours, teacher.last_feature, small, kept, 0.3)
             assert_same(fast[term], slow, student.last_feature, *projector.parameters())

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
 import pytest
+from _folders import prepare
 from PIL import Image
 from rich.console import Console
 from sklearn.metrics import jaccard_score
 
 from segdistill.config import parse, to_dict
-from segdistill.data.shards import shard_schema
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker
 from segdistill.errors import UserError
 from segdistill.metrics import paired_difference
@@ -140,29 +139,14 @@ class Inputs:
         colors = np.zeros((256, 3), dtype=np.int64)
         colors[: len(CLASSES)] = list(CLASSES.values())
         photographs = colors[self.truth] + generator.integers(0, 60, size=(*self.truth.shape, 3))
-        (self.prepared / "shards").mkdir(parents=True)
-        shard = self.prepared / "shards/test-00000.arrow"
-        with pyarrow.OSFile(str(shard), "wb") as file, pyarrow.ipc.new_file(file, shard_schema()) as writer:
-            for name, image, label in zip(self.ids, photographs.clip(0, 255).astype(np.uint8), self.truth, strict=True):
-                row: dict[str, Any] = {field.name: None for field in shard_schema()}
-                row |= {"id": name, "image": _encoded(image), "image_format": "png", "label": _encoded(label)}
-                writer.write_batch(pyarrow.RecordBatch.from_pylist([row], schema=shard_schema()))
-        shards = [{"file": "shards/test-00000.arrow", "samples": len(self.ids)}]
-        splits = {"train": {"samples": 40, "shards": []}, "val": {"samples": 8, "shards": []}}
-        info = {
-            "classes": [{"name": name, "color": color} for name, color in CLASSES.items()],
-            "ignore_index": 255,
-            "content_hash": "0123456789abcdef" * 4,
-            "splits": {**splits, "test": {"samples": len(self.ids), "shards": shards}},
-            "source_md5": "0123456789abcdef0123456789abcdef.dir",
-        }
-        (self.prepared / "dataset.json").write_text(json.dumps(info))
-
-
-def _encoded(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+        source = self.root / "data"
+        classes = [{"name": name, "color": color} for name, color in CLASSES.items()]
+        for kind, pictures in (("images", photographs.clip(0, 255).astype(np.uint8)), ("masks", self.truth)):
+            (source / kind / "test").mkdir(parents=True)
+            for name, pixels in zip(self.ids, pictures, strict=True):
+                Image.fromarray(pixels).save(source / kind / "test" / f"{name}.png")
+        (source / "classes.json").write_text(json.dumps({"classes": classes}))
+        prepare(source, self.prepared)
 
 
 def all_jobs(root: Path) -> Inputs:

@@ -76,7 +76,7 @@ def test_both_terms_and_their_gradients_equal_the_slow_loop(
     fast = method(student, teacher, target)
     assert set(fast) == set(pairs)
     for term, (ours, theirs) in pairs.items():
-        slow = slow_channel_kl(reference.bilinear(ours, (4, 6), align_corners), theirs, small, 2.0)
+        slow = slow_channel_kl(reference.resized(ours, (4, 6), align_corners), theirs, small, 2.0)
         torch.testing.assert_close(fast[term], slow, rtol=1e-9, atol=0)
         leaves = [student.logits] if term == "logits" else [student.tap(tap), *method.projection.parameters()]
         expected, found = (torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (slow, fast[term]))

@@ -87,8 +87,8 @@ def test_terms_and_their_gradients_equal_the_slow_loop_at_any_size(
     ):
         common = (9, 7) if upsample else size
         expected[name] = slow(
-            reference.bilinear(ours, common, align_corners),
-            reference.bilinear(theirs, common, align_corners),
+            reference.resized(ours, common, align_corners),
+            reference.resized(theirs, common, align_corners),
             reference.nearest(target, common) if mask_ignore else None,
             temperature=2.0,
         )

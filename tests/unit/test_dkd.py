@@ -69,8 +69,8 @@ def test_both_terms_and_their_gradients_equal_the_slow_loop(
     size = (7, 9) if upsample else (4, 6)
     found = distil(student, teacher, target, upsample=upsample, align_corners=align_corners, temperature=temperature)
     expected = slow(
-        reference.bilinear(student, size, align_corners),
-        reference.bilinear(teacher, size, align_corners),
+        reference.resized(student, size, align_corners),
+        reference.resized(teacher, size, align_corners),
         reference.nearest(target, size),
         temperature,
     )

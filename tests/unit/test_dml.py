@@ -42,7 +42,7 @@ def test_every_peer_gets_the_mean_divergence_from_the_others_at_the_finest_size(
     found = mutual(logits, target, temperature=3.0, upsample=upsample)
     size = (12, 16) if upsample else max(sizes)
     labels = reference.nearest(target, size)
-    fitted = {name: reference.bilinear(value, size, False) for name, value in logits.items()}
+    fitted = {name: reference.resized(value, size, False) for name, value in logits.items()}
     for name, value in logits.items():
         others = [peer for peer in logits if peer != name]
         slow = reference.mean([reference.pixel_kl(fitted[name], fitted[peer], labels, 3.0) for peer in others])

@@ -176,15 +176,15 @@ def test_the_low_level_term_equals_the_slow_loop(hfd: str, distance: str) -> Non
     fitted_phi = torch.einsum("oi,bihw->bohw", phi[:, :, 0, 0], cnn)
     if hfd == "direct":
         finer = (6, 8)
-        to_cnn = reference.hfd(fitted_phi, plain.bilinear(vit, finer, False), distance)
+        to_cnn = reference.hfd(fitted_phi, plain.resized(vit, finer, False), distance)
         mirrored = torch.einsum("oi,bihw->bohw", psi[:, :, 0, 0], vit)
-        to_vit = reference.hfd(plain.bilinear(mirrored, finer, False), cnn, distance)
+        to_vit = reference.hfd(plain.resized(mirrored, finer, False), cnn, distance)
     else:
         weights = student.attention.weights.detach()
-        attended = [reference.attention(maps, weights) for maps in (plain.bilinear(fitted_phi, (4, 5), False), vit)]
+        attended = [reference.attention(maps, weights) for maps in (plain.resized(fitted_phi, (4, 5), False), vit)]
         to_cnn = reference.hfd(*attended, distance)
         mixed = torch.einsum("oi,ik,bkhw->bohw", psi[:, :, 0, 0], student.mlp.weight[:, :, 0, 0], vit)
-        to_vit = reference.hfd(mixed, plain.bilinear(cnn, (4, 5), False), distance)
+        to_vit = reference.hfd(mixed, plain.resized(cnn, (4, 5), False), distance)
         assert_same(found["vit/hfd"], to_vit, student.mlp.weight)
     assert set(found) == {"cnn/hfd", "vit/hfd"}
     assert_same(found["cnn/hfd"], to_cnn, cnn, phi)
@@ -573,7 +573,7 @@ def test_loose_operators_train_with_the_student_that_learns_through_them() -> No
         found["cnn/hfd"],
         reference.hfd(
             method.helpers["cnn"]["operator"](
-                plain.bilinear(method.helpers["cnn"]["hfd"](peers["cnn"].features[0]), (4, 5), False)
+                plain.resized(method.helpers["cnn"]["hfd"](peers["cnn"].features[0]), (4, 5), False)
             ),
             peers["vit"].features[0],
             "cosine",

@@ -81,7 +81,7 @@ def test_value_and_gradient_equal_the_slow_loop_at_any_size(
 ) -> None:
     student, teacher, target = draw(2, 5, *size), draw(2, 7, 4, 6, seed=1), labels(size=(8, 11))
     small = reference.nearest(target, (4, 6))
-    ours = slow_cosines(reference.bilinear(student, (4, 6), align_corners), small)
+    ours = slow_cosines(reference.resized(student, (4, 6), align_corners), small)
     theirs = slow_cosines(teacher.detach(), small)
     squares = [(ours[pixel] - theirs[pixel]) ** 2 for pixel in ours]
     slow = sum(squares) / (small.numel() if keep_ignored else len(squares))

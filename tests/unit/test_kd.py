@@ -43,8 +43,8 @@ def test_the_method_equals_the_slow_loop_at_any_size(mask_ignore: bool, upsample
     changes = {"mask_ignore": mask_ignore, "upsample": upsample, "align_corners": align_corners, "temperature": 2.0}
     fast = distil(student, teacher, target, **changes)
     slow = reference.pixel_kl(
-        reference.bilinear(student, size, align_corners),
-        reference.bilinear(teacher, size, align_corners),
+        reference.resized(student, size, align_corners),
+        reference.resized(teacher, size, align_corners),
         reference.nearest(target, size) if mask_ignore else None,
         temperature=2.0,
     )

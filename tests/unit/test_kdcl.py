@@ -97,7 +97,7 @@ def test_every_peer_gets_its_divergence_from_the_ensemble_at_the_finest_size(
     found = learn(logits, target, ensemble=ensemble, naive_per=per, upsample=upsample)
     size = (8, 10) if upsample else (4, 5)
     labels = reference.nearest(target, size)
-    fitted = {name: reference.bilinear(value, size, False) for name, value in logits.items()}
+    fitted = {name: reference.resized(value, size, False) for name, value in logits.items()}
     made = slow_ensemble(ensemble, per, [value.detach() for value in fitted.values()], labels)
     tolerance = {"rtol": 1e-4, "atol": 1e-6} if ensemble == "linear" else {"rtol": 1e-9, "atol": 1e-12}
     for name, value in logits.items():

@@ -48,7 +48,7 @@ def test_folder_lists_its_samples_in_the_order_of_their_names(tmp_path: Path) ->
 
 def test_folder_maps_class_indices_to_themselves_and_marks_the_rest(tmp_path: Path) -> None:
     write_classes(make_folder(tmp_path), ignore_index=200)
-    table = open_layout("folder", tmp_path).label_map
+    table = open_layout("folder", tmp_path).legend.label_map
     assert table.shape == (256,) and table.dtype == np.uint8
     assert list(table[:3]) == [0, 1, 2] and table[200] == IGNORE_INDEX
     assert set(table[3:200]) | set(table[201:]) == {UNKNOWN}
@@ -105,7 +105,7 @@ def test_camvid_reads_relative_lists_and_those_of_the_original(tmp_path: Path, p
 
 
 def test_camvid_ignores_void(tmp_path: Path) -> None:
-    table = open_layout("camvid", make_camvid(tmp_path)).label_map
+    table = open_layout("camvid", make_camvid(tmp_path)).legend.label_map
     assert list(table[:11]) == list(range(11)) and table[11] == IGNORE_INDEX and table[12] == table[255] == UNKNOWN
 
 

@@ -70,7 +70,7 @@ def test_resizing_equals_the_slow_loop(old: tuple[int, int], new: tuple[int, int
     labels = torch.randint(256, (2, *old), generator=generator)
     for resize in (losses.resize_logits, losses.resize_features):
         resized = resize(maps, new, align_corners=align_corners)
-        torch.testing.assert_close(resized, reference.bilinear(maps, new, align_corners), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(resized, reference.resized(maps, new, align_corners), rtol=1e-10, atol=1e-12)
     assert torch.equal(losses.resize_labels(labels, new), reference.nearest(labels, new))
 
 
@@ -97,7 +97,7 @@ def test_cross_entropy_resizes_the_logits_and_not_the_labels() -> None:
     logits, target = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randint(3, (2, 9, 11))
     target[:, :3] = IGNORE
     for align_corners in (False, True):
-        large = reference.bilinear(logits, (9, 11), align_corners)
+        large = reference.resized(logits, (9, 11), align_corners)
         expected = F.cross_entropy(large, target, ignore_index=IGNORE)
         torch.testing.assert_close(losses.cross_entropy(logits, target, align_corners=align_corners), expected)
 
@@ -211,7 +211,7 @@ def test_prototypes_equal_the_slow_loop(scene: tuple[Tensor, Tensor, Tensor], sc
     found = losses.local_perspective(features, members, scope=scope, cosine_scale=2.0, normalize=False).prototypes
     groups = [range(len(labels))] if scope == "batch" else [range(b, b + 1) for b in range(len(labels))]
     for group, images in enumerate(groups):
-        expected = reference.prototypes(features, labels, images)
+        expected = reference.prototypes(features, labels, images, normalize=False)
         assert present[group].nonzero().flatten().tolist() == list(expected)
         for c in range(classes):
             wanted = expected.get(c, torch.zeros_like(found[group, c]))

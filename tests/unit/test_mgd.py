@@ -64,7 +64,7 @@ def test_value_and_gradients_equal_the_slow_loop(
     if tap != "stage2":  # the widths of stage2 are equal
         kernel = helpers["projection.weight"][..., 0, 0]
         ours = torch.einsum("dc,bchw->bdhw", kernel, ours) + helpers["projection.bias"][:, None, None]
-    ours = reference.bilinear(ours, (4, 5), align_corners)
+    ours = reference.resized(ours, (4, 5), align_corners)
     images = []
     for b in range(2):
         kept = torch.stack([torch.where(mask[b, 0], channel, 0.0) for channel in ours[b]])

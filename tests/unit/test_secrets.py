@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segdistill.adapters.secrets import MaskingFilter, is_secret, masked
@@ -24,6 +24,7 @@ FRAMES = (
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.sampled_from(NAMES), SECRETS, st.sampled_from(FRAMES), st.sampled_from(["", "a sentence ", "x=1, "]))
 def test_a_secret_is_masked_wherever_it_stands(name: str, secret: str, frame: str, before: str) -> None:
     text = before + frame.format(name=name, secret=secret)
@@ -36,6 +37,7 @@ def test_a_secret_is_masked_wherever_it_stands(name: str, secret: str, frame: st
     assert "hush" not in str(masked(["run", f"--{name}", secret]))
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_masking_is_total_and_masking_twice_changes_nothing(text: str) -> None:
     assert masked(masked(text)) == masked(text)

@@ -79,7 +79,7 @@ def test_value_and_gradient_equal_the_slow_loop_on_even_and_odd_maps(
 ) -> None:
     student, teacher = draw(5, student_size), draw(7, teacher_size, seed=1)
     fast = pairwise(student, teacher, grid=grid, detach_norm=detach_norm, block_rows=3)
-    slow = slow_pairwise(reference.bilinear(student, teacher_size, False), teacher, grid, detach_norm)
+    slow = slow_pairwise(reference.resized(student, teacher_size, False), teacher, grid, detach_norm)
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-14)
     expected, found = (torch.autograd.grad(loss, student, retain_graph=True)[0] for loss in (slow, fast))
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
@@ -332,7 +332,7 @@ def test_the_holistic_gradient_is_that_of_the_critics_negative_score_at_the_teac
     assert method.critic is not None
     method.eval()
     holistic = method(student, teacher, LABELS)["holistic"]
-    published = -method.critic(reference.bilinear(student.logits, (8, 8), False).softmax(1)).mean()
+    published = -method.critic(reference.resized(student.logits, (8, 8), False).softmax(1)).mean()
     gradients = (torch.autograd.grad(loss, student.logits)[0] for loss in (holistic, published))
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-15)
     constant = method.critic(teacher.logits.softmax(1)).mean()

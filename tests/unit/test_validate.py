@@ -68,7 +68,8 @@ FAULTS: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
     ("no image at all", lambda image, mask: image.write_text("hello"), "image",
      "not a JPEG or PNG file, or its header is damaged"),
     ("truncated mask", lambda image, mask: truncate(mask), "mask", "damaged or truncated: "),
-    ("JPEG as mask", lambda image, mask: Image.new("L", (12, 8)).save(mask, format="JPEG"), "mask", "not a PNG file"),
+    ("JPEG as mask", lambda image, mask: Image.new("L", (12, 8)).save(mask, format="JPEG"), "mask",
+     "a JPEG: its compression changes labels; make masks as PNG"),
     ("size mismatch", lambda image, mask: save(mask, np.zeros((8, 10), dtype=np.uint8)), "mask",
      "10x8 pixels, but its image has 12x8"),
     ("unknown label", lambda image, mask: save_with_label(mask, 12, 34), "mask",
@@ -138,7 +139,10 @@ def test_an_empty_split_stops(data: Path, tmp_path: Path) -> None:
     )
     shutil.rmtree(data / "images")
     (data / "images").mkdir()
-    assert failure(data, tmp_path / "report") == f"{data}: no sample in any split of the layout 'folder'"
+    assert failure(data, tmp_path / "report") == (
+        f"{data}: no sample in any split of the layout 'folder'; "
+        "expected JPEG or PNG files in images/train, images/val, images/test"
+    )
 
 
 def test_too_few_samples_or_too_much_void_stop(data: Path, tmp_path: Path) -> None:

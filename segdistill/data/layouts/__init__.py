@@ -4,7 +4,7 @@ from pathlib import Path
 
 from segdistill.data.layouts.camvid import CamVid
 from segdistill.data.layouts.folder import Folder
-from segdistill.data.layouts.layout import IGNORE_INDEX, SPLITS, UNKNOWN, ClassInfo, Layout, Sample
+from segdistill.data.layouts.layout import IGNORE_INDEX, SPLITS, UNKNOWN, ClassInfo, Layout, Legend, Sample
 from segdistill.errors import UserError, nearest
 
 LAYOUTS: dict[str, type[Layout]] = {
@@ -24,4 +24,15 @@ def open_layout(name: str, root: Path) -> Layout:
     return LAYOUTS[name](root)
 
 
-__all__ = ["IGNORE_INDEX", "LAYOUTS", "SPLITS", "UNKNOWN", "ClassInfo", "Layout", "Sample", "open_layout"]
+__all__ = [
+    "IGNORE_INDEX",
+    "LAYOUTS",
+    "SPLITS",
+    "UNKNOWN",
+    "ClassInfo",
+    "Layout",
+    "Legend",
+    "Sample",
+    "no_sample",
+    "open_layout",
+]

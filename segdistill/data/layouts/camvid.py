@@ -1,10 +1,12 @@
 """CamVid in the split of SegNet: 11 classes and void, with a list of pairs for each split."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from segdistill.data.layouts.layout import IGNORE_INDEX, SPLITS, ClassInfo, Layout, Sample
 from segdistill.errors import UserError
+from segdistill.files import read_text
 
 VOID = 11
 
@@ -26,7 +28,8 @@ CLASSES = (
 class CamVid(Layout):
     """``train/x.png`` beside ``trainannot/x.png``; ``train.txt`` holds one ``IMAGE MASK`` pair a line.
 
-    SegNet's own lists name files as ``/SegNet/CamVid/train/x.png``, so only the last two parts of a path count.
+    SegNet's own lists name files as ``/SegNet/CamVid/train/x.png``, so only the last two parts of a path count. Names
+    may hold spaces, stand in quotes, and have backslashes between their parts.
 
     Reference:
         Brostow et al., Pattern Recognition Letters 30(2), 2009; split and classes: Badrinarayanan et al., PAMI 2017.
@@ -53,21 +56,21 @@ class CamVid(Layout):
         yield from self._samples[split]
 
 
+_IMAGE = r"(\S.*?\.(?:png|jpe?g))"
+_PAIR = re.compile(rf"""(["']?){_IMAGE}\1\s+(["']?){_IMAGE}\3""", re.IGNORECASE)
+
+
 def _read_list(root: Path, split: str) -> list[Sample]:
     path = root / f"{split}.txt"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the layout 'camvid' needs a list of pairs for each split") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file; each line must read 'IMAGE MASK'") from None
+    if not path.exists():
+        raise UserError(f"{path}: no such file; the layout 'camvid' needs a list of pairs for each split")
     samples = []
-    for number, line in enumerate(lines, start=1):
-        names = line.split()
-        if not names:
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if not line.strip():
             continue
-        parts = [PurePosixPath(name).parts[-2:] for name in names]
-        if len(names) != 2 or any(len(part) != 2 or ".." in part for part in parts):
+        pair = _PAIR.fullmatch(line.strip().replace("\\", "/"))
+        parts = [PurePosixPath(name).parts[-2:] for name in (pair[2], pair[4])] if pair else []
+        if not pair or any(len(part) != 2 or {"..", "/", "//"} & set(part) for part in parts):
             raise UserError(f"{path}, line {number}: expected 'FOLDER/IMAGE FOLDER/MASK', found '{line.strip()}'")
         image, mask = (root.joinpath(*part) for part in parts)
         samples.append(Sample(image.stem, split, image, mask))

@@ -1,5 +1,6 @@
 """What a data set on disk must tell us, however it is laid out."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from segdistill.errors import UserError
 IGNORE_INDEX = 255  # as segdistill.losses.IGNORE_INDEX, stated again since the data half runs without torch
 UNKNOWN = 254  # in a label map: the layout gives this raw value no meaning
 SPLITS = ("train", "val", "test")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # in small or capital letters
+SHOWN = 3  # files named in one sentence
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,14 @@ class Sample:
     mask: Path
 
 
+@dataclass(frozen=True)
+class Legend:
+    """What the values of a mask mean."""
+
+    label_map: np.ndarray  # [256] uint8: stored value -> train id, IGNORE_INDEX if ignored, UNKNOWN without a meaning
+    colors: tuple[tuple[int, int, int], ...]  # by train id
+
+
 class Layout(ABC):
     """A known way to lay a data set out in files.
 
@@ -45,7 +56,7 @@ class Layout(ABC):
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
             raise UserError(f"{root}: no such folder; the layout '{self.name}' is read from a folder")
-        self.root = root
+        self.root = require_utf8(root)
 
     @property
     @abstractmethod
@@ -66,18 +77,79 @@ class Layout(ABC):
         """The folder of a split's images and the folder of its masks."""
 
     @cached_property
-    def label_map(self) -> np.ndarray:
-        """[256] uint8: raw mask value -> train id, IGNORE_INDEX where ignored, UNKNOWN where it has no meaning."""
+    def legend(self) -> Legend:
+        """What the values of this data set's masks mean."""
         table = np.full(256, UNKNOWN, dtype=np.uint8)
         for raw, train_id in self.raw_labels.items():
             table[raw] = train_id
-        return table
+        return Legend(table, tuple(entry.color for entry in self.classes))
 
     def strays(self, split: str) -> list[Path]:
-        """Files in the split's folders that belong to no sample, such as a mask without an image; hidden ones aside."""
+        """What lies in the split's folders and belongs to no sample, such as a mask without an image; hidden aside."""
         used = {path for sample in self.samples(split) for path in (sample.image, sample.mask)}
-        found = [path for folder in self.folders(split) if folder.is_dir() for path in sorted(folder.iterdir())]
-        return [path for path in found if path not in used and not path.name.startswith(".")]
+        return [path for folder in self.folders(split) for path in list_folder(folder) if path not in used]
+
+    def describe_strays(self, split: str) -> str | None:
+        """The strays of a split in words, and why the first of them are none of its samples; None without any."""
+        return self._describe(self.strays(split), split)
+
+    def _describe(self, strays: list[Path], split: str) -> str | None:
+        if not strays:
+            return None
+        names = [
+            f"{path.relative_to(self.root).as_posix()} ({self._why_stray(path, split)})" for path in strays[:SHOWN]
+        ]
+        more = f" and {len(strays) - SHOWN} more" if len(strays) > SHOWN else ""
+        return ", ".join(names) + more
+
+    def without_samples(self) -> UserError:
+        """The sentence for a data set in which no sample was found: what lies there instead."""
+        folders = {split: self.folders(split)[0] for split in SPLITS}
+        strays = (self._describe(list_folder(folder), split) for split, folder in folders.items())
+        names = [folder.relative_to(self.root).as_posix() for folder in folders.values()]
+        reason = next(
+            (f"there is {text}" for text in strays if text), f"expected JPEG or PNG files in {', '.join(names)}"
+        )
+        return UserError(f"{self.root}: no sample in any split of the layout '{self.name}'; {reason}")
+
+    def _why_stray(self, path: Path, split: str) -> str:
+        masks = self.folders(split)[1]
+        if path.is_dir():
+            return f"a sub-folder: samples lie in {path.parent.relative_to(self.root).as_posix()} itself"
+        if path.parent == masks:
+            return "a mask without an image"
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            return f"'{path.suffix}' is not read: save it as JPEG or PNG" if path.suffix else "no JPEG or PNG file"
+        return "of no sample"
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """What a folder holds, in the order of names, hidden files aside; nothing if there is no such folder.
+
+    Raises:
+        UserError: a name that is not UTF-8, or a folder that cannot be read.
+    """
+    try:
+        found = sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+    return [require_utf8(path) for path in found if not path.name.startswith(".")]
+
+
+def require_utf8(path: Path) -> Path:
+    """The path itself, if reports and tables can hold its name.
+
+    Raises:
+        UserError: they cannot; shows the bytes that are none.
+    """
+    name = os.fsencode(path)
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{name.decode(errors='backslashreplace')}: its name is not UTF-8; rename it") from None
+    return path
 
 
 def describe_values(values: list[int]) -> str:

@@ -1,0 +1,175 @@
+"""Encoded pictures -> pixels, in one way for all who read pixels or sizes: checks, import, shards, predictions.
+
+A picture is read as every viewer shows it: turned as its EXIF orientation says. What 8 bits of red, green and blue
+cannot say without a guess (transparency, inks, 16 bits) is refused. Colour profiles and gamma are not applied, here
+as in training and in use.
+"""
+
+import io
+import re
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from segdistill.files import MIB
+
+FILE_LIMIT = 256 * MIB  # bytes of one image or mask
+MOST_PIXELS = 100_000_000  # of one image or mask: 300 MB as RGB
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns or fails without the numbers that a user needs
+
+IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "YCbCr")  # 8 bits a channel: nothing is lost as RGB
+INDEX_MASKS = tuple(f"{bits}-bit {colour}" for colour in ("grey", "palette") for bits in (1, 2, 4, 8))
+_PNG_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
+_PNG_BEGIN, _JPEG_BEGIN = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+# What brings a picture upright, by EXIF orientation; 1, and any value without a meaning, leaves it as it is.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadFile(Exception):
+    """Why a file cannot be used, in words that follow its name and a colon."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What an index mask stores."""
+
+    values: np.ndarray  # [H, W] uint8, class indices as stored
+    palette: tuple[tuple[int, int, int], ...]  # the colour of each index; empty where the file has no palette
+
+
+def image_format(content: bytes) -> str:
+    """``png`` or ``jpeg``, of what :func:`decode_image` accepts."""
+    return "png" if content.startswith(_PNG_BEGIN) else "jpeg"
+
+
+def decode_image(content: bytes, *, verified: bool = False) -> Image.Image:
+    """The upright RGB image in a JPEG or PNG file.
+
+    Args:
+        content: the file.
+        verified: the bytes are known to be whole, so that their checksums need no second look.
+
+    Raises:
+        BadFile: another format, damaged, too large, or pixels that are no 8-bit RGB without a guess.
+    """
+    if content.startswith(_PNG_BEGIN) and content[24:25] == b"\x10":  # Pillow would drop the lower byte without a word
+        raise BadFile(f"{mask_kind(content)}; an image must have 8 bits a channel")
+    image = _decode(content, ("JPEG", "PNG"), verified)
+    if image.mode == "CMYK":
+        raise BadFile("CMYK: how its inks look as colours is not said in the file; save it as RGB")
+    if image.mode not in IMAGE_MODES:
+        raise BadFile(f"pixels of mode {image.mode}; an image must have 8 bits a channel")
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
+        raise BadFile("has transparent pixels, and what is behind them is not said; save it without transparency")
+    return image.convert("RGB")
+
+
+def decode_mask(content: bytes) -> Mask:
+    """The values that an index mask stores, upright.
+
+    Raises:
+        BadFile: not a PNG, damaged, too large, or pixels that are no class indices (16 bits, RGB).
+    """
+    kind = mask_kind(content)
+    if kind not in INDEX_MASKS:
+        raise BadFile(not_an_index_mask(kind))
+    image = _decode(content, ("PNG",), verified=False)
+    values = np.asarray(image, dtype=np.uint8)
+    if kind in ("2-bit grey", "4-bit grey"):
+        values = values // np.uint8(85 if kind == "2-bit grey" else 17)  # Pillow widens them to 0-255
+    colours = image.getpalette("RGB") if image.mode == "P" else None
+    return Mask(values, tuple(zip(*[iter(colours or ())] * 3, strict=True)))  # type: ignore[arg-type]
+
+
+def mask_kind(content: bytes) -> str:
+    """Bit depth and colour type of a PNG, as its header says: a decoder would hide them by widening the values.
+
+    Raises:
+        BadFile: not a PNG.
+    """
+    if content.startswith(_JPEG_BEGIN):
+        raise BadFile("a JPEG: its compression changes labels; make masks as PNG, from the source of this one")
+    if not content.startswith(_PNG_BEGIN) or content[12:16] != b"IHDR" or len(content) < 26:
+        raise BadFile("not a PNG file")
+    return f"{content[24]}-bit {_PNG_COLOURS.get(content[25], 'unknown')}"
+
+
+def not_an_index_mask(kind: str) -> str:
+    """The words for a mask of another kind."""
+    return f"{kind} where an index mask is due (grey or palette of at most 8 bits, value = class)"
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """A PNG file."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def _decode(content: bytes, formats: tuple[str, ...], verified: bool) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata, which is of no concern here
+            image = Image.open(io.BytesIO(content), formats=formats)
+            pixels = image.width * image.height
+            if pixels > MOST_PIXELS:
+                size, limit = f"{image.width}x{image.height} = {pixels / 1e6:.0f}", f"{MOST_PIXELS / 1e6:.0f}"
+                raise BadFile(f"{size} million pixels; at most {limit} million are read: cut it into tiles")
+            if not verified:
+                (_check_png if image.format == "PNG" else _check_jpeg)(content)
+            image.load()
+            turn = _TURNS.get(_orientation(image))
+            return image if turn is None else image.transpose(turn)
+    except Image.UnidentifiedImageError:
+        raise BadFile(f"not a {' or '.join(formats)} file, or its header is damaged") from None
+    except BadFile:
+        raise
+    except Exception as error:  # a decoder fed with garbage may raise anything
+        raise BadFile(f"damaged or truncated: {error}") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # EXIF data that nobody can read turns no picture, in no viewer
+        return 1
+
+
+def _check_png(content: bytes) -> None:
+    """Pillow looks neither at the checksums of pixel data nor for the end of the file."""
+    view, position = memoryview(content), len(_PNG_BEGIN)
+    while position + 12 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, position)
+        end = position + 12 + length
+        if end > len(content):
+            break
+        if zlib.crc32(view[position + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+            raise BadFile(f"damaged or truncated: the checksum of its part {kind.decode('latin-1')} is wrong")
+        if kind == b"IEND":
+            return
+        position = end
+    raise BadFile("damaged or truncated: its end is missing")
+
+
+def _check_jpeg(content: bytes) -> None:
+    """Decoders make up the end of a JPEG that has none. It has no checksums."""
+    marker, position = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL), 2
+    while found := marker.search(content, position):
+        kind, position = found[1][0], found.end()
+        if kind == 0xD9:
+            return
+        if kind not in (0x01, 0xD8):  # every other part says how long it is
+            position += int.from_bytes(content[position : position + 2], "big")
+    raise BadFile("damaged or truncated: its end is missing")

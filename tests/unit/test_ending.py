@@ -1,0 +1,151 @@
+"""How a stage ends when it is told to stop, when the disk is full, and beside another process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from segdistill import execution
+from segdistill.__main__ import main
+from segdistill.errors import Interrupted, exit_codes, stop_on_sigterm
+from segdistill.files import lock
+from segdistill.stages import STAGES, Stage, jobs
+
+ROOT = Path(__file__).resolve().parents[2]
+EVERY_STAGE = pytest.mark.parametrize("stage", STAGES, ids=[stage.name for stage in STAGES])
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs a stage's command with something else in place of its work; all its inputs are there."""
+    text = (ROOT / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text)
+    cell = jobs(yaml.safe_load(text))[0]
+    monkeypatch.chdir(tmp_path)
+
+    def command(stage: Stage, act: Callable[[], Any]) -> int:
+        for template in stage.inputs.values():
+            for job in jobs(yaml.safe_load(text)):
+                filled = template.format(job=job, experiment=job.experiment, seed=job.seed)
+                Path(filled).mkdir(parents=True, exist_ok=True)
+        module = execution.stage_module(stage)
+        monkeypatch.setattr(module, "run", lambda config, **others: act())
+        options = ["--experiment", cell.experiment, "--seed", str(cell.seed)] if stage.per_job else []
+        return main([stage.name, "--tracker", "none", *options])
+
+    return command
+
+
+def place(stage: Stage) -> Path:
+    cell = jobs(yaml.safe_load((ROOT / "params.yaml").read_text()))[0]
+    return Path(next(iter(stage.outputs.values())).format(experiment=cell.experiment, seed=cell.seed))
+
+
+@EVERY_STAGE
+def test_sigterm_ends_every_stage_with_the_code_for_retry(
+    run: Callable[..., int], stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    former = signal.getsignal(signal.SIGTERM)
+    assert run(stage, told) == 75
+    assert capsys.readouterr().err == f"segdistill {stage.name}: stopped; the same command goes on\n"
+    assert signal.getsignal(signal.SIGTERM) is former
+
+
+@EVERY_STAGE
+def test_a_full_disk_is_one_sentence_that_names_the_output(
+    run: Callable[..., int], stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    assert run(stage, full) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"segdistill {stage.name}: {place(stage)}: no space left on the disk") and len(said) < 200
+
+
+@EVERY_STAGE
+def test_the_second_process_in_an_output_is_told_who_has_it_and_runs_nothing(
+    run: Callable[..., int], stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[int] = []
+    with lock(place(stage), "somebody"):
+        assert run(stage, lambda: ran.append(1)) == 2
+    said = capsys.readouterr().err
+    assert f"{place(stage)}: in use by somebody (process {os.getpid()}" in said and said.count("\n") == 1
+    assert not ran
+    run(stage, lambda: ran.append(1))
+    assert ran
+
+
+def test_what_fails_after_sigterm_is_its_consequence() -> None:
+    """A worker that got the signal first, a peer that is gone already."""
+    with pytest.raises(Interrupted), stop_on_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("DataLoader worker is killed by signal")
+
+
+def test_a_wish_to_stop_that_a_loop_did_not_heed_ends_what_is_around_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end, exit_codes("x"):
+        with stop_on_sigterm() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.is_set()
+        time.sleep(60)
+    assert end.value.code == 75
+
+
+def test_no_library_swallows_the_wish_to_stop() -> None:
+    with pytest.raises(SystemExit) as end, exit_codes("x"):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except Exception:
+            pass
+    assert end.value.code == 75
+
+
+def test_workers_that_get_the_signal_too_change_nothing(tmp_path: Path) -> None:
+    """As when a scheduler ends a whole process group: prepare's workers die before their caller has tidied up."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, time\nfrom pathlib import Path\n"
+        "from segdistill.data.parallel import ordered_map\nfrom segdistill.errors import exit_codes\n\n"
+        "def work(path):\n    Path(path).touch()\n    time.sleep(3)\n\n"
+        "if __name__ == '__main__':\n"
+        "    with exit_codes('x'):\n"
+        "        list(ordered_map(work, [f'{sys.argv[1]}/{n}' for n in range(40)], workers=2))\n"
+    )
+    running = subprocess.Popen([sys.executable, script, tmp_path], start_new_session=True, stderr=subprocess.PIPE)
+    while not (tmp_path / "0").exists() and running.poll() is None:
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGTERM)
+    assert running.communicate(timeout=60)[1].decode() == "x: stopped; the same command goes on\n"
+    assert running.returncode == 75
+
+
+def test_a_killed_process_leaves_its_lock_to_nobody(tmp_path: Path) -> None:
+    """Its workers, forks that live on for seconds, must not hold it."""
+    script = (
+        "import os, sys, time; from pathlib import Path; from segdistill.files import lock\n"
+        "with lock(Path(sys.argv[1]), 'x'):\n"
+        "    if not os.fork(): os.close(1); time.sleep(5); os._exit(0)\n"
+        "    print(flush=True); time.sleep(60)"
+    )
+    running = subprocess.Popen([sys.executable, "-c", script, tmp_path / "out"], stdout=subprocess.PIPE)
+    assert running.stdout is not None
+    running.stdout.readline()
+    time.sleep(0.2)
+    running.kill()
+    running.wait()
+    with lock(tmp_path / "out", "y"):
+        pass
