@@ -25,6 +25,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 data: $(READY)  ## make sure that data/ is there: from the DVC remote, or else the synthetic streets
+	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "make: no git repository here, in which DVC keeps its record; install git, then: git init && git add --all && git commit --message start" >&2; exit 2; }
 	@test -d data || $(BIN)/dvc pull --quiet data 2>/dev/null || $(MAKE) --no-print-directory streets
 
 # data.dvc says which data set this is: the streets stand in only where it records them.

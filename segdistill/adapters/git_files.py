@@ -49,7 +49,10 @@ def read_revision(repository: str, revision: str, paths: Sequence[str]) -> Revis
         folder = Path(repository)
         inside = _git(folder, "rev-parse", "--show-prefix")
         if inside.returncode:
-            raise UserError(f"{repository}: not a git repository that can be read: {_reason(inside)}")
+            raise UserError(
+                f"{repository}: not a git repository that can be read: {_reason(inside)}; name the one that has the "
+                "data, or make this one: git init && git add --all && git commit --message start"
+            )
         return _read(folder, repository, revision, paths, inside.stdout.rstrip("\n"))
     with tempfile.TemporaryDirectory(prefix="segdistill-git-") as scratch:
         name = _bring(Path(scratch), repository, revision)
@@ -112,7 +115,10 @@ def _git(folder: Path, *arguments: str, protocols: str = "") -> subprocess.Compl
             text=True, errors="replace", timeout=GIT_SECONDS,
         )  # fmt: skip
     except FileNotFoundError:
-        raise UserError("git: not installed; it reads the version of the data from its repository") from None
+        raise UserError(
+            "git: not installed; it reads the version of the data from its repository. Install it, on Debian with "
+            "apt-get install git"
+        ) from None
     except subprocess.TimeoutExpired:
         raise UserError(f"git {arguments[0]}: no answer within {GIT_SECONDS} seconds") from None
 

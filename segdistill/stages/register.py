@@ -25,14 +25,14 @@ class Config:
     """Section ``register`` of params.yaml."""
 
     # The registered model in MLflow.
-    model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")]
+    model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$", max_length=200)]
     # Only students of this name; null takes any.
     student: str | None
     # The budget; null is no bound. MACs are those of one test image.
-    max_params: Annotated[int, Field(gt=0)] | None
-    max_macs: Annotated[int, Field(gt=0)] | None
+    max_params: Annotated[int, Field(ge=1, le=10**15)] | None
+    max_macs: Annotated[int, Field(ge=1, le=10**18)] | None
     # Points of test mIoU (0..100) by which a student must beat the champion to replace it.
-    min_gain: Annotated[float, Field(ge=0)]
+    min_gain: Annotated[float, Field(ge=0, le=100)]
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,8 @@ def test_the_compiled_pipeline_runs_from_fetch_to_register_and_registers_nothing
         monkeypatch.setenv("SEGDISTILL_PIPELINE_RUN", name)
         given = arguments({**params, "compare": {**params["compare"], **changes}})
         del given["jobs"]  # the compiled ones
-        return server.start(package, {"repository": str(repository), "revision": "HEAD", **given}, name)
+        given |= {"repository": str(repository), "revision": "HEAD", "accelerator_count": "0"}  # no GPU is needed
+        return server.start(package, given, name)
 
     def registration(one: Run) -> dict[str, Any]:
         (register,) = one.of("register")

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,77 @@ def test_class_names_and_the_ignore_index_must_not_clash(tmp_path: Path) -> None
     assert message("folder", tmp_path).startswith(f"{tmp_path}/classes.json: no such file")
 
 
+def test_a_class_list_may_say_what_a_stored_value_means(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    write_classes(tmp_path, values={"0": "sky", "255": "car", "7": "car", "9": None})
+    (tmp_path / "classes.json").write_text("\ufeff" + (tmp_path / "classes.json").read_text())
+    content = json.loads((tmp_path / "classes.json").read_text(encoding="utf-8-sig"))
+    del content["ignore_index"]
+    (tmp_path / "classes.json").write_text(json.dumps(content))
+    table = open_layout("folder", tmp_path).legend.label_map
+    assert [int(table[value]) for value in (0, 255, 7, 9)] == [0, 2, 2, IGNORE_INDEX]
+    assert set(table[1:7]) == {UNKNOWN}
+    write_classes(tmp_path, values={"0": "sky", "1": "road"}, ignore_index=200)
+    assert open_layout("folder", tmp_path).legend.label_map[200] == IGNORE_INDEX
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"256": "sky"}, "values: '256' is no value of a mask; allowed: 0 to 255"),
+        ({"07": "sky"}, "values: '07' is no value of a mask"),
+        ({"0": "skyy"}, "values.0: no class 'skyy'; did you mean 'sky'?"),
+        ({"255": "sky"}, "ignore_index: 255 is also a value of 'sky'; say one of both"),
+    ],
+)
+def test_a_wrong_table_of_values_is_described(tmp_path: Path, values: dict[str, str], said: str) -> None:
+    write_classes(make_folder(tmp_path), values=values)
+    assert message("folder", tmp_path).startswith(f"{tmp_path}/classes.json: {said}")
+
+
+def test_doubled_keys_and_a_pipe_as_class_list_are_refused(tmp_path: Path) -> None:
+    path = make_folder(tmp_path) / "classes.json"
+    path.write_text('{"classes": [], "classes": []}')
+    assert message("folder", tmp_path) == f"{path}: not valid JSON: the key 'classes' twice"
+    path.unlink()
+    os.mkfifo(path)
+    assert message("folder", tmp_path) == f"{path}: a named pipe; expected a regular file"
+
+
+def test_suffixes_may_be_in_capital_letters(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    for kind in ("images", "masks"):
+        (tmp_path / kind / "train/0001.png").rename(tmp_path / kind / "train/0001.PNG")
+    layout = open_layout("folder", tmp_path)
+    sample = list(layout.samples("train"))[1]
+    assert sample.image.name == sample.mask.name == "0001.PNG" and sample.mask.exists()
+    assert layout.strays("train") == []
+
+
+def test_sub_folders_and_other_formats_are_the_reason_for_no_sample(tmp_path: Path) -> None:
+    for place, said in (
+        ("train/aachen/a.png", "there is images/train/aachen (a sub-folder: samples lie in images/train itself)"),
+        ("val/a.BMP", "there is images/val/a.BMP ('.BMP' is not read: save it as JPEG or PNG)"),
+        ("a.png", "expected JPEG or PNG files in images/train, images/val, images/test"),
+    ):
+        root = tmp_path / place.replace("/", "-")
+        (root / "masks").mkdir(parents=True)
+        (root / "images" / place).parent.mkdir(parents=True)
+        (root / "images" / place).write_bytes(b"")
+        write_classes(root)
+        layout = open_layout("folder", root)
+        assert str(layout.without_samples()) == f"{root}: no sample in any split of the layout 'folder'; {said}"
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_a_name_that_is_not_utf_8_gets_its_sentence(tmp_path: Path, kind: str) -> None:
+    folder = os.fsencode(make_folder(tmp_path) / kind / "train")
+    Path(os.fsdecode(folder + b"/stra\xdfe.png")).touch()
+    with pytest.raises(UserError) as caught:
+        list(open_layout("folder", tmp_path).samples("train"))
+    assert str(caught.value) == f"{tmp_path}/{kind}/train/stra\\xdfe.png: its name is not UTF-8; rename it"
+
+
 def test_strays_are_files_without_a_sample(tmp_path: Path) -> None:
     make_folder(tmp_path)
     (tmp_path / "images/train/0001.png").unlink()
@@ -104,12 +176,40 @@ def test_camvid_reads_relative_lists_and_those_of_the_original(tmp_path: Path, p
     assert sample.image.exists() and sample.mask.exists()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "\ufefftest/a.png testannot/a.png",
+        "  test\\a.png\ttestannot\\a.png  \r",
+        "C:\\Data\\CamVid\\test\\a.png C:\\Data\\CamVid\\testannot\\a.png",
+        "\"test/a.png\" 'testannot/a.png'",
+        "/my data/test/a.png /my data/testannot/a.png",
+        "'/my data/test/a.png' '/my data/testannot/a.png'",
+    ],
+)
+def test_camvid_reads_lists_as_people_have_them(tmp_path: Path, line: str) -> None:
+    root = make_camvid(tmp_path)
+    (root / "test.txt").write_text(f"{line}\n\n")
+    (sample,) = open_layout("camvid", root).samples("test")
+    assert sample.image == tmp_path / "test/a.png" and sample.mask == tmp_path / "testannot/a.png"
+
+
+def test_camvid_reads_names_with_spaces(tmp_path: Path) -> None:
+    root = make_camvid(tmp_path)
+    (root / "test.txt").write_text("test/street 1.JPG testannot/street 1.png\n")
+    (sample,) = open_layout("camvid", root).samples("test")
+    assert sample.image == tmp_path / "test/street 1.JPG" and sample.mask == tmp_path / "testannot/street 1.png"
+
+
 def test_camvid_ignores_void(tmp_path: Path) -> None:
     table = open_layout("camvid", make_camvid(tmp_path)).legend.label_map
     assert list(table[:11]) == list(range(11)) and table[11] == IGNORE_INDEX and table[12] == table[255] == UNKNOWN
 
 
-@pytest.mark.parametrize("line", ["train/a.png", "a.png b.png", "../x/../secret train/a.png", "a/b c/d e/f"])
+@pytest.mark.parametrize("line", [
+    "train/a.png", "a.png b.png", "../x/../secret train/a.png", "a/b c/d e/f", "/a.png train/a.png",
+    "//a.png train/a.png", "train/a.png ../a.png", "train/a.png x/../../a.png",
+])  # fmt: skip
 def test_a_camvid_line_that_is_no_pair_is_named_by_its_number(tmp_path: Path, line: str) -> None:
     path = make_camvid(tmp_path) / "val.txt"
     path.write_text(f"val/a.png valannot/a.png\n{line}\n")

@@ -17,10 +17,11 @@ import pytest
 from _folders import CLASSES, make_folder, prepare, read_mask, save, truncate, write_classes
 from PIL import Image
 
-from segdistill.data import sharding
+from segdistill.data import sharding, shards
 from segdistill.data.shards import ShardDataset, read_dataset_info
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker
 from segdistill.errors import UserError
+from segdistill.files import seal
 from segdistill.stages.prepare import Config, run
 
 SAMPLES = {"train": 7, "val": 2, "test": 3}
@@ -149,6 +150,16 @@ def test_an_open_data_set_survives_forks_and_pickling(prepared: Path, method: st
         assert pool.map(_first_pixel, [dataset]) == [expected]
 
 
+def test_only_some_shards_are_open_at_a_time(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MOST_OPEN", 2)
+    dataset = ShardDataset(prepare(data, tmp_path / "prepared", shard_samples=1), "train")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert len(list(dataset)) == len(list(dataset)) == 7
+    assert len(list(Path("/proc/self/fd").iterdir())) == before + 2
+    del dataset
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
 def test_an_index_outside_ends_an_iteration(prepared: Path) -> None:
     dataset = ShardDataset(prepared, "val")
     assert len(list(dataset)) == 2
@@ -225,7 +236,7 @@ def test_an_unreadable_sample_is_named_and_nothing_looks_complete(tmp_path: Path
     assert not (tmp_path / "prepared").exists()
     (source / "images/train/0004.png").unlink()
     (source / "masks/train/0003.png").unlink()
-    with pytest.raises(UserError, match=r"masks/train/0003\.png: missing"):
+    with pytest.raises(UserError, match=r"masks/train/0003\.png: no such file"):
         prepare(source, tmp_path / "prepared")
 
 
@@ -250,6 +261,68 @@ def test_finished_shards_are_not_written_again(
     )
     assert hashes(prepare(data, tmp_path / "prepared")) == hashes(prepared)
     assert written[2:] == ["train-00002.arrow", "val-00000.arrow", "test-00000.arrow"]
+
+
+def test_damage_in_what_an_earlier_attempt_finished_is_noticed(
+    data: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, random = hashes(prepared), np.random.default_rng(0)
+    monkeypatch.setattr(sharding, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data, tmp_path / "half")
+    monkeypatch.undo()
+    for number in range(24):
+        shutil.copytree(tmp_path / "half.partial", tmp_path / f"{number}.partial")
+        folder = tmp_path / f"{number}.partial" / ("shards", "keys")[number % 2]
+        path = folder / "train-00000.arrow"
+        damaged = bytearray(path.read_bytes())
+        if number < 2:
+            damaged = damaged[: len(damaged) // 2]
+        else:
+            damaged[int(random.integers(len(damaged)))] ^= 1 << int(random.integers(8))
+        path.write_bytes(damaged)
+        made = prepare(data, tmp_path / str(number))
+        found = hashes(made)
+        if found != expected:  # a flip in what nobody reads of Arrow
+            assert {name for name in found if found[name] != expected[name]} == {"shards/train-00000.arrow"}
+            for index in range(3):
+                assert np.array_equal(ShardDataset(made, "train")[index][0], ShardDataset(prepared, "train")[index][0])
+
+
+def test_names_in_the_manifest_that_lead_elsewhere_are_refused(prepared: Path, tmp_path: Path) -> None:
+    table = pyarrow.parquet.read_table(prepared / "manifest.parquet").to_pylist()
+    for number, change in enumerate(({"id": "../../x"}, {"shard": "../x.arrow"}, {"id": ".."}, {"id": ""})):
+        copy = shutil.copytree(prepared, tmp_path / str(number))
+        rows = [row | change if row["split"] == "val" else row for row in table]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), copy / "manifest.parquet")
+        seal(copy, leave=["shards"])
+        with pytest.raises(
+            UserError, match=r"manifest\.parquet: (id|shard) '.*' is no name of a file; remove the folder"
+        ):
+            ShardDataset(copy, "val")
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_only_regular_files_of_a_bounded_size_are_prepared(tmp_path: Path, kind: str) -> None:
+    source = make_folder(tmp_path / "data", SAMPLES)
+    path = source / kind / "val/0001.png"
+    os.truncate(path, 2**40)
+    with pytest.raises(UserError, match=f"{kind}/val/0001.png: 1048576.0 MiB; at most 256 MiB are read"):
+        prepare(source, tmp_path / "prepared")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=f"{kind}/val/0001.png: a named pipe; expected a regular file"):
+        prepare(source, tmp_path / "prepared")
+
+
+def test_a_sample_of_another_meaning_stops_prepare_as_it_stops_validate(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "data", SAMPLES)
+    mask = Image.fromarray(read_mask(source / "masks/val/0001.png")).convert("P")
+    mask.putdata(read_mask(source / "masks/val/0001.png").ravel().tolist())
+    mask.putpalette(([1, 0, 0, 0, 0, 0, 2, 0, 0] * 86)[:768])
+    mask.save(source / "masks/val/0001.png")
+    with pytest.raises(UserError, match=r"masks/val/0001\.png: its palette contradicts the class list"):
+        prepare(source, tmp_path / "prepared")
 
 
 def test_a_changed_input_is_prepared_again_and_a_changed_plan_leaves_no_old_shard(

@@ -1,6 +1,7 @@
 import errno
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from _folders import make_folder, read_mask, save, truncate
 from PIL import Image
 
 from segdistill.config import parse
-from segdistill.data.checks import inspect
+from segdistill.data.checks import inspect, value_counts
 from segdistill.data.layouts import open_layout
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker, Tracker
 from segdistill.errors import UserError
@@ -53,6 +54,13 @@ def save_16_bit(path: Path) -> None:
     Image.fromarray(np.full((8, 12), 300, dtype=np.uint16)).save(path)
 
 
+def save_with_palette(path: Path, colours: list[tuple[int, int, int]]) -> None:
+    mask = Image.fromarray(read_mask(path)).convert("P")
+    mask.putdata(read_mask(path).ravel().tolist())
+    mask.putpalette([channel for colour in (colours * 86)[:256] for channel in colour])
+    mask.save(path)
+
+
 def save_with_label(path: Path, label: int, pixels: int) -> None:
     labels = read_mask(path)
     labels.ravel()[-pixels:] = label
@@ -77,6 +85,16 @@ FAULTS: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
     ("16-bit mask", lambda image, mask: save_16_bit(mask), "mask", "16-bit grey where an index mask is due"),
     ("RGB mask", lambda image, mask: save(mask, np.zeros((8, 12, 3), dtype=np.uint8)), "mask",
      "8-bit RGB where an index mask is due"),
+    ("pipe as image", lambda image, mask: (image.unlink(), os.mkfifo(image)), "image",
+     "a named pipe; expected a regular file"),
+    ("endless mask", lambda image, mask: (mask.unlink(), mask.symlink_to("/dev/zero")), "mask",
+     "a device; expected a regular file"),
+    ("mask that leads to itself", lambda image, mask: (mask.unlink(), mask.symlink_to(mask)), "mask",
+     "cannot be read: Too many levels of symbolic links"),
+    ("sparse image", lambda image, mask: os.truncate(image, 2**40), "image", "1048576.0 MiB; at most 256 MiB are read"),
+    ("contradicting palette", lambda image, mask: save_with_palette(mask, [(1, 0, 0), (0, 0, 0), (2, 0, 0)]), "mask",
+     "its palette contradicts the class list: value 0 is class 0 there, but has the colour (1, 0, 0) of class 1; "
+     "order both alike, or change the colours of the list"),
     ("image in two splits", lambda image, mask: shutil.copy(image, image.parents[1] / "val" / "0000.png"), "image",
      "the same image as images/val/0000.png; an image may be in one split only; 1 more file fails"),
 ]  # fmt: skip
@@ -155,6 +173,70 @@ def test_too_few_samples_or_too_much_void_stop(data: Path, tmp_path: Path) -> No
         f"{data}/masks/val: 2.1% of the pixels are ignored on average; validate.max_ignore_fraction allows 1.0%"
         in found
     )
+
+
+def test_palettes_that_agree_or_speak_of_something_else_are_taken(data: Path, tmp_path: Path) -> None:
+    save_with_palette(data / "masks/train/0002.png", [(0, 0, 0), (1, 0, 0), (2, 0, 0)])  # those of classes.json
+    save_with_palette(data / "masks/train/0003.png", [(0, 0, 0), (128, 0, 0), (1, 0, 0)])
+    assert validate(data, tmp_path / "report")["success"] is True
+
+
+def store(data: Path, values: dict[int, int], splits: str = "*") -> None:
+    """Stores other values in the masks of some splits."""
+    for path in data.glob(f"masks/{splits}/*.png"):
+        labels = read_mask(path)
+        save(path, np.vectorize(lambda value: values.get(value, value), otypes=[np.uint8])(labels))
+
+
+def test_masks_of_0_and_255_stop_with_a_hint_and_pass_when_their_values_are_declared(
+    data: Path, tmp_path: Path
+) -> None:
+    store(data, {1: 255, 2: 255})
+    sentence = failure(data, tmp_path / "report")
+    assert sentence.startswith(
+        f"{data}/masks/train: 'sky' is the only class with labels; at least two are needed to learn from; "
+    )
+    assert (
+        "of the pixels store 255, which is read as 'no label': if it is a class, say so under 'values' in" in sentence
+    )
+    content = json.loads((data / "classes.json").read_text())
+    del content["ignore_index"]
+    (data / "classes.json").write_text(json.dumps(content | {"values": {"0": "sky", "255": "road"}}))
+    summary = validate(data, tmp_path / "report")
+    assert summary["success"] is True
+    assert [(row["value"], row["read_as"]) for row in summary["values"]] == [(0, "sky"), (255, "road")]
+    assert sum(row["train_pixels"] for row in summary["values"]) == 4 * 96
+    (row,) = [line for line in (tmp_path / "report/summary.md").read_text().splitlines() if line.startswith("| 255 ")]
+    assert row.startswith("| 255 | road | ")
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_split_without_any_label_stops(data: Path, tmp_path: Path, split: str) -> None:
+    store(data, {0: 255, 1: 255, 2: 255}, split)
+    sentence = failure(data, tmp_path / "report", max_ignore_fraction=1.0)
+    assert sentence.startswith(
+        f"{data}/masks/{split}: every pixel is ignored; the split cannot be scored, or learnt from"
+    )
+
+
+def test_every_pixel_is_ignored_is_said_only_where_it_is_so(data: Path, tmp_path: Path) -> None:
+    save(data / "masks/val/0000.png", np.full((8, 12), 77, dtype=np.uint8))
+    save(data / "masks/val/0001.png", np.full((8, 12), 77, dtype=np.uint8))
+    save(data / "masks/train/0001.png", np.full((8, 12), 255, dtype=np.uint8))
+    failure(data, tmp_path / "report", max_ignore_fraction=1.0)
+    report = (tmp_path / "report/summary.json").read_text()
+    assert report.count("every pixel is ignored") == 1 and "train/0001.png: every pixel is ignored" in report
+
+
+def test_counting_a_large_mask_takes_little_memory_beside_it(tmp_path: Path) -> None:
+    import tracemalloc
+
+    values = np.zeros((6000, 4000), dtype=np.uint8)  # 24 MB
+    tracemalloc.start()
+    counts = value_counts(values)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert counts == {0: 24_000_000} and peak < 2 * values.nbytes
 
 
 def test_a_data_set_without_one_whole_file_is_still_described(data: Path, tmp_path: Path) -> None:
