@@ -16,8 +16,12 @@ from segdistill import environment
 from segdistill.errors import UserError
 
 
-def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
+def arguments(params: Mapping[str, Any], *, here: bool = False) -> dict[str, Any]:
     """The pipeline's parameters that come from a params file: one JSON string a stage, and the list of jobs.
+
+    Args:
+        params: the content of params.yaml.
+        here: whether the tasks run on this machine, with its files.
 
     Raises:
         UserError: the first mistake in the file.
@@ -28,7 +32,7 @@ def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
     def chosen(stage: Stage, job: Job | None = None) -> str:
         return json.dumps(sections(stage, params, job))
 
-    check_params(params)
+    check_params(params, here=here)
     single = (
         "validate",
         "prepare",
@@ -175,7 +179,7 @@ def run_here(
     """
     from segdistill.adapters.dvc_version import find
 
-    given, version, root = arguments(params), find(repository, revision), root.resolve()
+    given, version, root = arguments(params, here=runner == "subprocess"), find(repository, revision), root.resolve()
     from kfp import local
 
     from pipelines.cluster import Placement

@@ -1,7 +1,9 @@
 """The one training loop. It knows no loss and no method: a learner gives named terms, a tracker takes numbers.
 
 Laws (tests/contracts/test_loop_laws.py): one batch of 8 = four of 2 accumulated = two processes of 4; interrupted and
-resumed = never interrupted, bit for bit on one CPU process.
+resumed = never interrupted, bit for bit on one CPU process. The first holds for the cross-entropy wherever labels are
+missing. Of a method's terms it holds for means over images or over all pixels; a mean over labelled pixels is one of
+the piece that a process has before it, and so is what relates the images of a batch.
 """
 
 import contextlib
@@ -30,6 +32,7 @@ from segdistill.engine.progress import TrainingBar
 from segdistill.engine.settings import InferenceConfig, OptimizerConfig, Schedule, TrainConfig
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import Interrupted, UserError, stop_on_sigterm
+from segdistill.losses import valid_mask
 from segdistill.models.batch_norm import synchronised
 from segdistill.models.weights import not_finite
 
@@ -186,15 +189,15 @@ class Trainer:
                 measured = (
                     bool(config.gradient_share_every) and (progress.iteration + 1) % config.gradient_share_every == 0
                 )
-                for piece in range(config.accumulate):
-                    asked = time.monotonic()
-                    images, target = next(batches)
-                    progress.data_seconds += time.monotonic() - asked
+                asked = time.monotonic()
+                pieces = [next(batches) for _ in range(config.accumulate)]
+                progress.data_seconds += time.monotonic() - asked
+                targets = [target.to(device, non_blocking=True) for _, target in pieces]
+                pixels = self._pixels(targets)
+                for piece, (images, _) in enumerate(pieces):
                     last = piece == config.accumulate - 1
                     self.learner.keep_features = measured and last
-                    terms = self._backward(
-                        images.to(device, non_blocking=True), target.to(device, non_blocking=True), last
-                    )
+                    terms = self._backward(images.to(device, non_blocking=True), targets[piece], pixels, last)
                     for key, term in terms.items():
                         progress.sums[key] = progress.sums.get(key, 0.0) + term.detach()
                 self._step()
@@ -241,7 +244,15 @@ class Trainer:
         agreed = self.processes.world_size == 1 or self.progress.iteration % AGREE_EVERY == 0
         return agreed and self.fraction >= 1.0
 
-    def _backward(self, images: Tensor, target: Tensor, last: bool) -> dict[str, Tensor]:
+    def _pixels(self, targets: list[Tensor]) -> Tensor | None:
+        """The labelled pixels of an average piece of the batch, over all processes; None if there is one piece."""
+        count = len(targets) * self.processes.world_size
+        if count == 1:
+            return None
+        labelled = torch.stack([valid_mask(target).sum() for target in targets]).sum()
+        return self.processes.sum(labelled).clamp_min(1) / count
+
+    def _backward(self, images: Tensor, target: Tensor, pixels: Tensor | None, last: bool) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch; gradients travel between processes with the last one only."""
         share: Any = contextlib.nullcontext()
         if isinstance(self.wrapped, DistributedDataParallel) and not last:
@@ -249,7 +260,7 @@ class Trainer:
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         with share:
             with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast):
-                terms = self.wrapped(images.float().div_(255).contiguous(memory_format=layout), target.long())
+                terms = self.wrapped(images.float().div_(255).contiguous(memory_format=layout), target.long(), pixels)
             if self.learner.keep_features:
                 self._log_gradient_shares(terms)
             loss = self.learner.total(terms, self.fraction) / self.config.accumulate

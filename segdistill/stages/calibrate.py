@@ -10,14 +10,18 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from rich.table import Table
 
 from segdistill.config import to_dict
 from segdistill.engine.tracker import NullTracker
 from segdistill.errors import UserError
 from segdistill.stages.distill import Config, ExperimentConfig, build_learner, needs_teacher
+
+Steps = Annotated[int, Field(ge=1, le=1_000_000)]
+Strength = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from segdistill.config import Seed, parse, to_dict
 from segdistill.config import config as config_class
-from segdistill.config import parse, to_dict
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.files import disk_errors, new_folder, read_sealed, read_sealed_json, seal, write_file
@@ -33,13 +33,13 @@ class Config:
     """Section ``compare`` of params.yaml."""
 
     # Share of the bootstrap differences inside the interval.
-    confidence: Annotated[float, Field(gt=0, lt=1)]
+    confidence: Annotated[float, Field(ge=0.5, le=0.9999)]
     # How often the test images are drawn anew.
-    resamples: Annotated[int, Field(ge=100)]
+    resamples: Annotated[int, Field(ge=100, le=100_000)]
     # Of the generator that draws them.
-    bootstrap_seed: Annotated[int, Field(ge=0)]
+    bootstrap_seed: Seed
     # Test images shown in the report; evaluate must have kept at least as many.
-    overlays: Annotated[int, Field(ge=0)]
+    overlays: Annotated[int, Field(ge=0, le=1000)]
     # The gate: points of test mIoU (0..100) that a student must reach, or nothing is registered.
     min_test_miou: Annotated[float, Field(ge=0, le=100)]
 

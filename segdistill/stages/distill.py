@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from segdistill.config import Name, flatten, to_dict
 from segdistill.config import config as config_class
-from segdistill.config import flatten, to_dict
-from segdistill.engine.settings import InferenceConfig, NonNegative, OptimizerConfig, TrainConfig
+from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.files import read_sealed_json
@@ -32,7 +32,7 @@ class Config:
     # How students, and the teacher before it teaches, are validated.
     inference: InferenceConfig
     # How far, in points of mIoU, the teacher may fall below its recorded validation score before the run stops.
-    teacher_tolerance: NonNegative
+    teacher_tolerance: Annotated[float, Field(ge=0, le=100)]
 
 
 @config_class
@@ -48,12 +48,12 @@ class ExperimentConfig:
     """One entry of ``experiments`` in params.yaml."""
 
     # Name -> student; one for offline methods, two or more for online ones.
-    students: Annotated[dict[str, StudentConfig], Field(min_length=1)]
+    students: Annotated[dict[Name, StudentConfig], Field(min_length=1)]
     # The methods, each with its ``name``, ``weight`` and what else its config has; none is the undistilled student.
     methods: list[dict[str, Any]]
     # Weight of the cross-entropy to the labels; the auxiliary head's has ``auxiliary`` times that.
-    supervised: NonNegative = 1.0
-    auxiliary: NonNegative = 0.4
+    supervised: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    auxiliary: Annotated[float, Field(ge=0, le=1e6)] = 0.4
 
 
 def run(

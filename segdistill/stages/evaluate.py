@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from segdistill.config import config as config_class
-from segdistill.data.settings import Positive
+from segdistill.data.settings import Scale
 from segdistill.engine.settings import InferenceConfig
 from segdistill.engine.tracker import Tracker
 from segdistill.files import new_folder, read_sealed, read_sealed_json, seal
@@ -35,11 +35,11 @@ class Config:
     inference: InferenceConfig
     # Further columns beside the headline: mirrored views averaged, and several scales with mirrored views averaged.
     flip: bool
-    scales: list[Annotated[float, Field(gt=0)]]
+    scales: Annotated[list[Scale], Field(max_length=20)]
     # Test images, evenly spread, whose predictions are kept as pictures.
-    overlays: Annotated[int, Field(ge=0)]
+    overlays: Annotated[int, Field(ge=0, le=10_000)]
     # Forward passes of one image, of which the fastest is the latency.
-    latency_repeats: Positive
+    latency_repeats: Annotated[int, Field(ge=1, le=100_000)]
 
 
 def run(

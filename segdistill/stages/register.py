@@ -28,14 +28,14 @@ class Config:
     """Section ``register`` of params.yaml."""
 
     # The registered model in MLflow.
-    model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")]
+    model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$", max_length=200)]
     # Only students of this name; null takes any.
     student: str | None
     # The budget; null is no bound. MACs are those of one test image.
-    max_params: Annotated[int, Field(gt=0)] | None
-    max_macs: Annotated[int, Field(gt=0)] | None
+    max_params: Annotated[int, Field(ge=1, le=10**15)] | None
+    max_macs: Annotated[int, Field(ge=1, le=10**18)] | None
     # Points of test mIoU (0..100) by which a student must beat the champion to replace it.
-    min_gain: Annotated[float, Field(ge=0)]
+    min_gain: Annotated[float, Field(ge=0, le=100)]
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,9 @@ def run(
         return
     best = choose(read_candidates(run, seeds, students, comparison), config)
 
-    from segdistill.data.shards import read_dataset_info
     from segdistill.models.export import ExportedSegmenter, load_model
 
-    classes = [entry.name for entry in read_dataset_info(prepared).classes]
+    classes = class_names(prepared)
     segmenter, document = load_model(best.folder, best.student, classes=classes)
     from segdistill.adapters.mlflow_registry import Submission, register
 
@@ -101,7 +100,7 @@ def run(
         test_miou=best.test_miou,
         test_data=identity_of_test_data(prepared),
         weights_sha256=document["sha256"],
-        num_classes=document["num_classes"],
+        classes=classes,
         facts={"params": str(best.params), "macs": str(best.macs), **facts_of(document)},
     )
     registered = register(
@@ -201,6 +200,13 @@ def identity_of_test_data(prepared: Path) -> str:
     from segdistill.data.shards import ShardDataset
 
     return ShardDataset(prepared, "test").content_hash
+
+
+def class_names(prepared: Path) -> tuple[str, ...]:
+    """The class of each logit, in order."""
+    from segdistill.data.shards import read_dataset_info
+
+    return tuple(entry.name for entry in read_dataset_info(prepared).classes)
 
 
 def sentence(result: Mapping[str, Any]) -> str:

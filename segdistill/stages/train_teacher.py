@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
+from segdistill.config import Seed, flatten, to_dict
 from segdistill.config import config as config_class
-from segdistill.config import flatten, to_dict
 from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
 from segdistill.engine.tracker import Tracker
 from segdistill.identity import Identity, effective
@@ -29,7 +27,7 @@ class Config:
     train: TrainConfig
     # How the teacher is validated.
     inference: InferenceConfig
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
     # A folder with teacher.safetensors and teacher.json to use instead of training; null trains.
     import_from: Path | None
 
