@@ -96,7 +96,7 @@ def run(
         test_miou=best.test_miou,
         test_data=identity_of_test_data(prepared),
         weights_sha256=document["sha256"],
-        num_classes=document["num_classes"],
+        classes=class_names(prepared),
         facts={"params": str(best.params), "macs": str(best.macs)},
     )
     registered = register(
@@ -198,6 +198,13 @@ def identity_of_test_data(prepared: Path) -> str:
     from segdistill.data.shards import ShardDataset
 
     return ShardDataset(prepared, "test").content_hash
+
+
+def class_names(prepared: Path) -> tuple[str, ...]:
+    """The class of each logit, in order."""
+    from segdistill.data.shards import read_dataset_info
+
+    return tuple(entry.name for entry in read_dataset_info(prepared).classes)
 
 
 def sentence(result: Mapping[str, Any]) -> str:
