@@ -72,7 +72,7 @@ class APDConfig(MethodConfig):
     upsample: bool = True
     """Take the global divergence at label size; false: at the teacher's logit size, far cheaper."""
     align_corners: bool = True
-    """How logits and features are resized."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
     teacher_head_lr: LearningRate = 1e-5
     """Constant learning rate of the teacher head's Adam."""
     teacher_head_betas: tuple[Beta, Beta] = (0.9, 0.99)

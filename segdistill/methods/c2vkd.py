@@ -74,7 +74,7 @@ class C2VKDConfig(MethodConfig):
     block_rows: Count = 1024
     """Rows of pairs that are in memory at once where pairs are formed; changes neither value nor gradient."""
     align_corners: bool = False
-    """How features and logits are resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @in_float32

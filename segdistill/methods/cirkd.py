@@ -64,7 +64,7 @@ class CIRKDConfig(MethodConfig):
     block_rows: Count = 1024
     """Pixels whose relations are in memory at a time; the others are computed again in the backward pass."""
     align_corners: bool = False
-    """How the student's feature is resized to the teacher's size."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @in_float32

@@ -40,7 +40,7 @@ class CWDConfig(MethodConfig):
     mask_ignore: bool = False
     """Take the softmax over the pixels with a label alone; the released code takes it over all."""
     align_corners: bool = False
-    """How logits and features are resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @in_float32

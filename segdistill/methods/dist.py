@@ -35,7 +35,7 @@ class DISTConfig(MethodConfig):
     upsample: bool = False
     """Compare at label size and not at the teacher's logit size."""
     align_corners: bool = False
-    """How logits are resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @in_float32

@@ -26,7 +26,7 @@ class DMLConfig(MethodConfig):
     upsample: bool = False
     """Compare at label size and not at the size of the finest peer's logits."""
     align_corners: bool = False
-    """How logits are resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 class MutualLearning(OnlineMethod):

@@ -40,7 +40,7 @@ class FitNetConfig(MethodConfig):
     warmup_steps: Count = 200
     """Forward passes over which the means and variances of ``standardize`` are gathered; then they are frozen."""
     align_corners: bool = False
-    """How the student's feature is resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @in_float32

@@ -70,7 +70,7 @@ class HFDBSDConfig(MethodConfig):
     aux_expansion: Channels = 4
     """Hidden width of aux_op's MLP, in widths of the transformer's feature."""
     align_corners: bool = False
-    """How logits and features are resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 class CollaborativeLearning(OnlineMethod):

@@ -24,7 +24,7 @@ class KDConfig(MethodConfig):
     upsample: bool = False
     """Compare at label size (APD) and not at the teacher's logit size (CIRKD, IFVD; far cheaper)."""
     align_corners: bool = False
-    """How logits are resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 class PixelWise(OfflineMethod):

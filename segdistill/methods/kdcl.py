@@ -33,7 +33,7 @@ class KDCLConfig(MethodConfig):
     upsample: bool = False
     """Compare at label size and not at the size of the finest student's logits."""
     align_corners: bool = False
-    """How logits are resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @torch.no_grad()

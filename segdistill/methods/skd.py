@@ -43,7 +43,7 @@ class SKDConfig(MethodConfig):
     block_rows: Count | None = 512
     """Nodes whose similarities are in memory at once, recomputed for the gradient; null makes none (large grids)."""
     align_corners: bool = False
-    """How features and logits are resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
     adversarial: Adversarial = "hinge"
     """The critic's loss: hinge (CIRKD), or Wasserstein with a penalty on its gradient (SKD, IFVD)."""
     gradient_penalty: NonNegative = 10.0
