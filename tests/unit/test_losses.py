@@ -196,25 +196,33 @@ def test_in_float32_keeps_float64_and_what_is_no_tensor() -> None:
     assert kinds(double, half, c=half > 0, d=3) == [torch.float64, torch.float32, torch.bool, 3]
 
 
-def test_many_losses_can_be_compiled_one_by_one_with_and_without_autocast() -> None:
+def test_many_losses_can_be_compiled_each_on_its_own_with_and_without_autocast() -> None:
     from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    counters.clear()
 
     def loss(number: int) -> Callable[[Tensor], Tensor]:
         @losses.in_float32
         def shifted(values: Tensor) -> Tensor:
             return (values + number).sum()
 
-        return torch.compile(shifted, backend="eager")
+        return shifted
 
-    for number in range(10):
-        compiled = loss(number)
-        for enabled in (False, True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                assert compiled(torch.ones(2)).item() == 2 + 2 * number
+    several = [loss(number) for number in range(10)]
+
+    def step(values: Tensor) -> list[Tensor]:
+        found = []
+        for one in several:
+            torch._dynamo.graph_break()  # in a loop: this frame is given up, and every loss is compiled for itself
+            found.append(one(values))
+        return found
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(step, backend="eager")
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert [value.item() for value in compiled(torch.ones(2))] == [2 + 2 * number for number in range(10)]
     assert not counters["recompile_limit"], "all losses went by one code object"
+    assert counters["frames"]["ok"] >= 10
 
 
 def test_products_of_rounded_factors_are_summed_in_full() -> None:
