@@ -34,7 +34,7 @@ def in_float32(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def product(first: Tensor, second: Tensor, *, half: bool) -> Tensor:
-    """The matrix product of two float32 matrices, without gradient, summed in float32.
+    """The matrix product of two matrices, without gradient, summed in float32.
 
     Args:
         half: round the factors to bfloat16, for which GPUs have units many times as fast. For features that came in
