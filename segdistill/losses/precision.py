@@ -29,7 +29,7 @@ def in_float32(function: Callable[P, R]) -> Callable[P, R]:
             )
 
     # A code object of its own: torch.compile counts recompilations by it, and all wrapped functions would share one.
-    wide.__code__ = wide.__code__.replace(co_name=function.__name__)
+    wide.__code__ = wide.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]
     return wide
 
 
