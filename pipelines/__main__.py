@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,11 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from segdistill import environment
 from segdistill.errors import UserError
 
 
-def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
+def arguments(params: Mapping[str, Any], *, here: bool = False) -> dict[str, Any]:
     """The pipeline's parameters that come from a params file: one JSON string a stage, and the list of jobs.
+
+    Args:
+        params: the content of params.yaml.
+        here: whether the tasks run on this machine, with its files.
 
     Raises:
         UserError: the first mistake in the file.
@@ -28,7 +32,7 @@ def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
     def chosen(stage: Stage, job: Job | None = None) -> str:
         return json.dumps(sections(stage, params, job))
 
-    check_params(params)
+    check_params(params, here=here)
     single = (
         "validate",
         "prepare",
@@ -175,13 +179,13 @@ def run_here(
     """
     from segdistill.adapters.dvc_version import find
 
-    given, version, root = arguments(params), find(repository, revision), root.resolve()
+    given, version, root = arguments(params, here=runner == "subprocess"), find(repository, revision), root.resolve()
     from kfp import local
 
     from pipelines.cluster import Placement
     from pipelines.distillation import pipeline
 
-    os.environ.setdefault("SEGDISTILL_PIPELINE_RUN", time.strftime("local-%Y%m%d-%H%M%S"))
+    environment.set_defaults({"SEGDISTILL_PIPELINE_RUN": time.strftime("local-%Y%m%d-%H%M%S")})
     place = Path(repository)
     where = str(place.resolve()) if place.is_dir() else repository  # tasks run in other folders
     if runner == "docker":
@@ -189,13 +193,11 @@ def run_here(
             raise UserError(
                 f"--repository: '{repository}' is a folder, which a container does not see; give an address"
             )
-        to_mlflow = os.environ.get("SEGDISTILL_TRACKER", "auto") in ("auto", "mlflow")
-        if to_mlflow and "MLFLOW_TRACKING_URI" not in os.environ:
+        if environment.tracker() in ("auto", "mlflow") and environment.tracking_uri() is None:
             raise UserError("MLFLOW_TRACKING_URI: not set; a container's own store would be gone with the container")
         from pipelines import docker_runner
 
-        work = os.environ.get("SEGDISTILL_WORK")
-        chosen = docker_runner.runner(root, work=Path(work) if work else None)
+        chosen = docker_runner.runner(root, work=environment.work_volume())
     else:
         chosen = local.SubprocessRunner(use_venv=False)
     before = set(root.glob("*"))

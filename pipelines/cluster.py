@@ -19,7 +19,7 @@ from segdistill import environment
 from segdistill.adapters.kubernetes_values import DataKey, Key, LabelValue, ObjectName, Variable
 from segdistill.adapters.trainjob import Certificates, Queue
 from segdistill.config import config, parse, read_yaml
-from segdistill.errors import UserError
+from segdistill.errors import UserError, brief
 
 DEFAULT = Path(__file__).with_name("cluster.yaml")
 # By default KFP tries nothing again once an hour has passed since the first attempt began. Training takes longer; what
@@ -43,20 +43,20 @@ def _amount(text: str) -> float:
     return float(number) * UNITS[unit]
 
 
-def _checked(pattern: str, examples: str) -> AfterValidator:
+def _checked(pattern: str, examples: str, most: float) -> AfterValidator:
     def check(text: str) -> str:
-        if not re.fullmatch(pattern, text) or not _amount(text):
-            raise ValueError(f"'{text}' is not an amount; write it like {examples}")
+        if len(text) > 20 or not re.fullmatch(pattern, text, re.ASCII) or not 0 < _amount(text) <= most:
+            raise ValueError(f"'{brief(text)}' is not an amount; write it like {examples}")
         return text
 
     return AfterValidator(check)
 
 
 AsText = BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)  # YAML reads 4 as a number
-Cpu = Annotated[str, AsText, _checked(r"\d+m|\d+(\.\d+)?", "4, 0.5 or 500m")]
-Memory = Annotated[str, AsText, _checked(r"\d+(\.\d+)?([KMGT]i?)?", "512Mi or 16Gi")]
-Seconds = Annotated[int, Field(gt=0)]
-Id = Annotated[int, Field(gt=0)]  # 0 is root
+Cpu = Annotated[str, AsText, _checked(r"\d+m|\d+(\.\d+)?", "4, 0.5 or 500m", 10_000)]
+Memory = Annotated[str, AsText, _checked(r"\d+(\.\d+)?([KMGT]i?)?", "512Mi or 16Gi", 2**50)]
+Seconds = Annotated[int, Field(gt=0, le=10**8)]
+Id = Annotated[int, Field(gt=0, le=2**31 - 1)]  # 0 is root
 Kind = Literal["data", "train", "report"]  # of task
 
 
@@ -110,8 +110,8 @@ class Accelerator:
     """What a task that trains or evaluates runs on."""
 
     type: Key
-    count: Annotated[int, Field(gt=0)]
-    nodes: Annotated[int, Field(gt=0)]
+    count: Annotated[int, Field(gt=0, le=1024)]
+    nodes: Annotated[int, Field(gt=0, le=1000)]
     runtime: ObjectName
     node_selector: dict[Key, LabelValue]
     tolerations: list[Toleration]
@@ -121,9 +121,9 @@ class Accelerator:
 class Retries:
     """What happens after a failed attempt."""
 
-    count: Annotated[int, Field(ge=0)]
-    wait_seconds: Annotated[int, Field(ge=0)]
-    factor: Annotated[int, Field(ge=1)]  # Argo reads no other
+    count: Annotated[int, Field(ge=0, le=1000)]
+    wait_seconds: Annotated[int, Field(ge=0, le=10**6)]
+    factor: Annotated[int, Field(ge=1, le=100)]  # Argo reads no other
 
 
 @config
@@ -167,7 +167,7 @@ class Cluster:
     tasks: Tasks
     accelerator: Accelerator | None
     shared_memory: Memory
-    parallel_jobs: Annotated[int, Field(gt=0)] | None
+    parallel_jobs: Annotated[int, Field(gt=0, le=100_000)] | None
     retries: Retries
     labels: dict[Key, LabelValue]
     annotations: dict[Key, str]

@@ -124,14 +124,16 @@ def _dispatch(arguments: argparse.Namespace) -> None:
 
 def _stage(arguments: argparse.Namespace) -> None:
     from segdistill import execution
-    from segdistill.config import read_yaml
+    from segdistill.config import Name, Seed, parse, read_yaml
     from segdistill.errors import nearest
     from segdistill.stages import BY_NAME, Job
 
     stage, started = BY_NAME[arguments.command], time.time()
     params = read_yaml(arguments.params)
-    execution.check_params(params)
-    job = Job(arguments.experiment, arguments.seed) if stage.per_job else None
+    # What begins a run builds every network in outline; later stages build their own at once.
+    execution.check_params(params, networks=stage.name in ("validate", "prepare", "train_teacher"), here=True)
+    seed = parse(Seed, arguments.seed, "--seed") if stage.per_job else 0
+    job = Job(parse(Name, arguments.experiment, "--experiment"), seed) if stage.per_job else None
     if job and job.experiment not in params["experiments"]:
         raise UserError(f"--experiment: '{job.experiment}' is unknown{nearest(job.experiment, params['experiments'])}")
     paths = {
@@ -153,31 +155,32 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from segdistill import execution
-    from segdistill.config import parse, read_yaml
+    from segdistill.config import Seed, parse, read_yaml
     from segdistill.errors import nearest
     from segdistill.stages import BY_NAME, calibrate
     from segdistill.stages.distill import Config, ExperimentConfig
 
     params, name = read_yaml(arguments.params), arguments.experiment
-    execution.check_params(params)
+    execution.check_params(params, networks=False, here=True)
     if name not in params["experiments"]:
         raise UserError(f"--experiment: '{name}' is unknown{nearest(name, params['experiments'])}")
-    if arguments.steps < 1 or min(arguments.strengths) <= 0:
-        raise UserError("--steps and --strengths: need numbers above 0")
+    seed = parse(Seed, arguments.seed, "--seed")
+    steps = parse(calibrate.Steps, arguments.steps, "--steps")
+    strengths = parse(list[calibrate.Strength], arguments.strengths, "--strengths")
     inputs = {key: Path(path) for key, path in BY_NAME["distill"].inputs.items()}
     for path in inputs.values():
         if not path.exists():
             raise UserError(f"{path}: calibrate needs it; run what makes it first: dvc repro")
     found = calibrate.run(
-        parse(Config, params["distill"], "distill"), experiment=name, seed=arguments.seed, steps=arguments.steps,
+        parse(Config, params["distill"], "distill"), experiment=name, seed=seed, steps=steps,
         settings=parse(ExperimentConfig, params["experiments"][name], f"experiments.{name}"),
         prepared=inputs["prepared"], teacher=inputs["teacher"], device=arguments.device,
     )  # fmt: skip
     if arguments.json:
-        print(json.dumps(calibrate.as_json(found, arguments.strengths), indent=2))
+        print(json.dumps(calibrate.as_json(found, strengths), indent=2))
         return
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(calibrate.table(found, arguments.steps, arguments.strengths))
+    console.print(calibrate.table(found, steps, strengths))
     for line in calibrate.paths(found):
         console.print(line, soft_wrap=True)
 
@@ -208,13 +211,9 @@ def _sync(folder: Path) -> None:
 
 def _check(path: Path) -> None:
     from segdistill import execution
-    from segdistill.config import parse, read_yaml
-    from segdistill.stages.distill import ExperimentConfig, parse_methods
+    from segdistill.config import read_yaml
 
-    params = read_yaml(path)
-    execution.check_params(params)
-    for name, experiment in params["experiments"].items():
-        parse_methods(name, parse(ExperimentConfig, experiment, f"experiments.{name}"))
+    execution.check_params(read_yaml(path), here=True)
     print(f"{path}: in order")
 
 

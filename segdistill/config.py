@@ -1,23 +1,55 @@
 """Configuration: frozen dataclasses, checked once where they enter.
 
 A stage's config has no defaults, since ``params.yaml`` says what we run; a method's config defaults to its paper's
-values. An unknown or mistyped key is a :class:`UserError` with the dotted path and the nearest valid name.
+values. An unknown or mistyped key is a :class:`UserError` with the dotted path and the nearest valid name. Nothing is
+converted on the way: ``true`` is no number, and ``"8"`` is none either. Every number has a least and a greatest value.
 """
 
 import dataclasses
+import functools
+import json
+import math
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
 import yaml
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from segdistill.errors import UserError, nearest
+from segdistill.errors import UserError, brief, nearest
+from segdistill.files import MIB, read_text
 
 T = TypeVar("T")
+
+NAME_RULE = "a letter, then up to 39 letters (a-z, A-Z), digits, '_' or '-'"
+# Of files and folders that stand beside those of experiments and students.
+TAKEN = ("teacher", "metrics", "checksums", "curves", "evaluation", "overlays", "pictures")
+_YAML_LIMIT = MIB  # bytes of a file that a person writes
+_YAML_NODES = 100_000  # values in it, every use of an anchor counted
+_YAML_DEPTH = 50
+
+
+def _is_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,39}", text):
+        raise ValueError(f"'{brief(text)}' cannot be a name; a name is {NAME_RULE}")
+    if text.lower() in TAKEN:
+        raise ValueError(f"the name '{text}' is taken; these are: {', '.join(TAKEN)}")
+    return text
+
+
+# Of an experiment or a student. It becomes a folder, a file, a word of a shell, a part of a dotted key, a module's name
+# and a run's name in MLflow, so that it has to be all of these.
+Name = Annotated[str, AfterValidator(_is_name)]
+# Of any random generator; all of ours take this many.
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+LearningRate = Annotated[float, Field(ge=1e-12, le=100)]
+Beta = Annotated[float, Field(ge=0, lt=1)]  # of an average that forgets, such as Adam's
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -27,23 +59,109 @@ def config(cls: type[T]) -> type[T]:
     return pydantic_dataclass(cls, frozen=True, kw_only=True, config=settings)  # type: ignore[return-value]
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: no dates, and numbers in decimal only, which DVC (YAML 1.2) and PyYAML (1.1) read alike."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+            reason = str(error).partition(";")[0] or type(error).__name__
+            raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark) from None
+
+    def refuse_number(self, node: yaml.ScalarNode) -> Any:
+        said = f"'{brief(node.value)}' is no number in plain decimal digits; if it is text, put it in quotes"
+        raise yaml.constructor.ConstructorError(None, None, said, node.start_mark)
+
+
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9_]*)",
+    "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?",
+    # Octal, hexadecimal, base 60 (12:30), infinity: numbers to one reader of YAML, and not the same to another.
+    "!number": r"[-+]?(0[0-9_]+(\.[0-9_]*)?([eE][-+]?[0-9]+)?|0[xXoObB]\w+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?"
+    r"|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag_of_number, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag_of_number, re.compile(f"(?:{_pattern})$"), list("-+.0123456789"))
+_Loader.add_constructor("!number", _Loader.refuse_number)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; YAML 1.1's trap that ``1e-4`` is a string is undone by the typed configs.
+    """The mapping in a YAML file.
 
     Raises:
-        UserError: the file is absent, not YAML, or not a mapping.
+        UserError: the file cannot be read, is not YAML, has a key twice, or is not a mapping.
     """
+    if not path.exists():
+        close = nearest(path.name, (file.name for file in path.parent.glob("*.yaml")))
+        raise UserError(f"{path}: no such file{close if 'did you mean' in close else ''}")
+    return parse_yaml(read_text(path, limit=_YAML_LIMIT), str(path))
+
+
+def parse_yaml(text: str, path: str) -> dict[str, Any]:
+    """The mapping in a YAML text, which came from ``path``; see :func:`read_yaml`."""
+    loader = _Loader(_printable(path, text))
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        node = loader.get_single_node()
+        if node is not None:
+            _require_plain(node, {})
+        data = None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
+    except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{path}{line}: not valid YAML: {reason}") from None
+    finally:
+        loader.dispose()
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
     return data
+
+
+def _printable(path: str, text: str) -> str:
+    if found := yaml.reader.Reader.NON_PRINTABLE.search(text):
+        line = text.count("\n", 0, found.start()) + 1
+        raise UserError(f"{path}, line {line}: not valid YAML: the character {found.group()!r} may not stand there")
+    return text
+
+
+def _require_plain(node: yaml.Node, sizes: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """The number of values in a node, anchors written out, and its depth.
+
+    Raises:
+        yaml.YAMLError: a key that stands twice, or more than can be meant.
+    """
+
+    def refuse(reason: str, at: yaml.Node = node) -> typing.NoReturn:
+        raise yaml.constructor.ConstructorError(None, None, reason, at.start_mark)
+
+    if id(node) in sizes:
+        if not sizes[id(node)][0]:
+            refuse("an anchor that contains itself")
+        return sizes[id(node)]
+    sizes[id(node)] = (0, 0)  # not known yet
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        keys: set[tuple[str, Hashable]] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in keys:
+                refuse(f"the key '{brief(key.value)}' stands twice in one mapping", key)
+            keys.add((key.tag, key.value if isinstance(key, yaml.ScalarNode) else id(key)))
+            inner += [key, value]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    parts = [_require_plain(one, sizes) for one in inner]
+    size, depth = 1 + sum(count for count, _ in parts), 1 + max((deep for _, deep in parts), default=0)
+    if size > _YAML_NODES or depth > _YAML_DEPTH:
+        refuse(f"more than {_YAML_NODES} values, or nested more than {_YAML_DEPTH} deep")
+    sizes[id(node)] = size, depth
+    return size, depth
 
 
 def parse(cls: type[T], data: Any, where: str) -> T:
@@ -58,9 +176,44 @@ def parse(cls: type[T], data: Any, where: str) -> T:
         UserError: the first mistake, with its dotted path, and for an unknown key the nearest valid one.
     """
     try:
-        return pydantic.TypeAdapter(cls).validate_python(data)
+        text = json.dumps(_plain(data, where))
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply") from None
+    try:
+        # As JSON: only there are lists tuples, and texts paths, while nothing else is taken for what it is not.
+        return typing.cast(T, _adapter(typing.cast(Hashable, cls)).validate_json(text, strict=True))
     except pydantic.ValidationError as error:
         raise UserError(_sentence(error.errors(include_url=False), cls, where)) from None
+
+
+@functools.lru_cache(maxsize=256)
+def _adapter(cls: Any) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(cls)
+
+
+def _plain(data: Any, where: str) -> Any:
+    """Data of which JSON can say the same: text for keys, no dates, no bytes, no infinity."""
+    if isinstance(data, Mapping):
+        for key in data:
+            if not isinstance(key, str):
+                raise UserError(f"{_dotted(where, str(key))}: the key {brief(key)} is no text; put it in quotes")
+        return {_plain(key, where): _plain(value, _dotted(where, key)) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value, _dotted(where, str(index))) for index, value in enumerate(data)]
+    if isinstance(data, Path):
+        data = str(data)
+    if isinstance(data, str):
+        try:
+            data.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: {brief(data)} has characters that no text has") from None
+    elif isinstance(data, int) and abs(data) >= 2**63:
+        raise UserError(f"{where}: an integer of more than 64 bits")
+    elif isinstance(data, float) and not math.isfinite(data):
+        raise UserError(f"{where}: {data} is no number that may stand here")
+    elif data is not None and not isinstance(data, (bool, int, float)):
+        raise UserError(f"{where}: a {type(data).__name__}; expected text, a number, a list or a mapping")
+    return data
 
 
 def to_dict(value: Any) -> Any:
@@ -93,7 +246,7 @@ def _sentence(errors: list[Any], cls: Any, where: str) -> str:
     unknown = [error for error in errors if error["type"] in ("unexpected_keyword_argument", "extra_forbidden")]
     error = (unknown or errors)[0]
     location, owner = _walk(cls, error["loc"])
-    path = ".".join([part for part in (where, *location) if part])
+    path = _dotted(where, *location)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         names = [field.name for field in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
         return f"{path}: unknown key{nearest(location[-1], names)}"
@@ -101,15 +254,24 @@ def _sentence(errors: list[Any], cls: Any, where: str) -> str:
         return f"{path}: missing; it has no default"
     if error["type"] == "union_tag_invalid":
         tag, tags = error["ctx"]["tag"], [name.strip(" '") for name in error["ctx"]["expected_tags"].split(",")]
-        return f"{path}.name: unknown name '{tag}'{nearest(tag, tags)}"
+        return f"{path}.name: unknown name '{brief(tag)}'{nearest(tag, tags)}"
     if error["type"] == "union_tag_not_found":
         return f"{path}.name: missing; it says which kind this is"
     if error["type"] == "literal_error":
         allowed = error["ctx"]["expected"]
-        return f"{path}: {error['input']!r} is not allowed; allowed: {allowed}"
+        return f"{path}: {_value(error['input'])} is not allowed; allowed: {allowed}"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    shown = "" if error["type"] == "value_error" else f", not {error['input']!r}"
+    shown = "" if error["type"] == "value_error" else f", not {_value(error['input'])}"
     return f"{path}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _value(value: Any) -> str:
+    return f"'{brief(value)}'" if isinstance(value, str) else brief(value)
+
+
+def _dotted(*parts: str) -> str:
+    """A path for a message: on one line and of a readable length, whatever the keys are."""
+    return ".".join(brief(part) for part in parts if part)
 
 
 def _walk(cls: Any, location: tuple[Any, ...]) -> tuple[list[str], Any]:
@@ -117,6 +279,8 @@ def _walk(cls: Any, location: tuple[Any, ...]) -> tuple[list[str], Any]:
     parts: list[str] = []
     owner, current = cls, cls
     for step in location:
+        if step == "[key]":  # what is wrong is the key itself
+            continue
         members = _members(current)
         fields: dict[str, Any] = {}
         for member in members:

@@ -17,6 +17,8 @@ absent. Those of other programs (AWS_*, GIT_*, proxies, certificates, torchrun's
 | ``SEGDISTILL_WARM`` | ``0``: no stage is forked from a preloaded process | ``--warm`` does |
 | ``SEGDISTILL_WARM_IDLE`` | the seconds after which such a process ends | 60 |
 | ``MLFLOW_TRACKING_URI`` | where runs are kept; with credentials, if they are in it | ``mlflow.db`` of the project |
+| ``MLFLOW_TRACKING_USERNAME`` | read by MLflow's client; set here from an address that has credentials | none |
+| ``MLFLOW_TRACKING_PASSWORD`` | likewise | none |
 | ``MLFLOW_RUN_ID`` | with ``injected`` alone: the run that KFP made for this task in MLflow | an error |
 | ``MLFLOW_EXPERIMENT_ID`` | with ``injected`` alone: handed on to a TrainJob; we ask the run | nothing to hand on |
 | ``MLFLOW_WORKSPACE`` | likewise, for MLflow's client | likewise |

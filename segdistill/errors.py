@@ -37,6 +37,12 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else f"; allowed: {', '.join(allowed) or 'nothing'}"
 
 
+def brief(value: object) -> str:
+    """A value for a message: on one line, of a readable length; text as it is if it can be."""
+    shown = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:60]}... ({len(shown)} characters)"
+
+
 @contextlib.contextmanager
 def exit_codes(command: str) -> Iterator[None]:
     """Ends a command as its user and a scheduler expect; every command and task is run in it.

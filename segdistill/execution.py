@@ -18,9 +18,9 @@ from typing import Any
 from segdistill import environment
 from segdistill.config import parse
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker, Tracker
-from segdistill.errors import Interrupted, UserError, nearest
+from segdistill.errors import Interrupted, UserError, brief, nearest
 from segdistill.files import disk_errors, lock, write_file
-from segdistill.stages import STAGES, Job, Stage, check_sections, jobs
+from segdistill.stages import STAGES, Job, Stage, check_sections, jobs, matrix, require_different
 
 TIMINGS, TRACKING = Path("artifacts/timings"), Path("artifacts/tracking")
 
@@ -111,20 +111,47 @@ def _installed(package: str) -> bool:
         return False
 
 
-def check_params(params: Mapping[str, Any]) -> None:
-    """Checks the whole params file but the methods' own keys, which need torch: a slip must not wait for its stage.
+def check_params(params: Any, *, networks: bool = True, here: bool = False) -> None:
+    """Checks the whole of params.yaml, since a slip must not wait for its stage: keys, values, and what goes together.
+
+    Args:
+        params: what the file says.
+        networks: whether to build every network in outline, and the methods between them, which takes seconds.
+        here: whether it is to run on this machine; the files that it names must then be here.
 
     Raises:
         UserError: the first mistake, by its dotted path.
     """
-    from segdistill.stages.distill import ExperimentConfig
+    from segdistill.data.layouts import LAYOUTS
+    from segdistill.stages import _networks
+    from segdistill.stages.distill import ExperimentConfig, parse_methods
 
+    if not isinstance(params, Mapping):
+        raise UserError(f"parameters: expected a mapping of sections, found {type(params).__name__}")
+    params = parse(dict[str, Any], params, "")
     check_sections(params)
-    jobs(params)
-    for stage in STAGES:
-        parse(stage_module(stage).Config, params[stage.params[0]], stage.params[0])
-    for name, experiment in params["experiments"].items():
-        parse(ExperimentConfig, experiment, f"experiments.{name}")
+    cells = jobs(params)
+    require_different("experiments", params["experiments"])
+    configs = {stage.params[0]: parse(stage_module(stage).Config, params[stage.params[0]], stage.params[0])
+               for stage in STAGES}  # fmt: skip
+    experiments = {name: parse(ExperimentConfig, entry, f"experiments.{name}")
+                   for name, entry in params["experiments"].items()}  # fmt: skip
+    for name, settings in experiments.items():
+        require_different(f"experiments.{name}.students", settings.students)
+        parse_methods(name, settings)
+    for section in ("validate", "prepare"):
+        if (layout := configs[section].layout) not in LAYOUTS:
+            raise UserError(f"{section}.layout: unknown layout '{brief(layout)}'{nearest(layout, LAYOUTS)}")
+    if configs["validate"].layout != configs["prepare"].layout:
+        raise UserError(
+            f"prepare.layout: '{configs['prepare'].layout}', but validate.layout is '{configs['validate'].layout}';"
+            " make them equal"
+        )
+    wanted = configs["register"].student
+    trained = {student for cell in cells for student in experiments[cell.experiment].students}
+    if wanted is not None and wanted not in trained:
+        raise UserError(f"register.student: no experiment under run trains a '{wanted}'{nearest(wanted, trained)}")
+    _networks.check(configs["train_teacher"], experiments, outlines=networks, files=here)
 
 
 def sections(stage: Stage, params: Mapping[str, Any], job: Job | None) -> dict[str, Any]:
@@ -193,6 +220,7 @@ def _run_stage(
     try:
         own, *others = stage.params
         config = parse(module.Config, chosen[own], own)
+        places = resolve(stage, job, chosen, paths)
         arguments: dict[str, Any] = {"tracker": tracker, "work": work, "device": device}
         if job is not None:
             arguments |= {"experiment": job.experiment, "seed": job.seed}
@@ -202,7 +230,7 @@ def _run_stage(
                 arguments["settings"] = parse(module.ExperimentConfig, chosen[filled], filled)
             else:
                 arguments[key] = list(chosen[filled])
-        arguments |= resolve(stage, job, chosen, paths)
+        arguments |= places
         accepted = inspect.signature(module.run).parameters
         seconds = module.run(config, **{key: value for key, value in arguments.items() if key in accepted})
         status = "FINISHED"
@@ -238,11 +266,9 @@ def resolve(
             raise UserError(f"{name}: {stage.name} has no such path{nearest(name, declared)}")
     paths: dict[str, Any] = {}
     for name, template in declared.items():
-        if name in given:
-            paths[name] = given[name]
-        elif "{job}" in template:
-            cells = [Job(experiment, seed) for experiment in chosen["run"] for seed in chosen["seeds"]]
-            paths[name] = [Path(template.format(job=cell)) for cell in cells]
+        if "{job}" in template:
+            cells = matrix(chosen)
+            paths[name] = given.get(name, [Path(template.format(job=cell)) for cell in cells])
         else:
             paths[name] = _place(stage, name, job, given)
     for name in stage.inputs:

@@ -21,7 +21,7 @@ from typing import Any
 
 from segdistill import environment
 from segdistill.config import parse
-from segdistill.errors import Interrupted, UserError, exit_codes
+from segdistill.errors import Interrupted, UserError, brief, exit_codes
 from segdistill.execution import (
     TRACKING,
     context,
@@ -31,8 +31,8 @@ from segdistill.execution import (
     run_stage,
     stage_module,
 )
-from segdistill.files import COMPLETED
-from segdistill.stages import BY_NAME, Job, Stage
+from segdistill.files import COMPLETED, parse_json
+from segdistill.stages import BY_NAME, Job, Stage, matrix
 from segdistill.stages.highlights import Highlights
 
 logger = logging.getLogger(__name__)
@@ -187,12 +187,9 @@ def _places(task: Task) -> Places:
 
 def _read_sections(task: Task) -> dict[str, Any]:
     expected = [key.format(experiment=task.experiment or "") for key in task.stage.params]
-    try:
-        chosen = json.loads(task.params)
-    except json.JSONDecodeError as error:
-        raise UserError(f"params of {task.name}: not valid JSON: {error}") from None
+    chosen = parse_json(task.params, f"params of {task.name}")
     if not isinstance(chosen, dict) or sorted(chosen) != sorted(expected):
-        found = ", ".join(chosen) if isinstance(chosen, dict) else type(chosen).__name__
+        found = ", ".join(map(brief, chosen)) if isinstance(chosen, dict) else type(chosen).__name__
         raise UserError(f"params of {task.name}: expected the sections {', '.join(expected)}, found {found}")
     return chosen
 
@@ -209,7 +206,7 @@ def _in_order(
 ) -> list[Path]:
     """The folders in the order of the matrix, by what they say of themselves: no orchestrator promises an order."""
     made = {mark["job"]: folder for mark, folder in zip(marks, folders, strict=True)}
-    wanted = [str(Job(experiment, seed)) for experiment in chosen["run"] for seed in chosen["seeds"]]
+    wanted = [str(cell) for cell in matrix(chosen)]
     if sorted(made) != sorted(wanted) or len(folders) != len(wanted):
         raise UserError(
             f"{stage.name}: its parameters name the jobs {', '.join(wanted)}, the pipeline ran {', '.join(made)}"

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 DATA_FILE = "data.dvc"
 CONFIG_FILE = ".dvc/config"
+MOST_OF_A_PATH = 1000  # characters of a file's path in the data set
 
 # Keys of a remote that hold or choose credentials. Those in git are everybody's.
 CREDENTIALS = ("access_key_id", "secret_access_key", "session_token", "profile", "credentialpath", "configpath")
@@ -107,7 +108,10 @@ def _is_path(path: str) -> bool:
         parts = [part.encode() for part in path.split("/")]
     except UnicodeEncodeError:
         return False
-    return all(0 < len(part) <= 255 and part not in (b".", b"..") and b"\0" not in part for part in parts)
+    # Shorter than any file system's limit below some folder, and not too deep for one.
+    return len(path) <= MOST_OF_A_PATH and all(
+        0 < len(part) <= 255 and part not in (b".", b"..") and b"\0" not in part for part in parts
+    )
 
 
 def _is_cached(cache: Path, md5: str) -> bool:

@@ -12,9 +12,10 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
-from segdistill.adapters.objects import CHUNK_BYTES, MissingObject, Stopped
+from segdistill.adapters.objects import CHUNK_BYTES, LIST_LIMIT, MissingObject, Stopped
 from segdistill.adapters.secrets import masked_text
 from segdistill.errors import UserError
+from segdistill.files import MIB
 
 try:
     import boto3
@@ -97,7 +98,16 @@ class Bucket:
 
     def read(self, key: str) -> bytes:
         """A small object, whole."""
-        return self._patiently(key, lambda: b"".join(self._chunks(key)))
+
+        def once() -> bytes:
+            content = bytearray()
+            for chunk in self._chunks(key):
+                content += chunk
+                if len(content) > LIST_LIMIT:
+                    raise UserError(f"{self.url(key)}: at most {LIST_LIMIT / MIB:g} MiB are read of such an object")
+            return bytes(content)
+
+        return self._patiently(key, once)
 
     def download(self, key: str, target: Path) -> str:
         """Streams an object into a file; returns its md5."""

@@ -35,8 +35,8 @@ def run(
 
     An earlier attempt of the same task may have left a job of this name: one that runs or has succeeded is taken over,
     one that failed is replaced. If this process is told to stop, or loses sight of the API, the job goes on, because a
-    pod that is lost is tried again, and hours of several nodes are not to be lost with it. A job that nobody takes over
-    ends at its timeout.
+    pod that is lost may be tried again, and hours of several nodes are not to be lost with it. A job that nobody takes
+    over ends at its timeout.
 
     Args:
         job: what to run.

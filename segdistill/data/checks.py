@@ -76,12 +76,11 @@ def read_file(path: Path) -> bytes:
     Raises:
         BadFile: missing, empty, too large, no regular file, or not readable.
     """
-    if not path.is_symlink() and not path.exists():
-        raise BadFile("missing")
     try:
         content = files.read_bytes(path, limit=FILE_LIMIT)
     except UserError as error:
-        raise BadFile(str(error).removeprefix(f"{path}: ")) from None
+        reason = str(error).removeprefix(f"{path}: ")
+        raise BadFile("missing" if reason == "no such file" else reason) from None
     if not content:
         raise BadFile("empty file")
     return content

@@ -73,7 +73,7 @@ def decode_image(content: bytes, *, verified: bool = False) -> Image.Image:
         raise BadFile(f"pixels of mode {image.mode}; an image must have 8 bits a channel")
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
         raise BadFile("has transparent pixels, and what is behind them is not said; save it without transparency")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def decode_mask(content: bytes) -> Mask:

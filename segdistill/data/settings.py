@@ -2,12 +2,13 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from segdistill.config import config
+from segdistill.config import Fraction, config
 
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
+Side = Annotated[int, Field(ge=1, le=16384)]  # pixels
+Workers = Annotated[int, Field(ge=0, le=1024)]  # processes
+Scale = Annotated[float, Field(ge=0.05, le=8)]
 
 
 @config
@@ -15,10 +16,16 @@ class AugmentationConfig:
     """Joint random augmentation of image and mask; the same pixels go to teacher and student."""
 
     # Height and width of a training crop; a smaller image is padded with void.
-    crop_size: tuple[Positive, Positive]
+    crop_size: tuple[Side, Side]
     # Bounds of the random scale, relative to the stored size.
-    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+    scale: tuple[Scale, Scale]
     # Probability of a horizontal flip.
-    flip: Probability
+    flip: Fraction
     # Strength of brightness, contrast and saturation jitter; 0 is off.
-    color_jitter: Probability
+    color_jitter: Fraction
+
+    @model_validator(mode="after")
+    def _scale_in_order(self) -> "AugmentationConfig":
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale {list(self.scale)}: the first bound is above the second")
+        return self

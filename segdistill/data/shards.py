@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from segdistill.data.decoding import FILE_LIMIT, decode_image
+from segdistill.data.decoding import decode_image
 from segdistill.data.layouts.layout import ClassInfo
 from segdistill.errors import UserError
 from segdistill.files import MIB, read_sealed, read_sealed_json, require_regular
@@ -26,6 +26,7 @@ INFO_FILE = "dataset.json"
 MANIFEST_FILE = "manifest.parquet"
 SHARD_FOLDER = "shards"
 MANIFEST_LIMIT = 4096 * MIB  # bytes; about 150 a sample
+MOST_OPEN = 128  # shards that one data set keeps open; a process may have a thousand files
 MEND = "remove the folder and run the stage 'prepare' again"
 
 
@@ -97,14 +98,8 @@ class ShardDataset:
         place = {name: self._value(name, index) for name in PLACE}
         shard = place.pop("shard")
         path = self.prepared / SHARD_FOLDER / shard
-        if shard not in self._files:
-            try:
-                require_regular(path)
-            except UserError as error:
-                raise UserError(f"{error}; {MEND}") from None
-            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            image, label = read_encoded(self._files[shard], **place)
+            image, label = read_encoded(self._open(shard), **place)
         except ValueError as error:
             raise UserError(f"{path}: sample '{self.sample_id(index)}': {error}; {MEND}") from None
         return np.array(decode_image(image, verified=True)), np.array(Image.open(io.BytesIO(label)))
@@ -118,6 +113,18 @@ class ShardDataset:
         """What this split is, however it is cut into shards."""
         columns = (self._samples[name].to_pylist() for name in ("split", "id", "sha256"))
         return content_hash(self._class_names, zip(*columns, strict=True))
+
+    def _open(self, shard: str) -> int:
+        if shard not in self._files:
+            path = self.prepared / SHARD_FOLDER / shard
+            try:
+                require_regular(path)
+            except UserError as error:
+                raise UserError(f"{error}; {MEND}") from None
+            if len(self._files) == MOST_OPEN:
+                os.close(self._files.pop(next(iter(self._files))))
+            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[shard]
 
     def _value(self, name: str, index: int) -> Any:
         if not 0 <= index < len(self):
@@ -139,8 +146,6 @@ def read_encoded(
     Raises:
         ValueError: not there, or not what the hash says.
     """
-    if max(image_bytes, label_bytes) > 4 * FILE_LIMIT:
-        raise ValueError("damaged")
     try:
         image, label = os.pread(file, image_bytes, image_offset), os.pread(file, label_bytes, label_offset)
     except OSError as error:

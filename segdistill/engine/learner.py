@@ -54,11 +54,15 @@ class Learner(nn.Module):
         self.keep_features = False
         self.last_features: dict[str, Tensor] = {}
 
-    def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, target: Tensor, pixels: Tensor | None = None) -> dict[str, Tensor]:
         """The raw terms of one batch, float32 scalars.
 
+        Args:
+            pixels: what the sums of cross-entropies are divided by if this is a piece of a batch; see
+                :func:`segdistill.losses.cross_entropy`.
+
         Shape:
-            images: [B, 3, H, W] float RGB in 0..1; target: [B, H, W] int64.
+            images: [B, 3, H, W] float RGB in 0..1; target: [B, H, W] int64; pixels: scalar.
         """
         outputs = {name: student(images) for name, student in self.students.items()}
         if self.keep_features:
@@ -67,9 +71,9 @@ class Learner(nn.Module):
         terms: dict[str, Tensor] = {}
         for name, output in outputs.items():
             # With a weight of 0 the cross-entropy is still reported, but nothing flows through it.
-            terms[f"{name}/ce"] = cross_entropy(output.logits, target)
+            terms[f"{name}/ce"] = cross_entropy(output.logits, target, pixels)
             if output.aux_logits is not None:
-                terms[f"{name}/aux_ce"] = cross_entropy(output.aux_logits, target)
+                terms[f"{name}/aux_ce"] = cross_entropy(output.aux_logits, target, pixels)
         for label, method in self.methods.items():
             if isinstance(method, OfflineMethod):
                 (output,) = outputs.values()

@@ -5,10 +5,16 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
-from segdistill.config import config
-from segdistill.data.settings import AugmentationConfig, Positive, Probability
+from segdistill.config import Beta, Fraction, LearningRate, config
+from segdistill.data.settings import AugmentationConfig, Scale, Workers
 
-NonNegative = Annotated[float, Field(ge=0.0)]
+Iterations = Annotated[int, Field(ge=1, le=100_000_000)]
+Images = Annotated[int, Field(ge=1, le=65536)]
+WindowSide = Annotated[int, Field(ge=16, le=16384)]  # pixels
+Decay = Annotated[float, Field(ge=0, le=10)]
+Multiplier = Annotated[float, Field(ge=1e-3, le=1000)]
+# In one forward pass of all processes. A thousand times what one GPU takes at 1024 x 1024; beyond it is a slip.
+MOST_PIXELS = 2**30
 
 
 @config
@@ -16,12 +22,12 @@ class PolySchedule:
     """lr * (1 - progress)^power after a linear warm-up; progress runs over the budget, iterations or seconds."""
 
     name: Literal["poly"] = "poly"
-    power: NonNegative = 0.9
+    power: Annotated[float, Field(ge=0, le=10)] = 0.9
     # Part of the budget over which the learning rate rises linearly.
-    warmup_fraction: Probability = 0.0
+    warmup_fraction: Fraction = 0.0
     # Where the warm-up starts and where the decay ends, as parts of the learning rate.
-    warmup_ratio: Probability = 1e-3
-    floor_ratio: Probability = 0.0
+    warmup_ratio: Fraction = 1e-3
+    floor_ratio: Fraction = 0.0
 
 
 @config
@@ -39,13 +45,19 @@ class SGDConfig:
     """Stochastic gradient descent with momentum: the CNN recipe of the segmentation literature."""
 
     name: Literal["sgd"] = "sgd"
-    lr: Annotated[float, Field(gt=0)]
-    momentum: Probability = 0.9
-    weight_decay: NonNegative = 1e-4
+    lr: LearningRate
+    momentum: Beta = 0.9
+    weight_decay: Decay = 1e-4
     nesterov: bool = False
     # The learning rate of decoder, classifier and method helpers is this many times the encoder's.
-    decoder_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    decoder_multiplier: Multiplier = 1.0
     schedule: Schedule = Field(default_factory=PolySchedule)
+
+    @pydantic.model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> "SGDConfig":
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
 
 
 @config
@@ -53,11 +65,11 @@ class AdamWConfig:
     """AdamW without decay on norms and biases: the ViT recipe."""
 
     name: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0)]
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
-    weight_decay: NonNegative = 0.01
+    lr: LearningRate
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: Decay = 0.01
     # The learning rate of decoder, classifier and method helpers is this many times the encoder's.
-    decoder_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    decoder_multiplier: Multiplier = 1.0
     schedule: Schedule = Field(default_factory=PolySchedule)
 
 
@@ -66,10 +78,10 @@ class AdamConfig:
     """Adam, as APD uses it for the teacher's head: constant learning rate unless told otherwise."""
 
     name: Literal["adam"] = "adam"
-    lr: Annotated[float, Field(gt=0)]
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
-    weight_decay: NonNegative = 0.0
-    decoder_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    lr: LearningRate
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: Decay = 0.0
+    decoder_multiplier: Multiplier = 1.0
     schedule: Schedule = Field(default_factory=ConstantSchedule)
 
 
@@ -81,12 +93,12 @@ class TrainConfig:
     """One training loop: budget, batch, augmentation, precision, and how often it speaks, validates and saves."""
 
     # The budget: this many iterations (optimiser steps), or this many seconds of training. One of the two.
-    iterations: Positive | None
-    seconds: Annotated[float, Field(gt=0)] | None
+    iterations: Iterations | None
+    seconds: Annotated[float, Field(ge=1e-3, le=1e7)] | None
     # Images an optimiser step, over all processes and accumulation pieces.
-    batch_size: Positive
+    batch_size: Images
     # Forward passes an optimiser step; batch_size must be divisible by this and by the number of processes.
-    accumulate: Positive
+    accumulate: Images
     augmentation: AugmentationConfig
     # fp32, or autocast to bf16 or fp16 on a GPU.
     precision: Literal["fp32", "bf16", "fp16"]
@@ -94,15 +106,15 @@ class TrainConfig:
     # torch.compile the students and the teacher.
     compile: bool
     # Largest gradient norm; null is off.
-    max_grad_norm: Annotated[float, Field(gt=0)] | None
+    max_grad_norm: Annotated[float, Field(ge=1e-6, le=1e6)] | None
     # Data loading processes; 0 loads in the training process.
-    workers: Annotated[int, Field(ge=0)]
+    workers: Workers
     # Iterations between two log entries, two validations and two checkpoints.
-    log_every: Positive
-    validate_every: Positive
-    checkpoint_every: Positive
+    log_every: Iterations
+    validate_every: Iterations
+    checkpoint_every: Iterations
     # Iterations between two measurements of each term's share of the gradient at the last feature; 0 is off.
-    gradient_share_every: Annotated[int, Field(ge=0)]
+    gradient_share_every: Annotated[int, Field(ge=0, le=100_000_000)]
     # Which weights are kept: those of the last iteration, or of the best validation.
     select: Literal["last", "best"]
 
@@ -114,6 +126,12 @@ class TrainConfig:
             raise ValueError("gradient_share_every cannot look inside a compiled step; set it to 0 or compile to false")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+        height, width = self.augmentation.crop_size
+        if self.batch_size // self.accumulate * height * width > MOST_PIXELS:
+            raise ValueError(
+                f"{self.batch_size // self.accumulate} crops of {height} x {width} in one forward pass are more than"
+                f" {MOST_PIXELS} pixels; lower batch_size or crop_size, or raise accumulate"
+            )
         return self
 
 
@@ -122,10 +140,10 @@ class InferenceConfig:
     """How a network is applied to a stored image; the headline protocol is the whole image, one scale, no flip."""
 
     # Images a forward pass.
-    batch_size: Positive
+    batch_size: Images
     # The network sees the image resized by this factor; its logits are resized to the label.
-    input_scale: Annotated[float, Field(gt=0)]
+    input_scale: Scale
     # Height and width of a sliding window, null for the whole image.
-    window: tuple[Positive, Positive] | None
+    window: tuple[WindowSide, WindowSide] | None
     # Distance of two windows, as a part of the window.
-    window_stride: Annotated[float, Field(gt=0, le=1)]
+    window_stride: Annotated[float, Field(ge=0.1, le=1)]

@@ -30,7 +30,8 @@ def pixel_errors(logits: Tensor, labels: Tensor) -> Tensor:
 def region_errors(errors: Tensor, labels: Tensor, grid: Size) -> Tensor:
     """The mean of the errors over each region's labelled pixels, 0 where it has none.
 
-    The regions are the windows of adaptive pooling: where the grid does not divide the map, neighbours overlap.
+    The regions are the cells of the grid if a stride has as many; else the windows of adaptive pooling, in which
+    neighbours overlap where the grid does not divide the map.
 
     Shape:
         errors, labels: [B, h, w]; returns [B, *grid].

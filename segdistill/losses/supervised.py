@@ -10,13 +10,20 @@ from segdistill.losses.precision import in_float32
 
 
 @in_float32
-def cross_entropy(logits: Tensor, target: Tensor, *, align_corners: bool = False) -> Tensor:
+def cross_entropy(
+    logits: Tensor, target: Tensor, pixels: Tensor | None = None, *, align_corners: bool = False
+) -> Tensor:
     """Cross-entropy at label size: the mean over the valid pixels of the batch, 0 with a graph if there are none.
+
+    Args:
+        pixels: what the sum is divided by where this is a part of a larger batch, the valid pixels of an average part:
+            the mean over the parts is then that over all valid pixels. None is for a batch of its own.
 
     Shape:
         logits: [B, K, h, w], resized to the labels here.
         target: [B, H, W] int64.
+        pixels: scalar.
     """
     logits = resize_logits(logits, size_of(target), align_corners=align_corners)  # [B, K, H, W]
     total = F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / valid_mask(target).sum().clamp_min(1)
+    return total / (valid_mask(target).sum().clamp_min(1) if pixels is None else pixels)

@@ -1,12 +1,11 @@
 """Adaptive perspective distillation: the teacher's view of the data set, and its view of this batch."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from segdistill.config import config
+from segdistill.config import Beta, LearningRate, config
 from segdistill.errors import UserError
 from segdistill.losses import (
     Projection,
@@ -24,11 +23,10 @@ from segdistill.losses import (
     size_of,
     valid_mask,
 )
-from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Positive
+from segdistill.methods.method import Channels, MethodConfig, NonNegative, OfflineMethod, Positive, Temperature
 from segdistill.models.outputs import ModelInfo, Outputs
 
 Head = Literal["mlp", "identity"]
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 # The logit of a class without prototype. Finite, because 0 * inf is not 0; exp of it is exactly 0.
 ABSENT = -1e9
@@ -51,7 +49,7 @@ class APDConfig(MethodConfig):
     """Factor of the teacher head's own loss; 0 leaves the head as it was drawn."""
     reduction: Literal["element_mean", "per_pixel"] = "element_mean"
     """What global_weight and local_weight multiply: the mean over pixels and classes (as published), or over pixels."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Of the global divergence; divides both logits, squared it multiplies the loss."""
     cosine_scale: Positive = 10.0
     """Multiplies the cosines of the local classifier (the released code calls it a temperature)."""
@@ -61,9 +59,9 @@ class APDConfig(MethodConfig):
     """What maps the student's last feature into the space of its prototypes."""
     teacher_head: Head = "mlp"
     """The same for the teacher."""
-    hidden_channels: PositiveInt = 512
+    hidden_channels: Channels = 512
     """Width between the two layers of an mlp head."""
-    out_channels: PositiveInt = 512
+    out_channels: Channels = 512
     """Width of the prototypes behind an mlp head."""
     normalize: bool = True
     """Give every pixel's vector and every prototype unit length; false (kmeans_norm: False there) leaves both be."""
@@ -74,8 +72,8 @@ class APDConfig(MethodConfig):
     upsample: bool = True
     """Take the global divergence at label size; false: at the teacher's logit size, far cheaper."""
     align_corners: bool = True
-    """How logits and features are resized."""
-    teacher_head_lr: Positive = 1e-5
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
+    teacher_head_lr: LearningRate = 1e-5
     """Constant learning rate of the teacher head's Adam."""
     teacher_head_betas: tuple[Beta, Beta] = (0.9, 0.99)
     """Betas of the teacher head's Adam."""

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from segdistill.config import config
@@ -23,7 +22,7 @@ from segdistill.losses import (
 from segdistill.losses.pdd import blended_two_way
 from segdistill.losses.precision import is_half, product
 from segdistill.methods.dkd import non_target_kl, target_kl
-from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Positive
+from segdistill.methods.method import Channels, Count, MethodConfig, NonNegative, OfflineMethod, Temperature
 from segdistill.models.attention_pool import AttentionPool, load_attention_pool
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
 
@@ -51,7 +50,7 @@ class C2VKDConfig(MethodConfig):
     """Factor of the labelled class's part of the decoupled term."""
     other_factor: NonNegative = 0.5
     """Factor of the part of all other classes."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Of the reading dkd alone; divides both logits, squared it multiplies the term."""
     upsample: bool = True
     """Compare logits at label size and not at the teacher's logit size."""
@@ -69,16 +68,16 @@ class C2VKDConfig(MethodConfig):
     """What makes the teacher's feature a vector: its mean (the fallback, not the paper's), or CLIP's attention pool."""
     pool_weights: Path | None = None
     """For clip: a .safetensors file with CLIP-RN101's tensors visual.attnpool.*, or a whole CLIP."""
-    pool_heads: PositiveInt = 32
+    pool_heads: Channels = 32
     """For clip: attention heads of the pool; the file does not tell."""
     form_pairs: bool = False
     """Form every pair of the patch relation even where going through the channels is cheaper; the sum is the same."""
-    block_rows: PositiveInt = 1024
+    block_rows: Count = 1024
     """Rows of pairs that are in memory at once where pairs are formed; changes neither value nor gradient."""
     half_products: bool = True
     """Of networks in half precision, multiply patches as bfloat16, summed in float32; false: all in float32."""
     align_corners: bool = False
-    """How features and logits are resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @in_float32

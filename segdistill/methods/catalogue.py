@@ -197,7 +197,7 @@ def _generic(kind: str, arguments: list[ast.expr], module: str) -> str:
         return ", ".join(_written(argument, module) for argument in arguments)
     if kind == "Annotated":
         fields = [argument for argument in arguments[1:] if isinstance(argument, ast.Call)]
-        limits = {str(keyword.arg): ast.unparse(keyword.value) for field in fields for keyword in field.keywords}
+        limits = {str(keyword.arg): _bound(keyword.value) for field in fields for keyword in field.keywords}
         words = _allowed(arguments[0], module)
         if "min_length" in limits:
             words = words.replace("list", f"list of {limits['min_length']} or more", 1)
@@ -211,6 +211,12 @@ def _generic(kind: str, arguments: list[ast.expr], module: str) -> str:
     if kind in ("tuple", "list"):
         return f"list: {inner[0]}"
     return f"{kind}: {'; '.join(inner)}"
+
+
+def _bound(value: ast.expr) -> str:
+    if isinstance(value, ast.Constant) and isinstance(value.value, float):
+        return f"{value.value:g}".replace("e+0", "e")
+    return ast.unparse(value)
 
 
 def _written(value: ast.expr, module: str) -> str:

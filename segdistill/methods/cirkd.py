@@ -3,7 +3,6 @@
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +23,7 @@ from segdistill.losses import (
 )
 from segdistill.losses.precision import is_half
 from segdistill.losses.relations import relation_kl
-from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Positive
+from segdistill.methods.method import Count, MethodConfig, NonNegative, OfflineMethod, Positive, Temperature
 from segdistill.models.batch_norm import allow_single_values
 from segdistill.models.outputs import ModelInfo, Outputs
 
@@ -43,30 +42,30 @@ class CIRKDConfig(MethodConfig):
     """Weight of the relations to the memory's pixels; 0 is off. The authors use 0.01 on VOC."""
     region_weight: NonNegative = 0.1
     """Weight of the relations to the memory's regions; 0 is off. The authors use 0.01 on VOC."""
-    temperature: Positive = 0.1
+    temperature: Temperature = 0.1
     """Divides all cosines; the loss is not multiplied by its square."""
-    pool: PositiveInt | None = None
+    pool: Count | None = None
     """Side of the windows averaged before the relations in the batch; null: 4 from 256 x 256 cells on, else none."""
     projector: Literal["mlp", "identity"] = "mlp"
     """What maps the student's feature to the memory's width; identity needs networks of equal width."""
-    pixels_per_class: PositiveInt = 16
+    pixels_per_class: Count = 16
     """Teacher pixels that enter the memory, at most, per class and image."""
-    pixel_queue: PositiveInt = 20000
+    pixel_queue: Count = 20000
     """Pixels that the memory keeps per class; the authors use 2000 for SegFormer."""
-    region_queue: PositiveInt = 2000
+    region_queue: Count = 2000
     """Regions that the memory keeps per class; a region is the mean of one class in one image."""
     memory_mib: Positive = 1024.0
     """Both queues are shortened in proportion until all of them fit into so many MiB."""
-    pixel_contrast: PositiveInt = 4096
+    pixel_contrast: Count = 4096
     """Pixels an anchor is compared with: each class gives floor(this / classes) + 1 of those it has."""
-    region_contrast: PositiveInt = 1024
+    region_contrast: Count = 1024
     """Regions an anchor is compared with, likewise."""
-    block_rows: PositiveInt = 1024
+    block_rows: Count = 1024
     """Pixels whose relations are in memory at a time; changes neither value nor gradient."""
     half_products: bool = True
     """Of networks in half precision, multiply vectors as bfloat16, summed in float32; false: all in float32."""
     align_corners: bool = False
-    """How the student's feature is resized to the teacher's size."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 def image_pair_kl(

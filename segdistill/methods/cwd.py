@@ -15,7 +15,7 @@ from segdistill.losses import (
     size_of,
     valid_mask,
 )
-from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Positive
+from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Temperature
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
 
 # The value of a position that is left out. Finite, because 0 * inf is not 0; exp of it is exactly 0.
@@ -35,12 +35,12 @@ class CWDConfig(MethodConfig):
     """Weight of the divergence between a feature's channels; 0 is off. The released code's results have 35 to 50."""
     tap: Tap = "last_feature"
     """The feature of the feature term."""
-    temperature: Positive = 4.0
+    temperature: Temperature = 4.0
     """Divides both maps before the softmax over space; the squared temperature multiplies the loss."""
     mask_ignore: bool = False
     """Take the softmax over the pixels with a label alone; the released code takes it over all."""
     align_corners: bool = False
-    """How logits and features are resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @in_float32

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from segdistill.config import config
 from segdistill.losses import in_float32, masked_mean, resize_labels, resize_logits, size_of, valid_mask
-from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Positive
+from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Temperature
 from segdistill.models.outputs import ModelInfo, Outputs
 
 EPS = 1e-8  # official code: added to the product of the norms
@@ -26,7 +26,7 @@ class DISTConfig(MethodConfig):
     """gamma, of the correlation over the batch's pixels for each class; 0 is off."""
     aux_weight: NonNegative = 0.4
     """Factor of the same two between the auxiliary heads, if both networks have one; 0 is off."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Divides both logits."""
     squared_temperature: bool = False
     """Multiply by the squared temperature, as the classification code does and the segmentation code does not."""
@@ -35,7 +35,7 @@ class DISTConfig(MethodConfig):
     upsample: bool = False
     """Compare at label size and not at the teacher's logit size."""
     align_corners: bool = False
-    """How logits are resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @in_float32

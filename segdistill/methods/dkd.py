@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from segdistill.config import config
 from segdistill.errors import UserError
 from segdistill.losses import in_float32, masked_mean, resize_labels, resize_logits, size_of, valid_mask
-from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Positive
+from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Temperature
 from segdistill.models.outputs import ModelInfo, Outputs
 
 # Stands in for the labelled class among the others. Finite, because 0 * inf is not 0; exp of it is exactly 0.
@@ -27,12 +27,12 @@ class DKDConfig(MethodConfig):
     """alpha, of the divergence between labelled class and rest (TCKD); 0 is off."""
     non_target_weight: NonNegative = 1.0
     """beta, of the divergence within the rest (NCKD); 0 is off. To be tuned in 0.5, 1, 2, 8."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Divides both logits; the squared temperature multiplies the loss."""
     upsample: bool = False
     """Compare at label size and not at the teacher's logit size."""
     align_corners: bool = False
-    """How logits are resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @in_float32

@@ -8,7 +8,7 @@ from torch import Tensor
 from segdistill.config import config
 from segdistill.errors import UserError
 from segdistill.losses import finest, pixel_kl, resize_labels, resize_logits, size_of, valid_mask
-from segdistill.methods.method import MethodConfig, NonNegative, OnlineMethod, Positive
+from segdistill.methods.method import MethodConfig, NonNegative, OnlineMethod, Temperature
 from segdistill.models.outputs import ModelInfo, Outputs
 
 
@@ -19,14 +19,14 @@ class DMLConfig(MethodConfig):
     name: Literal["dml"] = "dml"
     weight: NonNegative = 1.0
     """Factor of every student's mean divergence from its peers."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Divides all logits; the squared temperature multiplies the loss. OKDDip's comparison uses 3."""
     mask_ignore: bool = True
     """Leave out the pixels without a label."""
     upsample: bool = False
     """Compare at label size and not at the size of the finest peer's logits."""
     align_corners: bool = False
-    """How logits are resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 class MutualLearning(OnlineMethod):

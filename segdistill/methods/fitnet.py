@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
@@ -19,7 +18,7 @@ from segdistill.losses import (
     size_of,
     valid_mask,
 )
-from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod
+from segdistill.methods.method import Count, MethodConfig, NonNegative, OfflineMethod
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
 
 
@@ -38,10 +37,10 @@ class FitNetConfig(MethodConfig):
     """Leave out the pixels without a label; public codes do not."""
     standardize: bool = False
     """Bring each channel of the teacher's feature to zero mean and unit variance: its scale then does not matter."""
-    warmup_steps: PositiveInt = 200
+    warmup_steps: Count = 200
     """Forward passes over which the means and variances of ``standardize`` are gathered; then they are frozen."""
     align_corners: bool = False
-    """How the student's feature is resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @in_float32

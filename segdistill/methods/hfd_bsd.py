@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from segdistill.config import config
@@ -20,7 +19,7 @@ from segdistill.losses.selective import (
     region_means,
     selected_mean,
 )
-from segdistill.methods.method import MethodConfig, NonNegative, OnlineMethod, Positive
+from segdistill.methods.method import Channels, Count, MethodConfig, NonNegative, OnlineMethod, Temperature
 from segdistill.models.operators import Borrowed, ConvMLP, PooledAttention
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
 
@@ -48,7 +47,7 @@ class HFDBSDConfig(MethodConfig):
     """Of low-level features: 1 - cos, squared distance of unit vectors (twice that), or KL of softmax over channels."""
     region_tap: Tap = "last_feature"
     """Where the region features are taken."""
-    region_grid: PositiveInt | None = None
+    region_grid: Count | None = None
     """Regions along each axis; null: one per 32 x 32 image pixels, as many as a stride-32 feature has cells."""
     region_distance: Literal["cosine", "l2", "kl"] = "cosine"
     """Of region features: 1 - cos, squared distance as they are, or KL of softmax over channels."""
@@ -58,20 +57,20 @@ class HFDBSDConfig(MethodConfig):
     """Only the less reliable student learns at a place; false: both do, everywhere."""
     normalize: Literal["per_direction", "all"] = "per_direction"
     """Divide a student's sum by the number of places where it learns, or by that of all labelled places."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Of the pixel term; divides both logits, squared it multiplies the loss."""
     upsample: bool = True
     """Judge and compare predictions at label size; false: at the finest student's logit size, far cheaper."""
     mask_ignore: bool = True
     """Leave places without a label out where selection is false; a selection needs labels and always does."""
-    aux_heads: PositiveInt = 1
+    aux_heads: Channels = 1
     """Heads of aux_op's attention."""
-    aux_grid: PositiveInt = 16
+    aux_grid: Count = 16
     """The attention of aux_op looks at the means of at most this many windows along each axis, to bound its memory."""
-    aux_expansion: PositiveInt = 4
+    aux_expansion: Channels = 4
     """Hidden width of aux_op's MLP, in widths of the transformer's feature."""
     align_corners: bool = False
-    """How logits and features are resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 class CollaborativeLearning(OnlineMethod):

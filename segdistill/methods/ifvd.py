@@ -32,7 +32,7 @@ class IFVDConfig(MethodConfig):
     keep_ignored_in_mean: bool = False
     """Divide by the count of all pixels, as the official code does, and not by that of the valid ones."""
     align_corners: bool = False
-    """How the student's feature is resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @in_float32

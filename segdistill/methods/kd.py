@@ -6,7 +6,7 @@ from torch import Tensor
 
 from segdistill.config import config
 from segdistill.losses import pixel_kl, resize_labels, resize_logits, size_of, valid_mask
-from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Positive
+from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Temperature
 from segdistill.models.outputs import ModelInfo, Outputs
 
 
@@ -17,14 +17,14 @@ class KDConfig(MethodConfig):
     name: Literal["kd"] = "kd"
     weight: NonNegative = 1.0
     """Factor of the mean over pixels of KL(teacher || student)."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Divides both logits; the squared temperature multiplies the loss."""
     mask_ignore: bool = True
     """Leave out the pixels without a label; false reproduces CIRKD, which distils them too."""
     upsample: bool = False
     """Compare at label size (APD) and not at the teacher's logit size (CIRKD, IFVD; far cheaper)."""
     align_corners: bool = False
-    """How logits are resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 class PixelWise(OfflineMethod):

@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from segdistill.config import config
 from segdistill.errors import UserError
 from segdistill.losses import finest, in_float32, pixel_kl, resize_labels, resize_logits, size_of, valid_mask
-from segdistill.methods.method import MethodConfig, NonNegative, OnlineMethod, Positive
+from segdistill.methods.method import Count, MethodConfig, NonNegative, OnlineMethod, Temperature
 from segdistill.models.outputs import ModelInfo, Outputs
 
 TINY = 1e-12
@@ -27,14 +26,14 @@ class KDCLConfig(MethodConfig):
     """The best student, the best convex mixture, or the smallest margin of every class under the label's logit."""
     naive_per: Literal["pixel", "image"] = "pixel"
     """Where naive compares the students: at every pixel, or over the valid pixels of every image."""
-    linear_steps: PositiveInt = 24
+    linear_steps: Count = 24
     """Steps of the search for linear's weights; logits that differ by dozens need more."""
-    temperature: Positive = 2.0
+    temperature: Temperature = 2.0
     """Divides all logits; the squared temperature multiplies the loss."""
     upsample: bool = False
     """Compare at label size and not at the size of the finest student's logits."""
     align_corners: bool = False
-    """How logits are resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @torch.no_grad()

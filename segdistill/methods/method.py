@@ -13,12 +13,16 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from segdistill.config import Fraction
 from segdistill.config import config as config_class
 from segdistill.models.outputs import ModelInfo, Outputs
 
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+# Ranges that hold what was ever published with much to spare; beyond them a run ends in infinities, or not at all.
+NonNegative = Annotated[float, Field(ge=0, le=1e9)]
+Positive = Annotated[float, Field(ge=1e-3, le=1e6)]
+Temperature = Annotated[float, Field(ge=0.01, le=1000)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Channels = Annotated[int, Field(ge=1, le=16384)]
 
 Evidence = Literal["official code", "public code", "partly second-hand", "reconstruction"]
 

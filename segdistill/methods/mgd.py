@@ -29,7 +29,7 @@ class MGDConfig(MethodConfig):
     reduction: Reduction = "sum"
     """What is done over channels and positions: sum (as published), or mean (its strength knows no crop and width)."""
     align_corners: bool = False
-    """How the student's feature is resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @in_float32

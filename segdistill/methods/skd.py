@@ -1,23 +1,21 @@
 """Structured knowledge distillation: how alike the places of an image are, and whether a critic is deceived."""
 
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from segdistill.config import config
+from segdistill.config import Beta, LearningRate, config
 from segdistill.losses import in_float32, resize_features, resize_logits, size_of, sum_over_blocks
-from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Positive
+from segdistill.methods.method import Channels, Count, MethodConfig, NonNegative, OfflineMethod
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
 
 Grid = Literal["2x2", "stride2"]
 Adversarial = Literal["hinge", "wgan_gp"]
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 # The weight that each grid was published with: the released script's, and that of CIRKD's port.
 PUBLISHED = {"2x2": 0.5, "stride2": 10.0}
@@ -42,17 +40,17 @@ class SKDConfig(MethodConfig):
     """Nodes: about two by two whatever the size (released code), or one in four pixels (CIRKD's port)."""
     detach_norm: bool = True
     """Let no gradient through the length of a node's vector, as the released code does; CIRKD's port lets it."""
-    block_rows: PositiveInt | None = 512
+    block_rows: Count | None = 512
     """Nodes whose similarities are in memory at once, recomputed for the gradient; null makes none (large grids)."""
     align_corners: bool = False
-    """How features and logits are resized where sizes differ."""
+    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
     adversarial: Adversarial = "hinge"
     """The critic's loss: hinge (CIRKD), or Wasserstein with a penalty on its gradient (SKD, IFVD)."""
     gradient_penalty: NonNegative = 10.0
     """Factor of wgan_gp's penalty; 0 leaves it out."""
-    critic_channels: PositiveInt = 64
+    critic_channels: Channels = 64
     """Width of the critic's first layer; it doubles with each of the two after it."""
-    critic_lr: Positive = 4e-4
+    critic_lr: LearningRate = 4e-4
     """Constant learning rate of the critic's Adam."""
     critic_betas: tuple[Beta, Beta] = (0.9, 0.99)
     """Betas of the critic's Adam."""

@@ -1,9 +1,23 @@
 """What a segmenter is made of. Importable without torch, so that a stage's config costs nothing to read."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator
 
 from segdistill.config import config
+
+MOST = 65536  # of any number that a decoder takes: channels, rates of dilation, shares
+
+
+def _is_decoder_value(value: Any) -> Any:
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _is_decoder_value(inner)
+    elif isinstance(value, int | float) and not 0 <= value <= MOST:
+        raise ValueError(f"{value} is not in 0..{MOST}, as every number of a decoder is")
+    return value
+
 
 Architecture = Literal["DeepLabV3", "DeepLabV3Plus", "PSPNet", "FPN", "Segformer", "UPerNet", "DPT"]
 
@@ -24,7 +38,7 @@ class ModelConfig:
     encoder_weights: str = "none"
     """"none" (random), "imagenet" (the encoder's own, downloaded), or the path of a local .safetensors file."""
 
-    decoder: dict[str, Any] = dataclasses.field(default_factory=dict)
+    decoder: dict[str, Annotated[Any, AfterValidator(_is_decoder_value)]] = dataclasses.field(default_factory=dict)
     """Extra keywords of the decoder's class, such as decoder_channels."""
 
     aux: bool = False

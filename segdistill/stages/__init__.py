@@ -7,12 +7,12 @@ outputs below as keyword paths and writes its outputs, and only those. Modules a
 here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from segdistill.config import parse
-from segdistill.errors import UserError, nearest
+from segdistill.config import Name, Seed, parse
+from segdistill.errors import UserError, brief, nearest
 
 
 @dataclass(frozen=True)
@@ -141,16 +141,25 @@ STAGES: tuple[Stage, ...] = (
 
 BY_NAME: dict[str, Stage] = {stage.name: stage for stage in STAGES}
 
+MOST_JOBS = 10_000  # of one matrix
 # Top-level keys of params.yaml that are not a stage's section: the matrix.
 MATRIX_KEYS = ("run", "experiments", "seeds")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One cell of the matrix."""
+    """One cell of the matrix.
+
+    Raises:
+        UserError: a name or a seed that cannot be one.
+    """
 
     experiment: str
     seed: int
+
+    def __post_init__(self) -> None:
+        parse(Name, self.experiment, "experiment")
+        parse(Seed, self.seed, "seed")
 
     def __str__(self) -> str:
         return f"{self.experiment}-s{self.seed}"
@@ -160,20 +169,45 @@ def jobs(params: Mapping[str, Any]) -> list[Job]:
     """The matrix of a params file: every experiment under ``run`` with every seed.
 
     Raises:
-        UserError: an experiment that is run but not defined, a repeated one, or no seed.
+        UserError: what :func:`matrix` refuses, or an experiment that is run but not defined.
     """
-    run = parse(list[str], params.get("run"), "run")
-    seeds = parse(list[int], params.get("seeds"), "seeds")
-    defined = parse(dict[str, Any], params.get("experiments"), "experiments")
-    for name in run:
-        if name not in defined:
-            raise UserError(f"run: '{name}' is not defined under experiments{nearest(name, defined)}")
-    for key, values in (("run", run), ("seeds", seeds)):
+    defined = parse(dict[Name, Any], params.get("experiments"), "experiments")
+    cells = matrix(params)
+    for cell in cells:
+        if cell.experiment not in defined:
+            raise UserError(
+                f"run: '{cell.experiment}' is not defined under experiments{nearest(cell.experiment, defined)}"
+            )
+    return cells
+
+
+def matrix(params: Mapping[str, Any]) -> list[Job]:
+    """Every experiment under ``run`` with every one of ``seeds``, seed fastest.
+
+    Raises:
+        UserError: a name or seed that cannot be one, a repeated one, or none.
+    """
+    run = parse(list[Name], params.get("run"), "run")
+    seeds = parse(list[Seed], params.get("seeds"), "seeds")
+    for key, values in {"run": list[Any](run), "seeds": list[Any](seeds)}.items():
         if not values:
             raise UserError(f"{key}: empty; name at least one")
-        if len(set(values)) != len(values):
-            raise UserError(f"{key}: {values} repeats a value; each may stand there once")
+        if len(set(values)) < len(values):
+            repeated = next(value for value in values if values.count(value) > 1)
+            raise UserError(f"{key}: repeats {repeated!r}; each may stand there once")
+    require_different("run", run)
+    if len(run) * len(seeds) > MOST_JOBS:
+        raise UserError(f"run, seeds: {len(run)} x {len(seeds)} jobs; at most {MOST_JOBS} are one matrix")
     return [Job(experiment, seed) for experiment in run for seed in seeds]
+
+
+def require_different(key: str, names: Iterable[str]) -> None:
+    """Raises a UserError for names that a file system without upper and lower case would take for one."""
+    seen: dict[str, str] = {}
+    for name in names:
+        former = seen.setdefault(name.lower(), name)
+        if former != name:
+            raise UserError(f"{key}: '{former}' and '{name}' differ in upper and lower case alone; rename one of them")
 
 
 def check_sections(params: Mapping[str, Any]) -> None:
@@ -181,7 +215,7 @@ def check_sections(params: Mapping[str, Any]) -> None:
     known = {key.split(".")[0] for stage in STAGES for key in stage.params} | set(MATRIX_KEYS)
     for key in params:
         if key not in known:
-            raise UserError(f"{key}: unknown section{nearest(str(key), known)}")
+            raise UserError(f"{brief(key)}: unknown section{nearest(key, known)}")
     for key in sorted(known):
         if key not in params:
             raise UserError(f"{key}: missing; params.yaml needs this section")

@@ -164,7 +164,7 @@ def _split(split: str, facts: Sequence[FileFacts], layout: Layout, config: "Conf
     # Where labels outside the list are to be mended first, nothing is said of what would be left without them.
     known = not any(fact.unknown_labels for fact in facts)
     seen = [sum(pixels) > 0 for pixels in zip(*_class_pixels(facts, split), strict=True)] if known else []
-    stored: Counter[int] = Counter()
+    strays, stored = layout.strays(split), Counter[int]()
     for fact in facts:
         stored.update(fact.values or {})
     ignored_255 = stored[255] / stored.total() if layout.legend.label_map[255] == IGNORE_INDEX and stored else 0.0
@@ -174,7 +174,7 @@ def _split(split: str, facts: Sequence[FileFacts], layout: Layout, config: "Conf
         "ignore_fraction": sum(fractions) / len(fractions) if fractions else None,
         "classes_seen": sum(seen) if seen else None, "classes_needed": 2 if split == "train" else 1,
         "one_class": layout.classes[seen.index(True)].name if any(seen) else None, "pixels_255": ignored_255,
-        "stray_files": len(layout.strays(split)), "strays": layout.describe_strays(split),
+        "stray_files": len(strays), "strays": layout.describe_strays(strays, split),
     }  # fmt: skip
 
 

@@ -10,14 +10,18 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from rich.table import Table
 
 from segdistill.config import to_dict
 from segdistill.engine.tracker import NullTracker
 from segdistill.errors import UserError
 from segdistill.stages.distill import Config, ExperimentConfig, build_learner, needs_teacher
+
+Steps = Annotated[int, Field(ge=1, le=1_000_000)]
+Strength = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,12 @@ def run(
     )  # fmt: skip
     recorders = {name: _Recorder() for name in settings.students}
     with join(device) as processes, tempfile.TemporaryDirectory() as work:
-        frozen = None
+        info, frozen = read_dataset_info(prepared), None
         if needs_teacher(experiment, settings):
-            frozen = Teacher(load_model(teacher, NAME)[0]).to(processes.device)
-        classes = read_dataset_info(prepared).num_classes
-        learner = build_learner(experiment, settings, seed=seed, num_classes=classes, teacher=frozen)
+            frozen = Teacher(load_model(teacher, NAME, classes=[item.name for item in info.classes])[0]).to(
+                processes.device
+            )
+        learner = build_learner(experiment, settings, seed=seed, num_classes=info.num_classes, teacher=frozen)
         train_set = ShardDataset(prepared, "train")
         Trainer(
             learner, train_set, None, train, {name: student.optimizer for name, student in settings.students.items()},

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from segdistill.config import config
+from segdistill.data.settings import Workers
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.files import disk_errors, read_json, replace_folder
@@ -19,11 +20,11 @@ class Config:
     # How the data set is laid out: folder or camvid.
     layout: str
     # Samples in one shard file; a killed run continues after the last finished shard.
-    shard_samples: Annotated[int, Field(ge=1)]
+    shard_samples: Annotated[int, Field(ge=1, le=1_000_000)]
     # Shrink larger images to this longer side, with their masks; null keeps every image as it is.
-    max_side: Annotated[int, Field(ge=16)] | None
+    max_side: Annotated[int, Field(ge=16, le=65536)] | None
     # Processes; 0 uses all cores. The result does not depend on it.
-    workers: Annotated[int, Field(ge=0)]
+    workers: Workers
 
 
 def run(config: Config, *, data: Path, report: Path, prepared: Path, tracker: Tracker) -> None:

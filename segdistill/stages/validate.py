@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from segdistill.config import config
+from segdistill.config import Fraction, config
+from segdistill.data.settings import Workers
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.files import new_folder
@@ -18,8 +19,7 @@ from segdistill.stages.highlights import Highlights
 if TYPE_CHECKING:
     from segdistill.stages._rules import Tables
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-AtLeastOne = Annotated[int, Field(ge=1)]
+AtLeastOne = Annotated[int, Field(ge=1, le=10**9)]
 SHOWN = 50  # sentences of one rule in summary.md; summary.json has them all
 
 
@@ -41,11 +41,11 @@ class Config:
     # Fewer samples than this in a split stop the pipeline.
     min_samples: MinSamples
     # A larger mean share of ignored pixels in any split stops the pipeline.
-    max_ignore_fraction: Share
+    max_ignore_fraction: Fraction
     # A class with a smaller share of the labelled train pixels is warned about.
-    min_class_share: Share
+    min_class_share: Fraction
     # Processes; 0 uses all cores.
-    workers: Annotated[int, Field(ge=0)]
+    workers: Workers
 
 
 def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:

@@ -22,6 +22,7 @@ from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainCo
 from segdistill.engine.tracker import NullTracker, Tracker
 from segdistill.engine.trainer import Trainer
 from segdistill.errors import Interrupted
+from segdistill.losses import IGNORE_INDEX
 from segdistill.methods import build_offline, build_online, parse_method
 from segdistill.models.outputs import ModelInfo, Outputs
 from segdistill.models.teacher import Teacher
@@ -55,14 +56,19 @@ class TinySegmenter(nn.Module):
 
 
 class Blobs:
-    """In-memory samples: bright blocks whose brightness is the class; no void."""
+    """In-memory samples: bright blocks whose brightness is the class.
 
-    def __init__(self, samples: int = 16, seed: int = 0) -> None:
+    Args:
+        void: the share of pixels without a label in every other sample; the others have no void.
+    """
+
+    def __init__(self, samples: int = 16, seed: int = 0, void: float = 0.0) -> None:
         random = np.random.default_rng(seed)
         coarse = random.integers(0, CLASSES, (samples, SIZE[0] // 4, SIZE[1] // 4), dtype=np.uint8)
         self.labels = coarse.repeat(4, 1).repeat(4, 2)
         noise = random.integers(0, 60, (samples, *SIZE, 3), dtype=np.uint8)
         self.images = (self.labels[..., None] * 80 + noise).astype(np.uint8)
+        self.labels[::2][random.random((samples - samples // 2, *SIZE)) < void] = IGNORE_INDEX
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -109,6 +115,7 @@ def make_trainer(
     trackers: Tracker | None = None,
     settings: dict[str, Any] | None = None,
     supervised: float = 1.0,
+    void: float = 0.0,
     **changes: Any,
 ) -> Trainer:
     """A trainer of one student, alone or under an offline method, or of two peers (SGD, AdamW) if it is online."""
@@ -127,7 +134,7 @@ def make_trainer(
             methods = build_online([config], {name: student.info for name, student in students.items()})
     return Trainer(
         Learner(students, dict(methods), teacher, supervised=supervised),
-        Blobs(), Blobs(4, seed=1), train_config(**changes), optimizers,
+        Blobs(void=void), Blobs(4, seed=1), train_config(**changes), optimizers,
         inference=INFERENCE, seed=3, work=work, fingerprint="tiny", processes=here,
         trackers=dict.fromkeys(students, trackers or NullTracker()),
     )  # fmt: skip
@@ -138,17 +145,18 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def main(work: str, out: str, *options: str) -> int:
-    """Keys: method, dropout, supervised, any of TrainConfig's, slow, started, and the steps of signals to this process.
+    """Keys: method, dropout, supervised, void, any of TrainConfig's, slow, started, stop_after, and steps of signals.
 
-    Those are ``die_at`` and ``die_in_save`` (SIGKILL), and ``told_in_save`` (SIGTERM).
+    Those, to this process, are ``die_at`` and ``die_in_save`` (SIGKILL), and ``told_in_save`` (SIGTERM).
     """
     changes: dict[str, Any] = dict(option.split("=") for option in options)
     die_at, slow = int(changes.pop("die_at", -1)), float(changes.pop("slow", 0))
-    started = changes.pop("started", "")
+    started, stop_after = changes.pop("started", ""), int(changes.pop("stop_after", -1))
     in_save = {signal.SIGKILL: changes.pop("die_in_save", None), signal.SIGTERM: changes.pop("told_in_save", None)}
     deadly = {int(step): number for number, step in in_save.items() if step is not None}
     method = changes.pop("method", "none")
-    changes |= {key: float(changes[key]) for key in ("dropout", "supervised") if key in changes}
+    changes |= {key: int(text) for key, text in changes.items() if text.isdigit()}
+    changes |= {key: float(changes[key]) for key in ("dropout", "supervised", "void") if key in changes}
     torch.set_num_threads(1)
     with processes("cpu") as here:
         trainer = make_trainer(Path(work), here, method=method, **changes)
@@ -161,6 +169,9 @@ def main(work: str, out: str, *options: str) -> int:
                 Path(started).touch()
             time.sleep(slow)
             step()
+
+        save = trainer._save
+        trainer._save = lambda stopping: save(stopping or trainer.progress.iteration == stop_after)  # type: ignore[method-assign]
 
         def dying_replace(self: Path, target: Path) -> Path:
             if trainer.progress.iteration in deadly:

@@ -15,6 +15,7 @@ import pytest
 
 from segdistill import tasks
 from segdistill.config import read_yaml
+from segdistill.errors import UserError
 from segdistill.execution import sections
 from segdistill.stages import BY_NAME
 from segdistill.tasks import COMPLETED, ELSEWHERE, run_component
@@ -321,6 +322,38 @@ def test_a_task_with_accelerators_runs_on_them_and_one_without_where_it_can(
 # Several nodes
 
 
+def nodes_template(tmp_path: Path) -> str:
+    resources = {"cpu_request": "1", "cpu_limit": "1", "memory_request": "1Gi", "memory_limit": "1Gi"}
+    return json.dumps({
+        "image": "train-python:1", "nodes": 2, "resources": resources, "user": 1000, "group": 1000,
+        "volume": {"claim": "workspace", "path": str(tmp_path / "volume")}, "timeout_seconds": 60,
+    })  # fmt: skip
+
+
+def test_the_pods_of_a_job_are_told_which_run_kfp_made_in_mlflow(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from segdistill.adapters import trainjob_run
+
+    told: list[dict[str, str]] = []
+
+    def made(job: Any) -> None:
+        told.append(job.env)
+        raise UserError("enough")
+
+    monkeypatch.setattr(trainjob_run, "run", made)
+    monkeypatch.setenv("SEGDISTILL_TRAINJOB", nodes_template(tmp_path))
+    given = {
+        "SEGDISTILL_MLFLOW": "injected", "MLFLOW_RUN_ID": "a1", "MLFLOW_EXPERIMENT_ID": "7",
+        "MLFLOW_TRACKING_URI": "https://mlflow", "MLFLOW_TRACKING_AUTH": "kubernetes",
+    }  # fmt: skip
+    for name, value in {**given, "MLFLOW_TRACKING_TOKEN": "hush"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        prepare(data, tmp_path / "out")
+    assert told == [{**given, "SEGDISTILL_PIPELINE_RUN": "run-7"}]
+
+
 def test_on_several_nodes_the_stage_runs_on_the_volume_and_its_outputs_come_back(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,12 +371,7 @@ def test_on_several_nodes_the_stage_runs_on_the_volume_and_its_outputs_come_back
             tasks.main(job.args[0])
 
     monkeypatch.setattr(trainjob_run, "run", run_here)
-    resources = {"cpu_request": "1", "cpu_limit": "1", "memory_request": "1Gi", "memory_limit": "1Gi"}
-    template = {
-        "image": "train-python:1", "nodes": 2, "resources": resources, "user": 1000, "group": 1000,
-        "volume": {"claim": "workspace", "path": str(tmp_path / "volume")}, "timeout_seconds": 60,
-    }  # fmt: skip
-    monkeypatch.setenv("SEGDISTILL_TRAINJOB", json.dumps(template))
+    monkeypatch.setenv("SEGDISTILL_TRAINJOB", nodes_template(tmp_path))
     prepare(data, tmp_path / "out", accelerator="nvidia.com/gpu", accelerators="4")  # this stage is quick
     assert commands[0][:5] == ["python", "-m", "torch.distributed.run", "-m", "segdistill.tasks"]
     assert json.loads((tmp_path / "out/prepared" / COMPLETED).read_text())["stage"] == "prepare"

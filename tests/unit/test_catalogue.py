@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 
 from segdistill.__main__ import main
-from segdistill.config import parse, to_dict
+from segdistill.config import parse, parse_yaml, to_dict
 from segdistill.errors import UserError
 from segdistill.methods import METHODS, build_offline, catalogue, load, manual, parse_method
 from segdistill.methods.catalogue import Entry, Parameter, entries, entry
@@ -68,7 +68,7 @@ def test_no_entry_has_a_gap(name: str) -> None:
 @EVERY
 def test_the_defaults_pasted_into_params_give_the_default_config(name: str) -> None:
     config = load(name).Config
-    told = {parameter.name: yaml.safe_load(parameter.default) for parameter in entry(name).parameters}
+    told = parse_yaml("\n".join(f"{one.name}: {one.default}" for one in entry(name).parameters), "defaults")
     assert set(told) | {"name"} == {field.name for field in dataclasses.fields(config)}
     defaults = to_dict(config())
     for field, value in told.items():

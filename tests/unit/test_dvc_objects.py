@@ -30,7 +30,22 @@ def test_an_object_that_lists_nothing_is_no_list(content: Any) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["", "/etc/passwd", "../x", "a/../../x", "a//b", "a/", "./a", "a\0b", "\ud800", "x" * 256, 3, None, ["a"]],
+    [
+        "",
+        "/etc/passwd",
+        "../x",
+        "a/../../x",
+        "a//b",
+        "a/",
+        "./a",
+        "a\0b",
+        "\ud800",
+        "x" * 256,
+        "a/" * 600 + "a",
+        3,
+        None,
+        ["a"],
+    ],
 )
 def test_a_path_that_is_no_file_below_the_folder_is_refused_by_name(path: Any) -> None:
     assert "is no path of a file below one folder" in refusal(

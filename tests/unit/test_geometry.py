@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -252,6 +253,18 @@ def test_masks_are_scaled_on_the_grid_of_the_images(scale: float) -> None:
     apart = (image[0].float() - label.float())[:, 4:-4]
     assert apart.abs().max() <= 1.0
     assert abs(float(apart.mean())) <= (0.3 if scale != 0.5 else 0.55)  # at 0.5 a cell's centre is between two pixels
+
+
+@pytest.mark.parametrize("width", [63, 100, 137, 160, 333])
+def test_pillow_scales_masks_on_the_grid_of_the_images(width: int) -> None:
+    # What prepare (max_side) and the report's overlays count on.
+    ramp_of_pixels = Image.fromarray(np.arange(200, dtype=np.uint8)[None].repeat(40, 0))
+    image, label = (
+        np.asarray(ramp_of_pixels.resize((width, 20), how), dtype=float)[:, 3:-3]
+        for how in (Image.Resampling.BILINEAR, Image.Resampling.NEAREST)
+    )
+    assert np.abs(image - label).max() <= 1.0
+    assert abs((image - label).mean()) <= (0.55 if width == 100 else 0.3)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 33), (31, 47)])

@@ -20,7 +20,7 @@ from segdistill.data.layouts.layout import (
 from segdistill.errors import UserError, nearest
 from segdistill.files import read_json
 
-Byte = Annotated[int, pydantic.Field(ge=0, le=255)]
+Byte = Annotated[int, pydantic.Field(ge=0, le=255, strict=True)]
 
 
 @config
@@ -77,7 +77,7 @@ class Folder(Layout):
             if _preference(path) < _preference(known):
                 found[path.stem] = path
         for path in list_folder(images):
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
+            if path.suffix.lower() in IMAGE_SUFFIXES:
                 yield Sample(path.stem, split, path, found.get(path.stem, masks / f"{path.stem}.png"))
 
 

@@ -89,11 +89,8 @@ class Layout(ABC):
         used = {path for sample in self.samples(split) for path in (sample.image, sample.mask)}
         return [path for folder in self.folders(split) for path in list_folder(folder) if path not in used]
 
-    def describe_strays(self, split: str) -> str | None:
-        """The strays of a split in words, and why the first of them are none of its samples; None without any."""
-        return self._describe(self.strays(split), split)
-
-    def _describe(self, strays: list[Path], split: str) -> str | None:
+    def describe_strays(self, strays: list[Path], split: str) -> str | None:
+        """In words: which, and why the first of them are no samples of the split; None without any."""
         if not strays:
             return None
         names = [
@@ -105,7 +102,7 @@ class Layout(ABC):
     def without_samples(self) -> UserError:
         """The sentence for a data set in which no sample was found: what lies there instead."""
         folders = {split: self.folders(split)[0] for split in SPLITS}
-        strays = (self._describe(list_folder(folder), split) for split, folder in folders.items())
+        strays = (self.describe_strays(list_folder(folder), split) for split, folder in folders.items())
         names = [folder.relative_to(self.root).as_posix() for folder in folders.values()]
         reason = next(
             (f"there is {text}" for text in strays if text), f"expected JPEG or PNG files in {', '.join(names)}"

@@ -1,0 +1,106 @@
+"""Whether the networks and methods of params.yaml can be built, and go together, before anything is trained."""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segdistill.errors import UserError
+from segdistill.models.config import ModelConfig
+from segdistill.stages.distill import ExperimentConfig, parse_methods
+from segdistill.stages.train_teacher import Config as TeacherConfig
+
+if TYPE_CHECKING:
+    from segdistill.models.segmenter import Segmenter
+
+CLASSES = 19  # any number does: no method and no network depends on it
+
+
+def check(teacher: TeacherConfig, experiments: Mapping[str, ExperimentConfig], *, outlines: bool, files: bool) -> None:
+    """Raises a UserError for what the first training of its kind would refuse.
+
+    Args:
+        teacher: section ``train_teacher``.
+        experiments: all that are defined.
+        outlines: whether to build networks and methods, without memory for their parameters where the libraries let us.
+        files: whether the files that are named must exist; they need not where another machine trains.
+    """
+    from torch import nn
+
+    from segdistill.models.network import resolve_encoder
+    from segdistill.models.weights import local_weights_path
+
+    models = {"train_teacher": teacher.model}
+    for name, settings in experiments.items():
+        models |= {f"experiments.{name}.students.{key}": student.model for key, student in settings.students.items()}
+        for key in settings.students:
+            if hasattr(nn.ModuleDict(), key):
+                raise UserError(f"experiments.{name}.students.{key}: the name '{key}' is taken by torch's modules")
+    for where, model in models.items():
+        with _at(f"{where}."):
+            resolve_encoder(model.encoder, model.architecture)
+            if files and model.encoder_weights not in ("none", "imagenet"):
+                local_weights_path(model.encoder_weights)
+    if files and teacher.import_from is not None and not teacher.import_from.is_dir():
+        raise UserError(f"train_teacher.import_from: {teacher.import_from}: no such folder")
+    for name, settings in experiments.items():
+        for index, (_, method) in enumerate(parse_methods(name, settings)[1]):
+            for path in _paths(method):
+                if files and not path.is_file():
+                    raise UserError(f"experiments.{name}.methods.{index}: {path}: no such file")
+    if outlines:
+        _build(teacher.model, experiments, models)
+
+
+def _paths(config: Any) -> list[Path]:
+    values = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    return [value for value in values if isinstance(value, Path)]
+
+
+@contextlib.contextmanager
+def _at(where: str) -> Any:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None
+
+
+def _build(
+    teacher: ModelConfig, experiments: Mapping[str, ExperimentConfig], models: Mapping[str, ModelConfig]
+) -> None:
+    import torch
+
+    from segdistill.methods import build_offline, build_online
+
+    built: dict[str, Segmenter] = {}
+    for where, model in models.items():
+        if repr(model) not in built:
+            with _at(f"{where}."):
+                built[repr(model)] = _outline(model)
+    for name, settings in experiments.items():
+        kind, parsed = parse_methods(name, settings)
+        configs = [config for _, config in parsed]
+        if any(not path.is_file() for config in configs for path in _paths(config)):
+            continue  # on the machine that trains
+        students = {key: built[repr(student.model)] for key, student in settings.students.items()}
+        infos = {key: student.info for key, student in students.items()}
+        with _at(f"experiments.{name}: "), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            if kind == "offline":
+                methods = build_offline(configs, next(iter(infos.values())), built[repr(teacher)].info)
+            else:
+                methods = build_online(configs, infos)
+            for method in methods.values():
+                method.attach(students)
+
+
+def _outline(config: ModelConfig) -> "Segmenter":
+    """The network without memory for its parameters; with it where an encoder reads values while it is built."""
+    import torch
+
+    from segdistill.models.segmenter import Segmenter
+
+    with contextlib.suppress(UserError), torch.device("meta"):
+        return Segmenter(config, CLASSES)
+    with torch.random.fork_rng(devices=[]):
+        return Segmenter(config, CLASSES)
