@@ -70,6 +70,7 @@ format: $(READY)  ## let ruff format the code
 	@$(BIN)/ruff check --fix .
 
 ui: $(READY)  ## the MLflow UI on the embedded store, http://127.0.0.1:5000
+	@$(BIN)/python -c "from pathlib import Path; from segdistill.adapters.mlflow_store import default_store; default_store(Path()).client()"
 	@$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port 5000
 
 clean:  ## remove what the pipeline made; data/ and the MLflow store stay

@@ -2,14 +2,17 @@
 
 The rule of the alias ``champion``: without a champion the new version takes it; against a champion that was tested on
 the same test data it takes it only if its test mIoU is higher by more than ``min_gain`` points; scores on different
-test data do not compare, so then it stays ``challenger`` and a person decides.
+test data do not compare, nor do networks whose logits stand for other classes, so then it stays ``challenger`` and a
+person decides.
 """
 
 import contextlib
 import importlib.metadata
+import json
 import logging
 import math
 import random
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from segdistill import environment
+from segdistill.adapters.mlflow_artifact import SealedPyTorch, check_files
+from segdistill.adapters.mlflow_names import model_name
 from segdistill.adapters.mlflow_store import ROLE_TAG, Store, default_store, ensure_run, experiment_id, import_mlflow
 from segdistill.adapters.mlflow_tracking import MlflowTracker, Settings
 from segdistill.engine.tracker import Tracker
@@ -31,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 WEIGHTS, TEST_MIOU, TEST_DATA, CLAIM = "weights_sha256", "test_miou", "test_data", "segdistill.claim"
+CLASSES, CHECKSUMS = "classes", "checksums_sha256"  # of the logits, as JSON; of the files, all together
 CHECKED_SIZES = ((64, 96), (97, 75))  # (H, W); the exported graph must take any, odd ones too
 
 
@@ -58,7 +64,7 @@ class Submission:
     test_miou: float
     test_data: str  # the identity of the test images and labels behind test_miou
     weights_sha256: str
-    num_classes: int
+    classes: tuple[str, ...]  # the name of each logit
     facts: Mapping[str, str]  # further tags
 
 
@@ -86,7 +92,7 @@ def _register(
     client = store.client()
     tags = _tags(submission, settings.tags if settings else {})
     _ensure_model(client, name)
-    version = find_version(client, name, submission.weights_sha256)
+    version = find_version(client, name, tags)
     is_new = version is None
     if version is None:
         trained = find_training_run(client, store, submission)
@@ -99,30 +105,31 @@ def _register(
             settings.dataset if settings else None,
         )
         mlflow.set_experiment(experiment_id=client.get_run(run_id).info.experiment_id)
-        uri = log_exported(model, submission, run_id, tags)
+        uri, checksums = log_exported(model, submission, run_id, tags)
         if trained is None:
             client.set_terminated(run_id)
         with store.lock(".registry"):
-            version = create_version(client, name, uri, run_id, {**tags, "run_id": run_id})
-    for key in (TEST_MIOU, TEST_DATA):  # the same weights may have been tested on other data since
-        client.set_model_version_tag(name, version.version, key, tags[key])
-    version = client.get_model_version(name, version.version)
+            version = create_version(client, name, uri, run_id, {**tags, CHECKSUMS: checksums, "run_id": run_id})
     try:
-        check_served(model, f"models:/{name}/{version.version}")
+        check_served(model, f"models:/{name}/{version.version}", version.tags[CHECKSUMS])
     except UserError:
         if is_new:
             client.delete_model_version(name, version.version)
         raise
+    for key in (TEST_MIOU, TEST_DATA):  # the same weights may have been tested on other data since
+        client.set_model_version_tag(name, version.version, key, tags[key])
+    version = client.get_model_version(name, version.version)
     with store.lock(".registry"):
         alias, previous, reason = award(client, name, version, min_gain, pause=0.0 if store.database else 1.0)
     run_id = version.run_id or version.tags.get("run_id", "")
     return Registered(name, int(version.version), alias, previous, reason, run_id, f"models:/{name}/{version.version}")
 
 
-def find_version(client: "MlflowClient", name: str, weights_sha256: str) -> "ModelVersion | None":
-    """The lowest version with these weights."""
-    found = client.search_model_versions(f"name = '{name}' and tags.{WEIGHTS} = '{weights_sha256}'")
-    return min(found, key=lambda version: int(version.version), default=None)
+def find_version(client: "MlflowClient", name: str, tags: Mapping[str, str]) -> "ModelVersion | None":
+    """The lowest version with these weights for these classes; one without checksums can no longer be verified."""
+    found = client.search_model_versions(f"name = '{name}' and tags.{WEIGHTS} = '{tags[WEIGHTS]}'")
+    same = [one for one in found if one.tags.get(CLASSES) == tags[CLASSES] and CHECKSUMS in one.tags]
+    return min(same, key=lambda version: int(version.version), default=None)
 
 
 def find_training_run(client: "MlflowClient", store: Store, submission: Submission) -> str | None:
@@ -138,8 +145,12 @@ def find_training_run(client: "MlflowClient", store: Store, submission: Submissi
     return None
 
 
-def log_exported(model: "nn.Module", submission: Submission, run_id: str, tags: Mapping[str, str]) -> str:
-    """Logs the model to a run as an exported program, without pickle, for any batch and image size; returns its URI."""
+def log_exported(model: "nn.Module", submission: Submission, run_id: str, tags: Mapping[str, str]) -> tuple[str, str]:
+    """Logs the model to a run as an exported program, without pickle, for any batch and image size.
+
+    Returns:
+        Its URI, and the SHA-256 of the list of its files' hashes.
+    """
     import mlflow
     import numpy as np
     import torch
@@ -151,50 +162,57 @@ def log_exported(model: "nn.Module", submission: Submission, run_id: str, tags: 
         return Schema([TensorSpec(np.dtype("float32"), (-1, channels, -1, -1))])
 
     example = np.random.default_rng(0).random((2, 3, *CHECKED_SIZES[0]), dtype=np.float32)
+    flavor = SealedPyTorch()
     with torch.no_grad():
         info = Model.log(
             artifact_path=None,
-            name=submission.student,
-            flavor=mlflow.pytorch,
+            name=model_name(submission.student),
+            flavor=flavor,
             run_id=run_id,
             pytorch_model=model.eval(),
-            signature=ModelSignature(inputs=spec(3), outputs=spec(submission.num_classes)),
+            signature=ModelSignature(inputs=spec(3), outputs=spec(len(submission.classes))),
             input_example=example,  # two images, since a batch of one would fix the batch size
             serialization_format="pt2",
             pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in ("torch", "numpy")],
             tags=dict(tags),
+            metadata={"classes": list(submission.classes)},  # for who serves it
             validate_serving_input=False,  # check_served does more, and once is enough
         )
     score = Metric("test/miou", submission.test_miou, round(1000 * time.time()), 0, model_id=info.model_id)
     mlflow.MlflowClient().log_batch(run_id, metrics=[score])
-    return f"models:/{info.model_id}"
+    return f"models:/{info.model_id}", flavor.checksums
 
 
 def create_version(client: "MlflowClient", name: str, uri: str, run_id: str, tags: Mapping[str, str]) -> "ModelVersion":
     """A version for these weights; the one that another process was faster to make wins."""
-    first = find_version(client, name, tags[WEIGHTS])
+    first = find_version(client, name, tags)
     if first is not None:
         return first
     created = client.create_model_version(
         name, source=uri, run_id=run_id, tags=dict(tags), model_id=uri.removeprefix("models:/")
     )
-    first = find_version(client, name, tags[WEIGHTS])  # of another machine, against a server
+    first = find_version(client, name, tags)  # of another machine, against a server
     if first is not None and first.version != created.version:
         client.delete_model_version(name, created.version)
         return first
     return created
 
 
-def check_served(model: "nn.Module", uri: str, sizes: Sequence[tuple[int, int]] = CHECKED_SIZES) -> None:
+def check_served(
+    model: "nn.Module", uri: str, checksums: str, sizes: Sequence[tuple[int, int]] = CHECKED_SIZES
+) -> None:
     """Loads the registered model without unpickling and compares its logits with those of the network.
 
     Raises:
-        UserError: the logits differ.
+        UserError: its files are not those that were registered, and none was loaded; or the logits differ.
     """
     import mlflow
     import torch
 
-    served = mlflow.pytorch.load_model(uri, device="cpu")
+    with tempfile.TemporaryDirectory(prefix="segdistill-model-") as scratch:
+        folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch))
+        check_files(folder, checksums, uri)
+        served = mlflow.pytorch.load_model(str(folder), device="cpu")
     generator = torch.Generator().manual_seed(0)
     for number, (height, width) in enumerate(sizes):
         images = torch.rand((number + 1, 3, height, width), generator=generator)
@@ -229,7 +247,7 @@ def award(
     best = version
     for _ in range(3):
         time.sleep(pause * random.uniform(0.5, 1.5))
-        rivals = [rival for rival in _claims(client, name) if rival.version not in known and _same_test(rival, version)]
+        rivals = [rival for rival in _claims(client, name) if rival.version not in known and _compare(rival, version)]
         best = max([version, *rivals], key=lambda rival: (_score(rival), -int(rival.version)))
         champion = holder(client, name, CHAMPION)
         if champion is None or champion.version != best.version:
@@ -257,6 +275,14 @@ def decide(version: "ModelVersion", champion: "ModelVersion | None", min_gain: f
             f"{before} was tested on other data, and such scores do not compare: "
             f"move the alias by hand if version {version.version} is to replace it"
         )
+    if not _same_classes(version, champion):
+        return False, (
+            f"{before} tells other classes apart, or in another order ({champion.tags[CLASSES]}, not "
+            f"{version.tags[CLASSES]}), and such scores do not compare: move the alias by hand if version "
+            f"{version.version} is to replace it"
+        )
+    if champion.tags.get(WEIGHTS, "") == version.tags.get(WEIGHTS) and CHECKSUMS not in champion.tags:
+        return True, f"{before} has the same weights, and files without checksums"
     gain = 100 * (_score(version) - _score(champion))
     wins = gain > min_gain
     word = "more than" if wins else "not more than"
@@ -281,6 +307,15 @@ def _same_test(one: "ModelVersion", other: "ModelVersion") -> bool:
     return one.tags.get(TEST_DATA) is not None and one.tags.get(TEST_DATA) == other.tags.get(TEST_DATA)
 
 
+def _same_classes(one: "ModelVersion", other: "ModelVersion") -> bool:
+    """Whether names and order agree; of older versions, the identity of the test data says so."""
+    return None in (given := (one.tags.get(CLASSES), other.tags.get(CLASSES))) or given[0] == given[1]
+
+
+def _compare(one: "ModelVersion", other: "ModelVersion") -> bool:
+    return _same_test(one, other) and _same_classes(one, other)
+
+
 def _tags(submission: Submission, given: Mapping[str, str]) -> dict[str, str]:
     own = {
         "experiment": submission.experiment,
@@ -290,6 +325,7 @@ def _tags(submission: Submission, given: Mapping[str, str]) -> dict[str, str]:
         TEST_MIOU: repr(submission.test_miou),
         TEST_DATA: submission.test_data,
         WEIGHTS: submission.weights_sha256,
+        CLASSES: json.dumps(submission.classes, ensure_ascii=False),
     }
     return {**given, **submission.facts, **own}
 

@@ -199,7 +199,7 @@ def _make_tables(database: Path) -> None:
         return
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    partial = database.with_name(f".{database.name}.partial")
+    partial = database.with_name(f"{database.name}.partial")
     for left in (partial, partial.with_name(f"{partial.name}-journal")):
         left.unlink(missing_ok=True)
     made = SqlAlchemyStore(f"sqlite:///{partial}", (database.parent / "mlruns").as_uri())

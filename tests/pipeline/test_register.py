@@ -3,6 +3,9 @@
 import json
 import multiprocessing
 import os
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from segdistill.adapters.mlflow_artifact import FILES
 from segdistill.adapters.mlflow_registry import (
     CHAMPION,
     CLAIM,
@@ -18,14 +22,15 @@ from segdistill.adapters.mlflow_registry import (
     award,
     check_served,
     decide,
-    find_version,
     holder,
     register,
 )
 from segdistill.adapters.mlflow_store import default_store, import_mlflow
 from segdistill.adapters.mlflow_tracking import MlflowTracker, open_run
+from segdistill.data.shards import read_dataset_info
 from segdistill.engine.tracker import NullTracker
 from segdistill.errors import UserError
+from segdistill.files import SEAL, file_hash, seal, sealed_hashes
 from segdistill.models.config import ModelConfig
 from segdistill.models.export import ExportedSegmenter, load_model, save_model
 from segdistill.models.segmenter import build_segmenter
@@ -75,8 +80,10 @@ def tracker(root: Path, name: str = "register") -> MlflowTracker:
     return open_run(name, root=root, spool=root / "spool", pipeline_run="p", tags={"data_md5": "d", "git_commit": "c"})
 
 
-def submission(weights: str, test_miou: float, *, seed: int = 0, test_data: str = "t") -> Submission:
-    return Submission("kd", seed, "cnn", 0.5, test_miou, test_data, weights, 2, {})
+def submission(
+    weights: str, test_miou: float, *, seed: int = 0, test_data: str = "t", classes: tuple[str, ...] = ("road", "sky")
+) -> Submission:
+    return Submission("kd", seed, "cnn", 0.5, test_miou, test_data, weights, classes, {})
 
 
 # --- the choice
@@ -120,11 +127,9 @@ def test_a_choice_that_leaves_nobody_says_why(change: dict, sentence: str) -> No
 # --- the rule
 
 
-def version(number: int, test_miou: float, test_data: str = "t"):
-    tags = [
-        mlflow.entities.model_registry.ModelVersionTag("test_miou", repr(test_miou)),
-        mlflow.entities.model_registry.ModelVersionTag("test_data", test_data),
-    ]
+def version(number: int, test_miou: float, test_data: str = "t", **more: str):
+    given = {"test_miou": repr(test_miou), "test_data": test_data, **more}
+    tags = [mlflow.entities.model_registry.ModelVersionTag(*item) for item in given.items()]
     return mlflow.entities.model_registry.ModelVersion(NAME, str(number), 0, tags=tags)
 
 
@@ -143,6 +148,20 @@ def test_the_champion_is_replaced_only_by_the_rule(champion, wins: bool, words: 
     won, reason = decide(version(2, 0.40), champion, min_gain=0.5)
     assert won is wins
     assert words in reason
+
+
+def test_a_champion_of_other_classes_or_in_another_order_is_not_compared() -> None:
+    champion, challenger = ('["road", "sky"]', '["sky", "road"]')
+    won, reason = decide(version(2, 0.9, classes=challenger), version(1, 0.1, classes=champion), min_gain=0.5)
+    assert not won
+    assert champion in reason and challenger in reason and "by hand" in reason
+    assert decide(version(2, 0.9, classes=champion), version(1, 0.1, classes=champion), min_gain=0.5)[0]
+
+
+def test_a_version_with_checksums_replaces_one_of_the_same_weights_without() -> None:
+    old, new = version(1, 0.4, weights_sha256="w"), version(2, 0.4, weights_sha256="w", checksums_sha256="c")
+    won, reason = decide(new, old, min_gain=0.5)
+    assert won and "the same weights, and files without checksums" in reason
 
 
 # --- the registry
@@ -170,6 +189,76 @@ def test_the_same_weights_are_one_version_and_the_alias_follows_the_rule(root: P
     assert (tags["data_md5"], tags["git_commit"], tags["experiment"], tags["seed"]) == ("d", "c", "kd", "0")
     assert (tags["student"], tags["weights_sha256"], float(tags["test_miou"])) == ("cnn", "b", 0.403)
     assert tags["run_id"] == raised.run_id
+
+
+def test_the_same_weights_for_other_classes_are_another_version(root: Path) -> None:
+    one = tracker(root)
+    first = register(Scaled(1), submission("a", 0.40), name=NAME, min_gain=0.5, tracker=one)
+    turned = submission("a", 0.90, classes=("sky", "road"))
+    second = register(Scaled(1), turned, name=NAME, min_gain=0.5, tracker=one)
+    assert (first.version, first.alias) == (1, "champion")
+    assert (second.version, second.alias) == (2, "challenger")
+
+
+def test_files_that_we_did_not_write_are_refused_before_anything_of_them_is_loaded(root: Path, tmp_path: Path) -> None:
+    one, proof = tracker(root), tmp_path / "it-ran"
+    register(Scaled(1), submission("a", 0.40), name=NAME, min_gain=0.5, tracker=one)
+    (description,) = root.rglob("MLmodel")
+    folder, aside = description.parent, tmp_path / "aside"
+    shutil.copytree(folder, aside)
+    evil = f"open({str(proof)!r}, 'w').close()\n"
+    text = description.read_text()
+
+    def code() -> None:
+        (folder / "code").mkdir()
+        for name in ("mlflow_evil.py", "sitecustomize.py", "_codecs_evil.py"):
+            (folder / "code" / name).write_text(evil)
+        description.write_text(re.sub(r"(?m)^    code:.*$", "    code: code", text))
+
+    def entry() -> None:
+        description.write_text(re.sub(r"(?m)^    code:.*$", "    code: data", text))
+
+    def module() -> None:
+        (folder / "data/pickle_module_info.txt").write_text("evil")
+        (folder / "data/model.pth").write_bytes(b"")
+
+    def loader() -> None:
+        description.write_text(text.replace("loader_module: mlflow.pytorch", "loader_module: evil"))
+
+    tampers = {
+        "code": (code, "holds 'code/_codecs_evil.py', which segdistill does not write"),
+        "module": (module, "holds 'data/model.pth', which segdistill does not write"),
+        "entry": (entry, "'MLmodel' is not the file that was registered"),
+        "loader": (loader, "'MLmodel' is not the file that was registered"),
+        "weights": (lambda: (folder / "data/model.pt2").write_bytes(b"PK"), "'data/model.pt2' is not the file"),
+        "missing": ((folder / "requirements.txt").unlink, "'requirements.txt' is missing"),
+        "seal": ((folder / SEAL).unlink, "is not the one that its version was registered with"),
+    }  # fmt: skip
+    client = default_store(root).client()
+    mlflow.set_tracking_uri(default_store(root).uri)
+    mlflow.set_registry_uri(default_store(root).uri)
+    registered = client.get_model_version(NAME, "1").tags["checksums_sha256"]
+    for resealed in (False, True):  # of one who writes artifacts, and of one who writes tags, too
+        for tamper, reason in tampers.values():
+            tamper()
+            checksums = registered
+            if resealed:
+                seal(folder)
+                checksums = file_hash(folder / SEAL)
+            if not resealed or tamper in (code, module, entry, loader):
+                described = resealed and tamper in (entry, loader)
+                expected = "describes a model that segdistill does not write" if described else reason
+                with pytest.raises(UserError, match=re.escape(expected)) as caught:
+                    check_served(Scaled(1), f"models:/{NAME}/1", checksums)
+                assert f"models:/{NAME}/1" in str(caught.value) and "delete that version" in str(caught.value)
+            shutil.rmtree(folder)
+            shutil.copytree(aside, folder)
+    code()
+    with pytest.raises(UserError, match="which segdistill does not write"):
+        register(Scaled(1), submission("a", 0.40), name=NAME, min_gain=0.5, tracker=one)
+    assert client.get_model_version(NAME, "1").version, "somebody else's version is left to be looked at"
+    assert not proof.exists()
+    assert "evil" not in sys.modules
 
 
 def test_a_student_is_registered_from_the_run_that_trained_it(root: Path) -> None:
@@ -200,7 +289,7 @@ def test_a_version_that_serves_other_logits_is_refused(root: Path) -> None:
     with pytest.raises(UserError, match="served logits at 64x96 differ from the network's"):
         register(Wandering(), submission("a", 0.4), name=NAME, min_gain=0, tracker=tracker(root))
     client = default_store(root).client()
-    assert find_version(client, NAME, "a") is None
+    assert not client.search_model_versions(f"name = '{NAME}'")
     assert holder(client, NAME, CHAMPION) is None
 
 
@@ -239,7 +328,7 @@ def test_eight_processes_that_register_at_once_leave_the_best_as_champion(root: 
     assert {item.tags["weights_sha256"] for item in versions} == {f"w{number}" for number in range(8)}
     mlflow.set_tracking_uri(default_store(root).uri)
     mlflow.set_registry_uri(default_store(root).uri)
-    check_served(Scaled(4), f"models:/{NAME}@champion", sizes=[(17, 9)])
+    check_served(Scaled(4), f"models:/{NAME}@champion", champion.tags["checksums_sha256"], sizes=[(17, 9)])
 
 
 def _award_one(root: Path, number: int) -> None:
@@ -307,7 +396,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_identity_of_the_test_data_does_not_depend_on_the_shards_but_on_each_label(prepared: Path) -> None:
     from segdistill.data.shards import INFO_FILE
-    from segdistill.files import seal
 
     whole = prepared.with_name("by-100")
     assert identity_of_test_data(prepared) == identity_of_test_data(whole)
@@ -332,12 +420,15 @@ def test_a_comparison_of_other_jobs_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "kd-s0"
     folder.mkdir()
     (folder / "metrics.json").write_text(json.dumps({"students": {"cnn": {"val/miou": 0.3}}}))
+    seal(folder)
+    seal(tmp_path)
     with pytest.raises(UserError, match=r"results.json: nothing about kd \(cnn\) with seed 0; run compare again"):
         stage.read_candidates(["kd"], [0], [folder], tmp_path)
 
 
 def test_nothing_is_registered_if_no_student_passed_the_gate(root: Path, prepared: Path) -> None:
     (root / "results.json").write_text(json.dumps({"rows": [row("kd", 0.3)], "passed": False}))
+    seal(root)
     registration, one = root / "registration", tracker(root)
     stage.run(
         ANY, run=["kd"], seeds=[0], comparison=root, prepared=prepared, students=[root / "kd-s0"],
@@ -353,6 +444,7 @@ def test_nothing_is_registered_if_no_student_passed_the_gate(root: Path, prepare
 @pytest.mark.parametrize("verdict", [{}, {"passed": "false"}, {"passed": None}])
 def test_a_comparison_without_a_verdict_registers_nothing(verdict: dict[str, object], root: Path) -> None:
     (root / "results.json").write_text(json.dumps({"rows": [row("kd", 0.3)], **verdict}))
+    seal(root)
     with pytest.raises(UserError, match=r"results.json: passed: expected true or false, found .*; run compare again"):
         stage.passed(root)
 
@@ -366,9 +458,12 @@ def test_the_stage_registers_a_student_that_serves_any_image_size(root: Path, pr
     for experiment, seed, score in (("none", 0, 0.31), ("none", 1, 0.30), ("kd", 0, 0.33), ("kd", 1, 0.35)):
         torch.manual_seed(seed)
         folders.append(root / f"{experiment}-s{seed}")
-        save_model(folders[-1], "cnn", build_segmenter(model, 2), {})
+        classes = [{"name": entry.name, "color": entry.color} for entry in read_dataset_info(prepared).classes]
+        save_model(folders[-1], "cnn", build_segmenter(model, len(classes)), {"classes": classes, "data_content": "d"})
         (folders[-1] / "metrics.json").write_text(json.dumps({"students": {"cnn": {"val/miou": score}}}))
+        seal(folders[-1])
     (root / "results.json").write_text(results([row("none", 0.3), row("kd", 0.4)]))
+    seal(root)
     registration, one = root / "registration", tracker(root)
     stage.run(
         ANY, run=["none", "kd"], seeds=[0, 1], comparison=root, prepared=prepared, students=folders,
@@ -387,7 +482,10 @@ def test_the_stage_registers_a_student_that_serves_any_image_size(root: Path, pr
     # As `mlflow models serve` would, with unpickling forbidden, at a size that nobody exported.
     logged = [path for path in (root / "mlartifacts").rglob("*") if path.is_file()]
     assert not [path for path in logged if path.suffix in (".pth", ".pkl")]
-    assert [path.name for path in logged if path.parent.name == "data"] == ["model.pt2"]
+    folder = next(path.parent for path in logged if path.name == "MLmodel")
+    assert {path.relative_to(folder).as_posix() for path in logged} == FILES | {SEAL}
+    assert sealed_hashes(folder, mend="")["data/model.pt2"] == file_hash(folder / "data/model.pt2")
+    assert mlflow.models.get_model_info(f"models:/{NAME}/1").metadata == {"classes": ["road", "sky"]}
     served = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
     images = np.random.default_rng(1).random((1, 3, 51, 83), dtype=np.float32)
     with torch.no_grad():
