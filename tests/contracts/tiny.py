@@ -156,6 +156,7 @@ def main(work: str, out: str, *options: str) -> int:
     in_save = {signal.SIGKILL: changes.pop("die_in_save", None), signal.SIGTERM: changes.pop("told_in_save", None)}
     deadly = {int(step): number for number, step in in_save.items() if step is not None}
     method = changes.pop("method", "none")
+    changes |= {key: int(text) for key, text in changes.items() if text.isdigit()}
     changes |= {key: float(changes[key]) for key in ("dropout", "supervised", "void") if key in changes}
     torch.set_num_threads(1)
     with processes("cpu") as here:
