@@ -174,9 +174,10 @@ def _require_sqlite(database: Path) -> None:
     except sqlite3.OperationalError as error:
         if "unable to open" in str(error):
             raise UserError(f"{database}: cannot be opened; make it readable and writable") from None
-    except sqlite3.DatabaseError:
+    except sqlite3.DatabaseError as error:
         raise UserError(
-            f"{database}: not an SQLite database; move it away, or name another store in MLFLOW_TRACKING_URI"
+            f"{database}: not an SQLite database, or a damaged one ({error}); move it away, or name another store in "
+            "MLFLOW_TRACKING_URI"
         ) from None
 
 

@@ -105,7 +105,7 @@ def test_tables_that_somebody_else_left_half_made_are_put_aside(
 
 def test_what_is_no_store_is_named_before_anything_is_trained(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("<html>not found</html>")
-    with pytest.raises(UserError, match=r"mlflow.db: not an SQLite database; move it away"):
+    with pytest.raises(UserError, match=r"mlflow.db: not an SQLite database, .*move it away"):
         default_store(tmp_path)
     (tmp_path / "mlflow.db").unlink()
     os.mkfifo(tmp_path / "mlflow.db")
@@ -115,7 +115,7 @@ def test_what_is_no_store_is_named_before_anything_is_trained(tmp_path: Path) ->
 
 def test_a_damaged_store_is_one_sentence(tmp_path: Path, database: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(database.read_bytes()[:4096] + b"\xff" * 8192)
-    with pytest.raises(UserError, match=r"mlflow.db: damaged .*move it away for a new one"):
+    with pytest.raises(UserError, match=r"mlflow.db: .*damaged .*move it away"):
         default_store(tmp_path).client()
 
 
