@@ -440,6 +440,7 @@ def test_a_checkpoint_on_a_volume_also_bears_the_fingerprint_and_goes_with_the_e
 ) -> None:
     from segdistill.engine.distributed import processes
     from segdistill.engine.settings import InferenceConfig, TrainConfig
+    from segdistill.identity import Identity
     from segdistill.stages import _training
 
     seen: list[tuple[Path, str]] = []
@@ -459,15 +460,14 @@ def test_a_checkpoint_on_a_volume_also_bears_the_fingerprint_and_goes_with_the_e
     monkeypatch.setattr(_training, "Trainer", Trainer)
     monkeypatch.setattr(_training, "dataset", lambda prepared: (None, None, None))
     monkeypatch.setattr(_training, "write", lambda output, *rest, **others: output.mkdir())
-    (tmp_path / "dataset.json").write_text("{}")
     section = read_yaml(GOLDEN / "params.yaml")["distill"]
     config = parse(TrainConfig, section["train"], "train")
     inference = parse(InferenceConfig, section["inference"], "inference")
     for seed, work in ((0, tmp_path / "volume/run-7/distill-kd-s0"), (1, None)):
         with processes("cpu") as peers:
             _training.train_and_save(
-                None, config, {}, prepared=tmp_path, output=tmp_path / f"students-{seed}", seed=seed, work=work,
-                inference=inference, facts={}, trackers={}, processes=peers,
+                None, config, {}, prepared=tmp_path, output=tmp_path / f"students-{seed}", work=work,
+                inference=inference, identity=Identity("data", None, seed, {}), facts={}, trackers={}, processes=peers,
             )  # type: ignore[arg-type]  # fmt: skip
     (kept, fingerprint), (beside, _) = seen
     assert kept == tmp_path / f"volume/run-7/distill-kd-s0-{fingerprint}"
