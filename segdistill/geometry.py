@@ -30,7 +30,11 @@ def size_of(maps: Tensor) -> Size:
 
 def finest(sizes: Iterable[Size]) -> Size:
     """The size with the most cells, the first of them if several have as many."""
-    return max(sizes, key=lambda size: size[0] * size[1])
+    finest_size = (0, 0)
+    for size in sizes:  # not max(key=...), at which torch.compile would break off
+        if size[0] * size[1] > finest_size[0] * finest_size[1]:
+            finest_size = size
+    return finest_size
 
 
 def cells_within(fine: Size, coarse: Size) -> int | None:
@@ -72,11 +76,41 @@ def enlarge(maps: Tensor, size: Size, ratio: int, *, align_corners: bool = False
     Shape:
         maps: [B, C, h, w]; returns [B, C, *size], size at most ratio * h and ratio * w.
     """
+    if maps.is_cuda and not torch.compiler.is_exporting():
+        return enlarge_by_products(maps, size, ratio, align_corners=align_corners)
     if align_corners or torch.compiler.is_exporting():  # exporters know the operator below by its sizes alone
         covered = (maps.shape[-2] * ratio, maps.shape[-1] * ratio)
         return crop(F.interpolate(maps, size=covered, mode="bilinear", align_corners=align_corners), *size)
     # F.interpolate takes sizes or factors. With both, what would be cut off is never made.
     return torch.ops.aten.upsample_bilinear2d.default(maps, size, False, float(ratio), float(ratio))  # type: ignore[no-any-return]
+
+
+def enlarge_by_products(maps: Tensor, size: Size, ratio: int, *, align_corners: bool = False) -> Tensor:
+    """What :func:`enlarge` gives, as two matrix products, for which a GPU needs a small part of its kernel's time.
+
+    That kernel goes backward by atomic additions, which are slow and come in any order; products do not. Half precision
+    is widened for them, so that it is rounded once, as there.
+
+    Shape:
+        maps: [B, C, h, w]; returns [B, C, *size].
+    """
+    wide = torch.promote_types(maps.dtype, torch.float32)
+    rows, columns = (
+        _shares(old, new, ratio, align_corners, maps.device, wide) for old, new in zip(size_of(maps), size, strict=True)
+    )
+    with torch.autocast(maps.device.type, enabled=False):
+        return (rows @ (maps.to(wide) @ columns.mT)).to(maps.dtype)
+
+
+def _shares(old: int, new: int, ratio: int, align_corners: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The share of each old cell in each new one along an axis: [new, old]."""
+    cells, centres = (torch.arange(count, device=device, dtype=dtype) for count in (old, new))
+    if align_corners:
+        centres = centres * ((old - 1) / max(old * ratio - 1, 1))
+    else:
+        centres = (centres + 0.5) / ratio - 0.5
+    distances = (centres.clamp(0, old - 1)[:, None] - cells).abs()
+    return (1 - distances).clamp_min(0)
 
 
 def average(maps: Tensor, size: Size) -> Tensor:

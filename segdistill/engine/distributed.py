@@ -38,6 +38,15 @@ class Processes:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
+    def gather(self, value: Tensor) -> list[Tensor]:
+        """Everybody's value, in the order of ranks, on the CPU."""
+        if self.world_size == 1:
+            return [value.cpu()]
+        mine = value.to(self.device)
+        values = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(values, mine)
+        return [one.cpu() for one in values]
+
     def barrier(self) -> None:
         """Waits for all processes."""
         if self.world_size > 1:

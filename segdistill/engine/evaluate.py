@@ -12,6 +12,7 @@ from torch.nn import functional
 from segdistill.data.shards import ShardDataset
 from segdistill.engine.distributed import Processes
 from segdistill.engine.settings import InferenceConfig
+from segdistill.errors import UserError
 from segdistill.metrics.confusion import confusion_matrix_per_image, mean_iou, pixel_accuracy
 from segdistill.models.segmenter import Segmenter, logits_at
 
@@ -122,20 +123,30 @@ def evaluate(
     Args:
         network: its mode is restored afterwards.
         progress: called with the number of images done.
+
+    Raises:
+        UserError: scores that are not finite, or no pixel with a label: nothing to make a score of.
     """
     was_training, device = network.training, processes.device
     network.eval()
     per_image = torch.zeros((len(dataset), num_classes, num_classes), dtype=torch.int64, device=device)
+    broken = torch.zeros((), dtype=torch.bool, device=device)
     mine = list(range(processes.rank, len(dataset), processes.world_size))
     for numbers, images, labels in _batches(dataset, mine, settings.batch_size):
         height, width = labels.shape[-2:]
         scores = predict(network, images.to(device).float() / 255, (height, width), settings, flip=flip, scales=scales)
-        counts = confusion_matrix_per_image(scores.argmax(1), labels.to(device).long(), num_classes)
+        highest, prediction = scores.max(1)
+        broken |= ~highest.isfinite().all()  # a NaN among the scores comes out as the highest
+        counts = confusion_matrix_per_image(prediction, labels.to(device).long(), num_classes)
         per_image[torch.tensor(numbers, device=device)] = counts
         if progress is not None:
             progress(len(numbers))
     network.train(was_training)
     summed = processes.sum(per_image).cpu().numpy()
+    if processes.sum(broken.long()).item():
+        raise UserError("the network's scores are not finite: it diverged, and a mIoU would say nothing of it")
+    if len(dataset) and not summed.any():
+        raise UserError(f"the split of {len(dataset)} images has no pixel with a label; it cannot be scored")
     return Evaluation(summed.sum(0), summed, [dataset.sample_id(index) for index in range(len(dataset))])
 
 

@@ -34,12 +34,16 @@ from segdistill.engine.tracker import Tracker
 from segdistill.errors import Interrupted, UserError, stop_on_sigterm
 from segdistill.losses import valid_mask
 from segdistill.models.batch_norm import synchronised
+from segdistill.models.weights import not_finite
 
 logger = logging.getLogger(__name__)
 
 # Iterations between two agreements of all processes on the clock and on a wish to stop.
 AGREE_EVERY = 10
 CHECKPOINT = "resume.safetensors"
+# Steps in a row that fp16's loss scaling may skip. The scale begins at 65,536 and halves with each skip, so that 16 of
+# them bring it to 1: what still overflows then overflows without any scaling.
+MOST_SKIPPED = 20
 
 
 @dataclass
@@ -67,6 +71,7 @@ class Progress:
     best: dict[str, float] = field(default_factory=dict)  # validation mIoU of the kept weights, by student
     sums: dict[str, Tensor] = field(default_factory=dict)  # of each term since the last log entry
     since_log: int = 0
+    skipped: Tensor = field(default_factory=lambda: torch.zeros(()))  # steps in a row, up to now, that fp16 left out
 
 
 class Trainer:
@@ -121,7 +126,7 @@ class Trainer:
         self.autocast_dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
         self.autocast = enabled
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        self.progress = Progress(curves={name: [] for name in learner.students})
+        self.progress = Progress(curves={name: [] for name in learner.students}, skipped=torch.zeros((), device=device))
         self.kept: dict[str, dict[str, Tensor]] = {}
 
     # -- set-up -------------------------------------------------------------------------------------------------------
@@ -203,11 +208,12 @@ class Trainer:
                 stopping = self._agree(stop)  # once: a signal that comes later is heard the next time, by all
                 finished = self._finished()
                 if progress.iteration % config.log_every == 0 or finished:
-                    bar.describe(self._log(), self._speed())
+                    bar.describe(self._log(finished), self._speed())
                 paused = time.monotonic()
                 if progress.iteration % config.validate_every == 0 and not finished:
                     self._validate()
-                if (progress.iteration % config.checkpoint_every == 0 or stopping) and not finished:
+                # At the end, too: who is told to stop during the last validation trains nothing anew.
+                if progress.iteration % config.checkpoint_every == 0 or stopping or finished:
                     self._save(stopping)
                 started += time.monotonic() - paused
         evaluations = self._validate()
@@ -262,7 +268,7 @@ class Trainer:
         return terms
 
     def _step(self) -> None:
-        limit = self.config.max_grad_norm
+        limit, before = self.config.max_grad_norm, self._scale()
         for optimizer in self.optimizers.values():
             if limit is not None:
                 self.scaler.unscale_(optimizer)
@@ -270,6 +276,16 @@ class Trainer:
                 torch.nn.utils.clip_grad_norm_(parameters, limit)
             self.scaler.step(optimizer)
         self.scaler.update()
+        if before is not None:
+            scale = self._scale()
+            fell = (scale < before) | (scale == 0)  # type: ignore[operator]
+            self.progress.skipped = torch.where(fell, self.progress.skipped + 1, 0)
+
+    def _scale(self) -> Tensor | None:
+        """The loss scale of fp16, on the device: reading it there waits for nothing."""
+        if not self.scaler.is_enabled():
+            return None
+        return self.scaler.scale(torch.ones((), device=self.processes.device))
 
     def _agree(self, stop: threading.Event) -> bool:
         """Whether all processes stop now, because any of them was told to; makes all see the slowest clock."""
@@ -286,13 +302,14 @@ class Trainer:
     def _speed(self) -> float:
         return self.progress.iteration * self.config.batch_size / max(self.progress.seconds, 1e-9)
 
-    def _log(self) -> float:
+    def _log(self, finished: bool) -> float:
         """Mean terms since the last entry; the only place of the loop that waits for the device."""
         sums, pieces = self.progress.sums, self.progress.since_log * self.config.accumulate
         self.progress.sums, self.progress.since_log = {}, 0
         keys = sorted(sums)
         values = torch.stack([sums[key].float() for key in keys]) / pieces
         means = dict(zip(keys, (self.processes.sum(values) / self.processes.world_size).tolist(), strict=True))
+        self._require_steps(finished)
         weights, total = self.learner.weights(self.fraction), 0.0
         for name, tracker in self.trackers.items():
             mine = {key.split("/", 1)[1]: value for key, value in means.items() if key.startswith(f"{name}/")}
@@ -312,14 +329,30 @@ class Trainer:
     def _require_finite(self, student: str, terms: Mapping[str, float]) -> None:
         """Stops a training that diverged: nothing good can come of it, and its weights are lost.
 
-        Under fp16 the scaler skips steps whose numbers overflowed, so there it is no proof.
+        Under fp16 the scaler skips steps whose numbers overflowed, so there it is no proof; a run of skips is.
         """
         broken = [term for term, value in terms.items() if not math.isfinite(value)]
         if broken and self.config.precision != "fp16":
-            raise UserError(
-                f"{student}: {', '.join(broken)} is not finite by iteration {self.progress.iteration}: the training"
-                " diverged; lower its learning rate or the weights of its methods (segdistill calibrate shows them)"
-            )
+            raise self._diverged(f"{student}: {', '.join(broken)} is not finite")
+
+    def _require_steps(self, finished: bool) -> None:
+        """Stops a training in fp16 whose steps are all skipped: the weights that stay finite do not learn."""
+        skipped = int(self.progress.skipped.item()) if self.scaler.is_enabled() else 0
+        if skipped >= MOST_SKIPPED or (finished and skipped >= self.progress.iteration):
+            raise self._diverged(f"fp16 left out the last {skipped} steps, whose gradients are not finite")
+
+    def _require_finite_weights(self) -> None:
+        """Weights and buffers, running statistics and methods' helpers among them: what is not finite is not kept."""
+        broken = not_finite(self.learner.state_dict())
+        if self.processes.maximum(torch.tensor(float(bool(broken)), device=self.processes.device)).item():
+            names = [name.removeprefix("_students.").removeprefix("_methods.") for name in broken]
+            raise self._diverged(f"{names[0] if names else 'a weight of another process'} is not finite")
+
+    def _diverged(self, what: str) -> UserError:
+        return UserError(
+            f"{what} by iteration {self.progress.iteration}: the training diverged; lower its learning rate or the"
+            " weights of its methods (segdistill calibrate shows them)"
+        )
 
     def _log_gradient_shares(self, terms: Mapping[str, Tensor]) -> None:
         """How much of what each student's last feature is told comes from each term, in this process's batch."""
@@ -337,6 +370,7 @@ class Trainer:
 
     def _validate(self) -> dict[str, Evaluation]:
         """Every student on the validation split; keeps the best weights where the config asks for them."""
+        self._require_finite_weights()
         if self.val_set is None:
             return {}
         started, step = time.monotonic(), self.progress.iteration
@@ -371,14 +405,16 @@ class Trainer:
 
     def _save(self, stopping: bool) -> None:
         """Writes the checkpoint; ends the run if all processes agreed to."""
+        self._require_finite_weights()
+        state = self.state()
         if self.processes.is_main:
-            checkpoint.save(self.work / CHECKPOINT, self.state())
+            checkpoint.save(self.work / CHECKPOINT, state)
         self.processes.barrier()
         if stopping:
             raise Interrupted(f"stopped at iteration {self.progress.iteration}; the same command continues from there")
 
     def state(self) -> dict[str, Any]:
-        """All that a resume needs; the teacher is not in it."""
+        """All that a resume needs, every process's random stream included; the teacher is not in it."""
         device = self.processes.device
         return {
             "fingerprint": self.fingerprint,
@@ -387,26 +423,42 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "progress": vars(self.progress),
             "kept": self.kept,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "rng": self.processes.gather(torch.get_rng_state()),
+            "cuda_rng": self.processes.gather(torch.cuda.get_rng_state(device)) if device.type == "cuda" else [],
         }
 
     def _resume(self) -> None:
-        state = checkpoint.load(self.work / CHECKPOINT, self.processes.device)
+        state = self._read_checkpoint()
         if state is None:
-            return
-        if state["fingerprint"] != self.fingerprint:
-            logger.info("%s is from another configuration: starting anew", self.work / CHECKPOINT)
             return
         self.learner.load_state_dict(state["learner"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])
+        rank, device = self.processes.rank, self.processes.device
         for name, value in state["progress"].items():
             setattr(self.progress, name, value)
+        self.progress.sums = {key: value.to(device) for key, value in self.progress.sums.items()}
+        self.progress.skipped = self.progress.skipped.to(device)
         self.kept = state["kept"]
-        if self.processes.is_main:  # the other ranks keep the stream their own seed began
-            torch.set_rng_state(state["rng"].cpu())
-            if state["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.processes.device)
+        if rank < len(state["rng"]):  # a process that was not there keeps the stream that its seed began
+            torch.set_rng_state(state["rng"][rank])
+        if rank < len(state["cuda_rng"]) and device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"][rank], device)
         logger.info("resumed at iteration %d", self.progress.iteration)
+
+    def _read_checkpoint(self) -> dict[str, Any] | None:
+        """What to go on from; a checkpoint that is of no use here is put aside, and the training starts anew."""
+        path, state, fault = self.work / CHECKPOINT, None, ""
+        try:
+            state = checkpoint.load(path)
+            if state is not None and state["fingerprint"] != self.fingerprint:
+                fault = f"{path}: a checkpoint of other settings, data or teacher"
+        except UserError as error:
+            fault = str(error)
+        # Of one mind, and when all have read it.
+        if not self.processes.maximum(torch.tensor(float(bool(fault)), device=self.processes.device)).item():
+            return state
+        if self.processes.is_main:
+            logger.warning("%s; it is kept as %s, and the training starts anew", fault, checkpoint.put_aside(path))
+        return None

@@ -1,7 +1,7 @@
 """C2VKD: a CNN teaches a vision transformer by dense features, one vector an image, and decoupled pixels."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from segdistill.losses import (
     unit,
 )
 from segdistill.losses.pdd import blended_two_way
+from segdistill.losses.precision import is_half, product
 from segdistill.methods.dkd import non_target_kl, target_kl
 from segdistill.methods.method import Channels, Count, MethodConfig, NonNegative, OfflineMethod, Temperature
 from segdistill.models.attention_pool import AttentionPool, load_attention_pool
@@ -73,6 +74,8 @@ class C2VKDConfig(MethodConfig):
     """Form every pair of the patch relation even where going through the channels is cheaper; the sum is the same."""
     block_rows: Count = 1024
     """Rows of pairs that are in memory at once where pairs are formed; changes neither value nor gradient."""
+    half_products: bool = True
+    """Of networks in half precision, multiply patches as bfloat16, summed in float32; false: all in float32."""
     align_corners: bool = False
     """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
@@ -90,7 +93,9 @@ def channel_kl(student: Tensor, teacher: Tensor, *, direction: Direction) -> Ten
 
 
 @in_float32
-def patch_distance(student: Tensor, teacher: Tensor, *, form_pairs: bool = False, block_rows: int = 1024) -> Tensor:
+def patch_distance(
+    student: Tensor, teacher: Tensor, *, form_pairs: bool = False, block_rows: int = 1024, half: bool = False
+) -> Tensor:
     """Mean over all N^2 pairs of locations of the batch, N = B * h * w, of the squared difference of their relations.
 
     A location's vector is divided by its length and then centred over channels, in this order: a constant added to
@@ -100,6 +105,9 @@ def patch_distance(student: Tensor, teacher: Tensor, *, form_pairs: bool = False
     and with U = S - T and V = S + T it is (<U'U, V'V> + <U'V, V'U>) / 2. Near S = T this is as exact as the pairs are,
     where a sum of S'S, S'T and T'T would not be. Otherwise, or with ``form_pairs``, pairs are formed in blocks.
 
+    Args:
+        half: round U and V for the products through the channels; see ``losses.precision.product``.
+
     Shape:
         student, teacher: [B, C, h, w], equal.
     """
@@ -108,7 +116,7 @@ def patch_distance(student: Tensor, teacher: Tensor, *, form_pairs: bool = False
     if form_pairs or count <= channels:
         total = sum_over_blocks(_squared_differences, (ours, theirs), ours, theirs, block=block_rows)
     else:
-        total = _through_channels(ours - theirs, ours + theirs)
+        total = _ThroughChannels.apply(ours, theirs, half)
     return total / (count * max(channels - 1, 1)) ** 2
 
 
@@ -122,10 +130,29 @@ def _squared_differences(our_rows: Tensor, their_rows: Tensor, ours: Tensor, the
     return torch.addmm(their_rows @ theirs.mT, our_rows, ours.mT, beta=-1).square().sum()
 
 
-def _through_channels(difference: Tensor, sum_of_both: Tensor) -> Tensor:
-    """What :func:`_squared_differences` gives for all rows, from S - T and S + T."""
-    mixed = difference.mT @ sum_of_both  # [C, C]
-    return ((difference.mT @ difference * (sum_of_both.mT @ sum_of_both)).sum() + (mixed * mixed.mT).sum()) / 2
+class _ThroughChannels(torch.autograd.Function):
+    """What :func:`_squared_differences` gives for all rows, by three products, and two for the gradient of S.
+
+    The gradient is 4 (S S' - T T') S = U (V'U + V'V) + V (U'U + U'V): autograd would take six products to it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, half: bool) -> Tensor:
+        difference, both = student - teacher, student + teacher  # U and V, [N, C]
+        if half:  # once, and they are kept for the gradient
+            difference, both = difference.bfloat16(), both.bfloat16()
+        of_difference = product(difference.mT, difference, half=half)  # [C, C]
+        of_both = product(both.mT, both, half=half)
+        mixed = product(difference.mT, both, half=half)
+        ctx.save_for_backward(difference, both, mixed.mT + of_both, of_difference + mixed)
+        ctx.half = half
+        return ((of_difference * of_both).sum() + (mixed * mixed.mT).sum()) / 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        difference, both, left, right = ctx.saved_tensors
+        slopes = product(difference, left, half=ctx.half) + product(both, right, half=ctx.half)
+        return gradient * slopes, None, None
 
 
 class CNNToViT(OfflineMethod):
@@ -247,7 +274,11 @@ class CNNToViT(OfflineMethod):
                 terms["visual"] = channel_kl(visual, theirs, direction=config.kl_direction)
             if "patch" in self.weights:
                 terms["patch"] = patch_distance(
-                    visual, theirs, form_pairs=config.form_pairs, block_rows=config.block_rows
+                    visual,
+                    theirs,
+                    form_pairs=config.form_pairs,
+                    block_rows=config.block_rows,
+                    half=config.half_products and is_half(visual, theirs),
                 )
         if "linguistic" in self.weights:
             pool = _mean if self.pool is None else self.pool

@@ -1,6 +1,6 @@
 """Cross-image relational distillation: how pixels relate to those of other images, in the batch and in a memory."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +18,17 @@ from segdistill.losses import (
     resize_features,
     resize_labels,
     size_of,
-    sum_over_blocks,
     unit,
     valid_mask,
 )
+from segdistill.losses.precision import is_half
+from segdistill.losses.relations import relation_kl
 from segdistill.methods.method import Count, MethodConfig, NonNegative, OfflineMethod, Positive, Temperature
 from segdistill.models.batch_norm import allow_single_values
 from segdistill.models.outputs import ModelInfo, Outputs
 
 # The released code averages windows of 4 x 4 before the relations in the batch where both sides have so many cells.
 LARGE, LARGE_POOL = 256, 4
-# The logit of a place of the memory that holds nothing. Finite, because 0 * inf is not 0; exp of it is exactly 0.
-EMPTY = -1e9
 
 
 @config
@@ -62,35 +61,34 @@ class CIRKDConfig(MethodConfig):
     region_contrast: Count = 1024
     """Regions an anchor is compared with, likewise."""
     block_rows: Count = 1024
-    """Pixels whose relations are in memory at a time; the others are computed again in the backward pass."""
+    """Pixels whose relations are in memory at a time; changes neither value nor gradient."""
+    half_products: bool = True
+    """Of networks in half precision, multiply vectors as bfloat16, summed in float32; false: all in float32."""
     align_corners: bool = False
     """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
-@in_float32
-def image_pair_kl(student: Tensor, teacher: Tensor, *, temperature: float, block_rows: int) -> Tensor:
+def image_pair_kl(
+    student: Tensor, teacher: Tensor, *, temperature: float, block_rows: int, half_products: bool = False
+) -> Tensor:
     """Mean over all ordered pairs of images, and the pixels of the first, of KL(teacher || student) over the second's.
 
     Each distribution is the softmax of the cosines of one pixel with all pixels of one image, itself included.
 
+    Args:
+        half_products: round the factors of products where both sides come in half precision.
+
     Shape:
         student: [B, C_s, h, w]; teacher: [B, C_t, h, w], detached here.
     """
-    images = len(student)
+    images, half = len(student), half_products and is_half(student, teacher)
     ours, theirs = _unit_rows(student), _unit_rows(teacher.detach())  # [B * P, C]
-
-    def divergence(our_rows: Tensor, their_rows: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
-        student_relation, teacher_relation = (
-            (rows @ columns.T / temperature).unflatten(1, (images, -1)).log_softmax(2)  # [rows, B, P]
-            for rows, columns in ((our_rows, ours), (their_rows, theirs))
-        )
-        return (teacher_relation.exp() * (teacher_relation - student_relation)).sum()
-
-    total = sum_over_blocks(divergence, [ours, theirs], ours, theirs, block=block_rows)
+    total = _relations(
+        ours, ours, theirs, theirs, groups=images, temperature=temperature, block_rows=block_rows, half=half
+    )
     return total / (len(ours) * images)
 
 
-@in_float32
 def memory_kl(
     student: Tensor,
     teacher: Tensor,
@@ -100,6 +98,7 @@ def memory_kl(
     *,
     temperature: float,
     block_rows: int,
+    half_products: bool = False,
 ) -> Tensor:
     """Mean over valid pixels of KL(teacher || student) between the softmaxes of their cosines with the memory.
 
@@ -107,24 +106,25 @@ def memory_kl(
 
     Args:
         there: which rows of the memory exist; the others have probability 0.
+        half_products: round the factors of products where both sides come in half precision.
 
     Shape:
         student, teacher: [B, C, h, w], the teacher's detached here; valid: [B, h, w] bool; memory: [M, C] unit
         vectors; there: [M] bool.
     """
+    half = half_products and is_half(student, teacher)
     ours, theirs = _unit_rows(student), _unit_rows(teacher.detach())
-
-    def divergence(our_rows: Tensor, their_rows: Tensor, counts: Tensor, memory: Tensor, absent: Tensor) -> Tensor:
-        student_relation, teacher_relation = (
-            (rows @ memory.T / temperature).masked_fill(absent, EMPTY).log_softmax(1)  # [rows, M]
-            for rows in (our_rows, their_rows)
-        )
-        values = (teacher_relation.exp() * (teacher_relation - student_relation)).sum(1)
-        return torch.where(counts, values, 0.0).sum()
-
-    rows = [ours, theirs, valid.flatten()]
-    total = sum_over_blocks(divergence, rows, memory.to(ours.dtype), ~there, block=block_rows)
+    memory = memory.to(ours.dtype)
+    total = _relations(
+        ours, memory, theirs, memory, counted=valid.flatten(), absent=~there, temperature=temperature,
+        block_rows=block_rows, half=half,
+    )  # fmt: skip
     return total / valid.sum().clamp_min(1)
+
+
+@in_float32
+def _relations(*sides: Tensor, **settings: Any) -> Tensor:
+    return relation_kl(*sides, **settings)
 
 
 class CrossImageRelations(OfflineMethod):
@@ -163,7 +163,8 @@ class CrossImageRelations(OfflineMethod):
     Speed:
         The relations in the batch grow with the square of the cells: ``pool: 2`` makes them 16 times cheaper. As in the
         released code, maps of 256 x 256 cells and more are averaged over 4 x 4 windows first, and others are not;
-        ``pool: 1`` never averages.
+        ``pool: 1`` never averages. Relations are made a block of rows at a time, with the gradient at once. Where both
+        networks ran in half precision the products take bfloat16 factors and sum in float32 (``half_products``).
 
     Inferred:
         A re-implementation that leaves out three faults of the released memory. It draws a class's pixels by their
@@ -223,7 +224,13 @@ class CrossImageRelations(OfflineMethod):
         pool = config.pool or (LARGE_POOL if min(size_of(teacher)) >= LARGE else 1)
         if pool > 1:
             student, teacher = (F.avg_pool2d(maps, pool, ceil_mode=True) for maps in (student, teacher))
-        return image_pair_kl(student, teacher, temperature=config.temperature, block_rows=config.block_rows)
+        return image_pair_kl(
+            student,
+            teacher,
+            temperature=config.temperature,
+            block_rows=config.block_rows,
+            half_products=config.half_products,
+        )
 
     def _memory(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         config, size = self.config, size_of(teacher)
@@ -244,6 +251,7 @@ class CrossImageRelations(OfflineMethod):
                 there,
                 temperature=config.temperature,
                 block_rows=config.block_rows,
+                half_products=config.half_products,
             )
         return terms
 

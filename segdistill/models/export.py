@@ -3,9 +3,8 @@
 import dataclasses
 import hashlib
 import json
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import segdistill
 from segdistill.config import parse, to_dict
 from segdistill.errors import UserError, nearest
+from segdistill.files import SEAL, file_hash, read_json, read_sealed_json, require_regular, write_file
+from segdistill.identity import require_classes
 from segdistill.models.config import ModelConfig
 from segdistill.models.segmenter import Segmenter, build_segmenter, logits_at
-from segdistill.models.weights import read_safetensors
+from segdistill.models.weights import not_finite, read_safetensors
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -52,6 +53,9 @@ def save_model(folder: Path, name: str, segmenter: Segmenter, metadata: Mapping[
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"{name}: not a name for a model; allowed: letters, digits, '_', '-' and '.'")
+    broken = not_finite(segmenter.state_dict())
+    if broken:
+        raise UserError(f"{name}: '{broken[0]}' is not finite: the training diverged, and its weights are not saved")
     classes = metadata.get("classes")
     if classes is not None and len(classes) != segmenter.info.num_classes:
         raise ValueError(f"{len(classes)} classes in metadata, {segmenter.info.num_classes} in the model")
@@ -70,26 +74,38 @@ def save_model(folder: Path, name: str, segmenter: Segmenter, metadata: Mapping[
     }
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / f"{name}.safetensors", weights)
-    _write(folder / f"{name}.json", text.encode())
+    write_file(folder / f"{name}.safetensors", weights)
+    write_file(folder / f"{name}.json", text.encode())
 
 
-def load_model(folder: Path, name: str, device: torch.device | str = "cpu") -> tuple[Segmenter, dict[str, Any]]:
+def load_model(
+    folder: Path, name: str, device: torch.device | str = "cpu", *, classes: Sequence[str] | None = None
+) -> tuple[Segmenter, dict[str, Any]]:
     """Reads what :func:`save_model` wrote; no network, no random numbers drawn.
+
+    Args:
+        folder: of one or several models; its seal, where it has one, is honoured.
+        name: of the model.
+        device: where to put it.
+        classes: the data set's, in order, which must be the model's; None where no label is read or shown.
 
     Returns:
         The segmenter in eval mode on ``device``, and the whole JSON document.
 
     Raises:
-        UserError: a file is absent, damaged or not of this pair, or a key is missing, unexpected or of another shape.
+        UserError: a file is absent, damaged or not of this pair, a key is missing, unexpected, of another shape or not
+            finite, or the model is of other classes.
     """
     path, document_path = folder / f"{name}.safetensors", folder / f"{name}.json"
     for needed in (document_path, path):
         if not needed.is_file():
             raise UserError(f"{needed}: no such file; models in {folder}{nearest(name, model_names(folder))}")
+        require_regular(needed)
     document = _read_document(document_path)
+    if classes is not None:
+        require_classes(document_path, [entry["name"] for entry in document.get("classes") or ()], classes)
     config = parse(ModelConfig, document["model"], f"{document_path}: model")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != document["sha256"]:
+    if file_hash(path) != document["sha256"]:
         raise UserError(
             f"{path}: not the weights that {document_path.name} describes (sha256 differs); save the model again"
         )
@@ -147,10 +163,10 @@ def count_macs(segmenter: Segmenter, size: tuple[int, int]) -> int:
 
 
 def _read_document(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if (path.parent / SEAL).exists():
+        document = read_sealed_json(path.parent, path.name, mend="make the model again")
+    else:
+        document = read_json(path)
     needed: dict[str, type] = {"model": dict, "num_classes": int, "sha256": str}
     for key, kind in needed.items():
         if not isinstance(document, dict) or not isinstance(document.get(key), kind):
@@ -158,12 +174,3 @@ def _read_document(path: Path) -> dict[str, Any]:
                 f"{path}: no '{key}' of type {kind.__name__} in it; this is not a saved model's description"
             )
     return document
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

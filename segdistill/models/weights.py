@@ -1,7 +1,7 @@
 """Encoder weights: from timm's and segmentation-models-pytorch's own downloads, or from a local safetensors file."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import timm
@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from segdistill.errors import UserError
+from segdistill.files import require_regular
 
 HUB_TIMEOUT_SECONDS = 5.0
 
@@ -71,12 +72,26 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file, on the CPU.
 
     Raises:
-        UserError: the file is no safetensors file, or is cut short.
+        UserError: the file is no safetensors file, is cut short, or holds a number that is not finite.
     """
+    require_regular(path)
     try:
-        return load_file(path, device="cpu")
+        tensors = load_file(path, device="cpu")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    broken = not_finite(tensors)
+    if broken:
+        raise UserError(f"{path}: key '{broken[0]}' is not finite: what a diverged training left is no network")
+    return tensors
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold an infinity or a NaN; waits for the device once."""
+    names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+    if not names:
+        return []
+    finite = torch.stack([tensors[name].detach().isfinite().all() for name in names]).tolist()
+    return [name for name, good in zip(names, finite, strict=True) if not good]
 
 
 def load_encoder_file(encoder: nn.Module, name: str, path: Path) -> None:

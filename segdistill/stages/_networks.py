@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from segdistill.models.segmenter import Segmenter
 
 CLASSES = 19  # any number does: no method and no network depends on it
+_BUILT: set[str] = set()  # what went together before in this process; a submission looks at the same file twice
 
 
 def check(teacher: TeacherConfig, experiments: Mapping[str, ExperimentConfig], *, outlines: bool, files: bool) -> None:
@@ -49,8 +50,10 @@ def check(teacher: TeacherConfig, experiments: Mapping[str, ExperimentConfig], *
             for path in _paths(method):
                 if files and not path.is_file():
                     raise UserError(f"experiments.{name}.methods.{index}: {path}: no such file")
-    if outlines:
+    asked = repr((teacher.model, experiments))
+    if outlines and asked not in _BUILT:
         _build(teacher.model, experiments, models)
+        _BUILT.add(asked)
 
 
 def _paths(config: Any) -> list[Path]:

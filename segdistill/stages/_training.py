@@ -1,10 +1,9 @@
 """What train_teacher and distill share: from built networks to a folder of weights, scores and curves."""
 
+import contextlib
 import csv
-import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from segdistill.engine.distributed import Processes
 from segdistill.engine.learner import Learner
 from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
 from segdistill.engine.tracker import Tracker
-from segdistill.engine.trainer import Result, Trainer
+from segdistill.engine.trainer import CHECKPOINT, Result, Trainer
+from segdistill.files import new_folder, seal
+from segdistill.identity import Identity
 from segdistill.models.export import count_parameters, save_model
 
 logger = logging.getLogger(__name__)
@@ -25,11 +26,6 @@ def dataset(prepared: Path) -> tuple[DatasetInfo, ShardDataset, ShardDataset]:
     return read_dataset_info(prepared), ShardDataset(prepared, "train"), ShardDataset(prepared, "val")
 
 
-def fingerprint(**facts: Any) -> str:
-    """A short name of everything that defines a run; a checkpoint of another run is not resumed."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
 def train_and_save(
     learner: Learner,
     config: TrainConfig,
@@ -37,8 +33,8 @@ def train_and_save(
     *,
     prepared: Path,
     output: Path,
-    seed: int,
     inference: InferenceConfig,
+    identity: Identity,
     facts: Mapping[str, Any],
     trackers: Mapping[str, Tracker],
     processes: Processes,
@@ -46,20 +42,21 @@ def train_and_save(
 ) -> dict[str, float]:
     """Trains, then writes ``output``: weights, ``metrics.json`` and ``curves/<name>.csv``; returns seconds by activity.
 
-    The resume checkpoint lies in ``<work>-<fingerprint>``, by default beside the output in ``<output>.work``, until the
+    The resume checkpoint lies in ``<work>-<identity>``, by default beside the output in ``<output>.work``, until the
     output is complete.
     """
     info, train_set, val_set = dataset(prepared)
-    name_of_run = fingerprint(**facts, seed=seed, data=json.loads((prepared / "dataset.json").read_text()))
-    work = work.with_name(f"{work.name}-{name_of_run}") if work else output.with_name(output.name + ".work")
+    work = work.with_name(f"{work.name}-{identity.key}") if work else output.with_name(output.name + ".work")
     trainer = Trainer(
-        learner, train_set, val_set, config, optimizers, inference=inference, seed=seed, work=work,
-        fingerprint=name_of_run, trackers=trackers, processes=processes,
+        learner, train_set, val_set, config, optimizers, inference=inference, seed=identity.seed, work=work,
+        fingerprint=identity.key, trackers=trackers, processes=processes,
     )  # fmt: skip
     result = trainer.run()
     if processes.is_main:
-        write(output, trainer.learner, result, info, seed=seed, facts=facts, trackers=trackers)
-        shutil.rmtree(work, ignore_errors=True)
+        write(output, trainer.learner, result, info, identity=identity, facts=facts, trackers=trackers)
+        (work / CHECKPOINT).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else is there: a checkpoint that was put aside
+            work.rmdir()
     processes.barrier()
     return {
         "data": result.data_seconds,
@@ -74,14 +71,27 @@ def write(
     result: Result,
     info: DatasetInfo,
     *,
-    seed: int,
+    identity: Identity,
     facts: Mapping[str, Any],
     trackers: Mapping[str, Tracker],
 ) -> None:
-    """Fills the output folder under another name and renames it when it is complete."""
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "curves").mkdir(parents=True)
+    """Fills the output folder, sealed, under another name and renames it when it is complete."""
+    with new_folder(output) as partial:
+        _fill(partial, learner, result, info, identity, facts)
+    for name, student in learner.students.items():
+        trackers[name].tags(identity.facts())
+        trackers[name].metrics({"perf/params": count_parameters(student)})
+
+
+def _fill(
+    folder: Path,
+    learner: Learner,
+    result: Result,
+    info: DatasetInfo,
+    identity: Identity,
+    facts: Mapping[str, Any],
+) -> None:
+    (folder / "curves").mkdir()
     scores: dict[str, dict[str, float]] = {}
     for name, student in learner.students.items():
         found = result.evaluations[name]
@@ -89,20 +99,20 @@ def write(
             "val/miou": found.miou, "val/pixel_accuracy": found.accuracy, "params": count_parameters(student),
         }  # fmt: skip
         classes = [{"name": item.name, "color": list(item.color)} for item in info.classes]
-        save_model(partial, name, student, {"classes": classes, "seed": seed, **scores[name]})
-        _write_curve(partial / "curves" / f"{name}.csv", result.curves[name])
-        trackers[name].metrics({"perf/params": scores[name]["params"]})
+        document = {"classes": classes, "seed": identity.seed, **identity.facts(), **scores[name]}
+        save_model(folder, name, student, document)
+        _write_curve(folder / "curves" / f"{name}.csv", result.curves[name])
     metrics = {
         "students": scores,
         "iterations": result.iterations,
         "seconds": result.seconds,
         "images_per_second": result.images_per_second,
-        "seed": seed,
+        "seed": identity.seed,
+        **identity.facts(),
         **facts,
     }
-    (partial / "metrics.json").write_text(json.dumps(metrics, indent=2, default=str) + "\n")
-    shutil.rmtree(output, ignore_errors=True)
-    partial.replace(output)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, default=str) + "\n")
+    seal(folder)
 
 
 def _write_curve(path: Path, points: list[dict[str, float]]) -> None:

@@ -87,11 +87,12 @@ def run(
     )  # fmt: skip
     recorders = {name: _Recorder() for name in settings.students}
     with join(device) as processes, tempfile.TemporaryDirectory() as work:
-        frozen = None
+        info, frozen = read_dataset_info(prepared), None
         if needs_teacher(experiment, settings):
-            frozen = Teacher(load_model(teacher, NAME)[0]).to(processes.device)
-        classes = read_dataset_info(prepared).num_classes
-        learner = build_learner(experiment, settings, seed=seed, num_classes=classes, teacher=frozen)
+            frozen = Teacher(load_model(teacher, NAME, classes=[item.name for item in info.classes])[0]).to(
+                processes.device
+            )
+        learner = build_learner(experiment, settings, seed=seed, num_classes=info.num_classes, teacher=frozen)
         train_set = ShardDataset(prepared, "train")
         Trainer(
             learner, train_set, None, train, {name: student.optimizer for name, student in settings.students.items()},

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from segdistill.config import Seed, parse, to_dict
 from segdistill.config import config as config_class
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
+from segdistill.files import disk_errors, new_folder, read_sealed, read_sealed_json, seal, write_file
 from segdistill.stages.highlights import Highlights, scores_of
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from segdistill.stages.comparison.results import Comparison, Row
 
 TEACHER = "teacher"
+AGAIN = "run the stage 'compare' again"
+PAGE_LIMIT = 2**30  # bytes; the page holds its pictures
 
 
 @config_class
@@ -73,7 +75,7 @@ def run(
         tracker: of the pipeline's run.
     """
     from segdistill.data.shards import read_dataset_info
-    from segdistill.stages.comparison.inputs import check_same_images, read_job, read_json
+    from segdistill.stages.comparison.inputs import check_same_images, read_job, read_settings
 
     started = time.monotonic()
     jobs = [(experiment, seed) for experiment in run for seed in seeds]
@@ -84,19 +86,19 @@ def run(
     info = read_dataset_info(prepared)
     names = [item.name for item in info.classes]
     taught = read_job(teacher, teacher_evaluation, TEACHER, None, [TEACHER], names)[0]
-    told = {
-        experiment: read_json(model / "metrics.json") for (experiment, _), model in zip(jobs, students, strict=True)
-    }
-    experiments = {experiment: facts.get("settings", {}) for experiment, facts in told.items()}
+    folders = [(experiment, model) for (experiment, _), model in zip(jobs, students, strict=True)]
+    experiments = read_settings(folders, info.content_hash, teacher)
     measured: list[Measured] = []
     for (experiment, seed), model, evaluation in zip(jobs, students, evaluations, strict=True):
-        expected = list(experiments[experiment].get("students", {}))
+        expected = list(experiments[experiment]["students"])
         measured += read_job(model, evaluation, experiment, seed, expected, names)
     check_same_images([taught, *measured])
     comparison = _compare(config, run, seeds, experiments, prepared, taught, measured)
     _write(config, comparison, taught, measured, prepared, report)
     summary = metrics_of(comparison)
-    _write_text(metrics, json.dumps(summary, indent=2) + "\n")
+    with disk_errors(metrics):
+        metrics.parent.mkdir(parents=True, exist_ok=True)
+        _write_text(metrics, json.dumps(summary, indent=2) + "\n")
     tracker.metrics(_tracked(comparison))
     tracker.artifact(report, "comparison")
     return {"evaluation": time.monotonic() - started}
@@ -176,7 +178,6 @@ def _compare(
     measured: Sequence["Measured"],
 ) -> "Comparison":
     from segdistill.data.shards import read_dataset_info
-    from segdistill.stages.comparison.inputs import read_json
     from segdistill.stages.comparison.results import Comparison, Protocol, best_row, compare_runs, warnings
 
     info = read_dataset_info(prepared)
@@ -195,7 +196,7 @@ def _compare(
         confidence=config.confidence,
         resamples=config.resamples,
         bootstrap_seed=config.bootstrap_seed,
-        dataset_md5=read_json(prepared / "dataset.json").get("source_md5"),
+        data_content=info.content_hash,
     )
     passed = 100 * max(one.test_miou.mean for one in rows) >= config.min_test_miou
     return Comparison(row, tuple(rows), best_row(rows), protocol, tuple(warnings(rows)), passed)
@@ -209,7 +210,7 @@ def _write(
     prepared: Path,
     report: Path,
 ) -> None:
-    """Everything in ``report``, which appears complete or not at all."""
+    """Everything in ``report``, sealed, which appears complete or not at all."""
     import numpy as np
 
     from segdistill.data.shards import read_dataset_info
@@ -217,32 +218,27 @@ def _write(
     from segdistill.stages.comparison import charts as drawing
     from segdistill.stages.comparison import overlays, page
 
-    partial = report.with_name(report.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    plots = partial / "plots"
-    plots.mkdir(parents=True)
     best = np.sum([item.confusion for item in measured if (item.experiment, item.student) == comparison.best], axis=0)
     lines = [item.curve for item in (taught, *measured)]
     colors = [item.color for item in read_dataset_info(prepared).classes]
     pictures = overlays.read(prepared, taught, measured, config.overlays)
     charts = drawing.draw_all(comparison, lines)
-    _write_text(partial / "results.json", json.dumps(to_dict(comparison), indent=2, allow_nan=False) + "\n")
-    _write_text(partial / "report.md", page.markdown(comparison))
-    _write_text(partial / "report.html", page.page(comparison, best, charts, pictures, colors))
-    _write_curves(plots / "curves", lines)
-    _write_per_class(plots / "per_class_iou.csv", [comparison.teacher, *comparison.rows])
-    confusion_map(best, comparison.protocol.classes, plots / "confusion.png")
-    for name, figure in charts.items():
-        drawing.png(figure, plots / f"{name}.png")
-    shutil.rmtree(report, ignore_errors=True)
-    partial.replace(report)
+    with new_folder(report) as partial:
+        plots = partial / "plots"
+        plots.mkdir()
+        _write_text(partial / "results.json", json.dumps(to_dict(comparison), indent=2, allow_nan=False) + "\n")
+        _write_text(partial / "report.md", page.markdown(comparison))
+        _write_text(partial / "report.html", page.page(comparison, best, charts, pictures, colors))
+        _write_curves(plots / "curves", lines)
+        _write_per_class(plots / "per_class_iou.csv", [comparison.teacher, *comparison.rows])
+        confusion_map(best, comparison.protocol.classes, plots / "confusion.png")
+        for name, figure in charts.items():
+            drawing.png(figure, plots / f"{name}.png")
+        seal(partial)
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_file(path, text.encode())
 
 
 def _write_curves(folder: Path, curves: Sequence["Curve"]) -> None:
@@ -280,11 +276,11 @@ def _tracked(comparison: "Comparison") -> dict[str, float]:
 def highlights(paths: Mapping[str, Any]) -> Highlights:
     """The table and the page."""
     report = paths["report"]
-    results = json.loads((report / "results.json").read_text())
+    results = read_sealed_json(report, "results.json", mend=AGAIN)
     rows = {f"{row['experiment']}.{row['student']}": {"test/miou": row["test_miou"]["mean"]} for row in results["rows"]}
     taught = {TEACHER: {"test/miou": results["teacher"]["test_miou"]["mean"]}}
     return Highlights(
         scores=scores_of(taught | rows, ("test/miou",)),
-        page=(report / "report.html").read_text(encoding="utf-8"),
-        summary=(report / "report.md").read_text(encoding="utf-8"),
+        page=read_sealed(report, "report.html", mend=AGAIN, limit=PAGE_LIMIT).decode(),
+        summary=read_sealed(report, "report.md", mend=AGAIN).decode(),
     )

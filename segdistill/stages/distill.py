@@ -1,6 +1,5 @@
 """One cell of the matrix: an experiment's student learns from the frozen teacher, or its students from each other."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,11 +11,13 @@ from segdistill.config import config as config_class
 from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
+from segdistill.files import read_sealed_json
+from segdistill.identity import Identity, effective
 from segdistill.models.config import ModelConfig
 from segdistill.stages.highlights import Highlights, trained
 
 if TYPE_CHECKING:
-    from segdistill.data.shards import ShardDataset
+    from segdistill.data.shards import DatasetInfo, ShardDataset
     from segdistill.engine.distributed import Processes
     from segdistill.engine.learner import Learner
     from segdistill.methods.method import Method
@@ -82,13 +83,19 @@ def run(
         child.tags({"experiment": experiment, "student": name, "seed": str(seed), "methods": _method_names(settings)})
     with join(device) as processes:
         info, _, val_set = dataset(prepared)
-        frozen = None
+        frozen, weights = None, None
         if needs_teacher(experiment, settings):
-            frozen = _verified_teacher(teacher, val_set, config, processes)
+            frozen, weights = _verified_teacher(teacher, info, val_set, config, processes)
+        decisive = {
+            "students": to_dict(settings.students), "methods": [to_dict(item) for _, item in parsed],
+            "supervised": settings.supervised, "auxiliary": settings.auxiliary,
+            "inference": to_dict(config.inference), "train": effective(config.train),
+        }  # fmt: skip
         learner = build_learner(experiment, settings, seed=seed, num_classes=info.num_classes, teacher=frozen)
         seconds = train_and_save(
             learner, config.train, {name: student.optimizer for name, student in settings.students.items()},
-            prepared=prepared, output=students, seed=seed, inference=config.inference, facts=facts, trackers=children,
+            prepared=prepared, output=students, inference=config.inference,
+            identity=Identity(info.content_hash, weights, seed, decisive), facts=facts, trackers=children,
             processes=processes, work=work,
         )  # fmt: skip
     for child in children.values():
@@ -156,20 +163,23 @@ def _method_names(settings: ExperimentConfig) -> str:
     return "+".join(str(method.get("name")) for method in settings.methods) or "none"
 
 
-def _verified_teacher(folder: Path, val_set: "ShardDataset", config: Config, processes: "Processes") -> "Teacher":
-    """The teacher, evaluated before anything is distilled from it.
+def _verified_teacher(
+    folder: Path, info: "DatasetInfo", val_set: "ShardDataset", config: Config, processes: "Processes"
+) -> "tuple[Teacher, str]":
+    """The teacher, evaluated before anything is distilled from it, and the hash of its weights.
 
     Raises:
-        UserError: it scores below its record by more than the tolerance.
+        UserError: it is damaged or of other classes, or scores below its record by more than the tolerance.
     """
     from segdistill.engine.evaluate import evaluate
     from segdistill.models.export import load_model
     from segdistill.models.teacher import Teacher
     from segdistill.stages.train_teacher import NAME
 
-    network, _ = load_model(folder, NAME)
+    network, document = load_model(folder, NAME, classes=[item.name for item in info.classes])
     teacher = Teacher(network).to(processes.device)
-    record = json.loads((folder / "metrics.json").read_text())["students"][NAME]["val/miou"]
+    facts = read_sealed_json(folder, "metrics.json", mend="run the stage 'train_teacher' again")
+    record = facts["students"][NAME]["val/miou"]
     found = evaluate(
         network, val_set, config.inference, num_classes=network.info.num_classes, processes=processes
     ).miou  # fmt: skip
@@ -178,7 +188,7 @@ def _verified_teacher(folder: Path, val_set: "ShardDataset", config: Config, pro
             f"{folder}: the teacher scores {100 * found:.2f} % mIoU on the validation split, its record is "
             f"{100 * record:.2f} %; distill.teacher_tolerance allows a fall of {config.teacher_tolerance} points"
         )
-    return teacher
+    return teacher, document["sha256"]
 
 
 def highlights(paths: Mapping[str, Any]) -> Highlights:

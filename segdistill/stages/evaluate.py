@@ -1,7 +1,7 @@
 """Networks on the test split, at the resolution of the labels: accuracy, cost, and pictures."""
 
+import io
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from segdistill.config import config as config_class
 from segdistill.data.settings import Scale
 from segdistill.engine.settings import InferenceConfig
 from segdistill.engine.tracker import Tracker
+from segdistill.files import new_folder, read_sealed, read_sealed_json, seal
 from segdistill.stages.highlights import Highlights, scores_of
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from segdistill.engine.distributed import Processes
     from segdistill.engine.evaluate import Evaluation
     from segdistill.models.segmenter import Segmenter
+
+
+AGAIN = "run the stage 'evaluate' again"
+COUNTS_LIMIT = 4 * 2**30  # bytes of one network's counts, which grow with the test images
 
 
 @config_class
@@ -46,25 +51,28 @@ def run(
     from segdistill.models.export import load_model, model_names
 
     started = time.monotonic()
-    partial = evaluation.with_name(evaluation.name + ".partial")
     info, test_set = read_dataset_info(prepared), ShardDataset(prepared, "test")
-    facts = json.loads((model / "metrics.json").read_text())
+    facts = read_sealed_json(model, "metrics.json", mend="run the stage that trains it again")
     models: dict[str, Any] = {}
     names = model_names(model)
-    with join(device) as processes, tempfile.TemporaryDirectory() as aside:
-        folder = partial if processes.is_main else Path(aside)  # the other ranks count with us and keep nothing
-        if processes.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        for name in names:
-            network, _ = load_model(model, name, processes.device)
-            models[name] = _measure(network, name, test_set, info, config, folder, processes)
+    classes = [item.name for item in info.classes]
+    with join(device) as processes:
+        # The other ranks count with us and keep nothing.
+        place: Any = new_folder(evaluation) if processes.is_main else tempfile.TemporaryDirectory()
+        with place as written:
+            folder = Path(written)
+            for name in names:
+                network, document = load_model(model, name, processes.device, classes=classes)
+                models[name] = _measure(network, name, test_set, info, config, folder, processes)
+                models[name]["weights_sha256"] = document["sha256"]
+            report = {
+                "models": models, "split": "test", "samples": len(test_set), "classes": classes,
+                "data_content": info.content_hash,
+            }  # fmt: skip
+            (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+            seal(folder)
         if not processes.is_main:
             return {}
-    report = {"models": models, "split": "test", "samples": len(test_set)}
-    (partial / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
-    shutil.rmtree(evaluation, ignore_errors=True)
-    partial.replace(evaluation)
     for name in names:
         _track(tracker.child(_run_name(name, names, facts)), name, models[name], evaluation)
     return {"evaluation": time.monotonic() - started}
@@ -193,9 +201,9 @@ def highlights(paths: Mapping[str, Any]) -> Highlights:
     import numpy as np
 
     folder = paths["evaluation"]
-    networks = json.loads((folder / "evaluation.json").read_text())["models"]
+    networks = read_sealed_json(folder, "evaluation.json", mend=AGAIN)["models"]
     best = max(networks, key=lambda name: networks[name]["test/miou"])
-    with np.load(folder / f"{best}.npz") as counted:
+    with np.load(io.BytesIO(read_sealed(folder, f"{best}.npz", mend=AGAIN, limit=COUNTS_LIMIT))) as counted:
         confusion = counted["confusion"].tolist()
     names = ("test/miou", "test/pixel_accuracy", "params", "images_per_second")
     return Highlights(scores_of(networks, names), (list(networks[best]["per_class_iou"]), confusion))

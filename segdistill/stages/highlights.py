@@ -1,10 +1,11 @@
 """What people look at first of a stage's outputs: what Kubeflow's pages show of a task without a download."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from segdistill.files import read_sealed_json
 
 
 @dataclass(frozen=True)
@@ -28,5 +29,5 @@ def scores_of(networks: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -
 
 def trained(folder: Path) -> Highlights:
     """Of a folder of trained networks: their validation scores."""
-    found = json.loads((folder / "metrics.json").read_text())["students"]
+    found = read_sealed_json(folder, "metrics.json", mend="run the stage that trains it again")["students"]
     return Highlights(scores=scores_of(found, ("val/miou", "val/pixel_accuracy")))

@@ -16,8 +16,11 @@ from pydantic import Field
 from segdistill.config import config as config_class
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError, nearest
-from segdistill.files import new_folder
+from segdistill.files import new_folder, read_sealed_json
+from segdistill.identity import facts_of
 from segdistill.stages.highlights import Highlights
+
+COMPARE = "run the stage 'compare' again"
 
 
 @config_class
@@ -85,7 +88,8 @@ def run(
 
     from segdistill.models.export import ExportedSegmenter, load_model
 
-    segmenter, document = load_model(best.folder, best.student)
+    classes = class_names(prepared)
+    segmenter, document = load_model(best.folder, best.student, classes=classes)
     from segdistill.adapters.mlflow_registry import Submission, register
 
     submission = Submission(
@@ -96,8 +100,8 @@ def run(
         test_miou=best.test_miou,
         test_data=identity_of_test_data(prepared),
         weights_sha256=document["sha256"],
-        classes=class_names(prepared),
-        facts={"params": str(best.params), "macs": str(best.macs)},
+        classes=classes,
+        facts={"params": str(best.params), "macs": str(best.macs), **facts_of(document)},
     )
     registered = register(
         ExportedSegmenter(segmenter).eval(),
@@ -125,10 +129,8 @@ def passed(comparison: Path) -> bool:
     Raises:
         UserError: the comparison has no such verdict.
     """
-    from segdistill.stages.comparison.inputs import read_json
-
     results = comparison / "results.json"
-    verdict = read_json(results).get("passed")
+    verdict = read_sealed_json(comparison, "results.json", mend=COMPARE).get("passed")
     if not isinstance(verdict, bool):
         raise UserError(f"{results}: passed: expected true or false, found {verdict!r}; run compare again")
     return verdict
@@ -142,17 +144,17 @@ def read_candidates(
     Raises:
         UserError: a job's file is absent, or the comparison is not of these jobs.
     """
-    from segdistill.stages.comparison.inputs import read_json
+    from segdistill.stages.comparison.inputs import read_training
 
     results = comparison / "results.json"
     compared: dict[tuple[str, int, str], tuple[dict[str, Any], dict[str, Any]]] = {}
-    for row in read_json(results).get("rows", []):
+    for row in read_sealed_json(comparison, "results.json", mend=COMPARE).get("rows", []):
         for entry in row["seeds"]:
             compared[row["experiment"], entry["seed"], row["student"]] = (row, entry)
     candidates = []
     jobs = [(experiment, seed) for experiment in run for seed in seeds]
     for (experiment, seed), folder in zip(jobs, students, strict=True):
-        for student, scores in read_json(folder / "metrics.json").get("students", {}).items():
+        for student, scores in read_training(folder)["students"].items():
             found = compared.get((experiment, seed, student))
             if found is None:
                 raise UserError(

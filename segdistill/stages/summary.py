@@ -1,6 +1,5 @@
 """What a person reads at the end of a run: the table, where the report lies, the champion, and where the time went."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from segdistill.errors import UserError
+from segdistill.files import SEAL, read_json, read_sealed_json
 from segdistill.stages import BY_NAME, STAGES
 
 ACTIVITIES = ("start-up", "data", "training", "evaluation")
@@ -40,12 +40,16 @@ def show(root: Path = Path(), console: Console | None = None) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    again = "run the stage that makes it again"
+    sealed = (path.parent / SEAL).exists()
+    return dict(read_sealed_json(path.parent, path.name, mend=again) if sealed else read_json(path, mend=again))
 
 
 def _timings(folder: Path) -> Table | None:
     """Seconds by stage and activity; the jobs of a matrix stage are added up."""
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    records = [read_json(path, mend="delete it") for path in sorted(folder.glob("*.json"))]
     if not records:
         return None
     shown = Table(title="Where the time went, in seconds", title_justify="left")

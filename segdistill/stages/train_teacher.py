@@ -8,7 +8,7 @@ from segdistill.config import Seed, flatten, to_dict
 from segdistill.config import config as config_class
 from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
 from segdistill.engine.tracker import Tracker
-from segdistill.errors import UserError
+from segdistill.identity import Identity, effective
 from segdistill.models.config import ModelConfig
 from segdistill.stages.highlights import Highlights, trained
 
@@ -58,11 +58,16 @@ def run(
         if config.import_from is not None:
             seconds = _import(config.import_from, config, prepared, teacher, child, processes)
         else:
+            settings = {
+                "model": to_dict(config.model), "optimizer": to_dict(config.optimizer),
+                "inference": to_dict(config.inference), "train": effective(config.train),
+            }  # fmt: skip
             torch.manual_seed(config.seed)
             network = build_segmenter(config.model, info.num_classes)
             seconds = train_and_save(
                 Learner({NAME: network}), config.train, {NAME: config.optimizer}, prepared=prepared, output=teacher,
-                seed=config.seed, inference=config.inference, facts=facts, trackers={NAME: child}, processes=processes,
+                inference=config.inference, identity=Identity(info.content_hash, None, config.seed, settings),
+                facts=facts, trackers={NAME: child}, processes=processes,
                 work=work,
             )  # fmt: skip
     child.close()
@@ -83,18 +88,17 @@ def _import(
 
     started = time.monotonic()
     info, _, val_set = dataset(prepared)
-    network, _ = load_model(folder, NAME)
-    if network.info.num_classes != info.num_classes:
-        raise UserError(
-            f"{folder}: the teacher knows {network.info.num_classes} classes, the data set has {info.num_classes}"
-        )
+    network, document = load_model(folder, NAME, classes=[item.name for item in info.classes])
     network.to(processes.device)
     found = evaluate(network, val_set, config.inference, num_classes=info.num_classes, processes=processes)
     if processes.is_main:
         tracker.metrics({"val/miou": found.miou, "val/pixel_accuracy": found.accuracy}, 0)
         result = Result(0, 0.0, 0.0, {NAME: found}, {NAME: []})
         facts = {"config": to_dict(config)}
-        write(teacher, Learner({NAME: network}), result, info, seed=config.seed, facts=facts, trackers={NAME: tracker})
+        identity = Identity(info.content_hash, None, config.seed, {"imported": document["sha256"]})
+        write(
+            teacher, Learner({NAME: network}), result, info, identity=identity, facts=facts, trackers={NAME: tracker}
+        )  # fmt: skip
     processes.barrier()
     return {"evaluation": time.monotonic() - started}
 

@@ -227,3 +227,13 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
         tiny.make_trainer(tmp_path, ALONE, accumulate=3)
     with pytest.raises(UserError, match="iterations or as seconds"):
         tiny.make_trainer(tmp_path, ALONE, seconds=3.0)
+
+
+def test_two_processes_that_are_resumed_equal_two_that_never_stopped(tmp_path: Path) -> None:
+    """Each goes on in its own random stream: dropout draws on every rank."""
+    options = ["dropout=0.5", "iterations=8"]
+    assert [finished(process) for process in two(tmp_path / "whole", tmp_path / "whole.out", *options)] == [0, 0]
+    torchrun = two(tmp_path / "work", tmp_path / "out", *options, "checkpoint_every=4", "stop_after=4")
+    assert [finished(process) for process in torchrun] == [75, 75]
+    assert [finished(process) for process in two(tmp_path / "work", tmp_path / "out", *options)] == [0, 0]
+    assert_equal(result(tmp_path / "out"), result(tmp_path / "whole.out"))

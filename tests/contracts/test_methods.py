@@ -568,7 +568,7 @@ def test_a_method_of_the_other_kind_is_refused_with_the_reason(name: str) -> Non
         ({"name": None}, r"^x\.0\.name: unknown method None; allowed: kd, "),
         ({"weight": 1}, r"^x\.0\.name: missing"),
         ("kd", r"^x\.0: expected a mapping"),
-        ({"name": "kd", "temperature": 0}, r"^x\.0\.temperature: input should be greater than 0"),
+        ({"name": "kd", "temperature": 0}, r"^x\.0\.temperature: input should be greater than or equal to 0.01, not 0"),
         ({"name": "dml", "weight": -1}, r"^x\.0\.weight: input should be greater than or equal to 0"),
         ({"name": "apd", "scope": "picture"}, r"^x\.0\.scope: 'picture' is not allowed; allowed: 'batch' or 'image'$"),
     ],

@@ -145,16 +145,17 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def main(work: str, out: str, *options: str) -> int:
-    """Keys: method, dropout, supervised, void, any of TrainConfig's, slow, started, and steps of signals to itself.
+    """Keys: method, dropout, supervised, void, any of TrainConfig's, slow, started, stop_after, and steps of signals.
 
-    Those are ``die_at`` and ``die_in_save`` (SIGKILL), and ``told_in_save`` (SIGTERM).
+    Those, to this process, are ``die_at`` and ``die_in_save`` (SIGKILL), and ``told_in_save`` (SIGTERM).
     """
     changes: dict[str, Any] = dict(option.split("=") for option in options)
     die_at, slow = int(changes.pop("die_at", -1)), float(changes.pop("slow", 0))
-    started = changes.pop("started", "")
+    started, stop_after = changes.pop("started", ""), int(changes.pop("stop_after", -1))
     in_save = {signal.SIGKILL: changes.pop("die_in_save", None), signal.SIGTERM: changes.pop("told_in_save", None)}
     deadly = {int(step): number for number, step in in_save.items() if step is not None}
     method = changes.pop("method", "none")
+    changes |= {key: int(text) for key, text in changes.items() if text.isdigit()}
     changes |= {key: float(changes[key]) for key in ("dropout", "supervised", "void") if key in changes}
     torch.set_num_threads(1)
     with processes("cpu") as here:
@@ -168,6 +169,9 @@ def main(work: str, out: str, *options: str) -> int:
                 Path(started).touch()
             time.sleep(slow)
             step()
+
+        save = trainer._save
+        trainer._save = lambda stopping: save(stopping or trainer.progress.iteration == stop_after)  # type: ignore[method-assign]
 
         def dying_replace(self: Path, target: Path) -> Path:
             if trainer.progress.iteration in deadly:

@@ -242,6 +242,7 @@ class Server:
         }
         _fits("--executor_input", execution.executor_input)
         for left in reversed(range(1 + task.get("retryPolicy", {}).get("maxRetryCount", 0))):
+            execution.state = "RUNNING"
             try:
                 self.execute(execution.task, container, execution.executor_input)
             except TaskFailed:

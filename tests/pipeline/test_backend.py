@@ -118,9 +118,20 @@ def test_what_a_server_tells_the_end_of_a_run_that_is_not_fine(tmp_path: Path) -
         assert bool(run.of("register")) == ("register" in run.failed)
 
 
-def test_an_attempt_that_fails_is_no_end(tmp_path: Path) -> None:
-    run = Server(tmp_path, failing("distill", "kd-s0", times=1)).start(GOLDEN, VERSION)
-    assert (run.state, told(run)) == ("SUCCEEDED", "COMPLETE")
+@pytest.mark.parametrize(
+    ("version", "task", "state"),
+    [
+        ("2.17.0", "prepare", "COMPLETE"),
+        ("2.17.0", "distill", "COMPLETE"),
+        ("2.16.1", "distill", "RUNNING"),
+        ("2.16.1", "prepare", "FAILED"),  # a mistake of that server which nothing in a task can see through
+    ],
+)
+def test_what_a_server_tells_the_end_of_a_run_in_which_one_attempt_failed(
+    version: str, task: str, state: str, tmp_path: Path
+) -> None:
+    run = Server(tmp_path, failing(task, times=1), version).start(GOLDEN, VERSION)
+    assert (run.state, told(run)) == ("SUCCEEDED", state)
 
 
 def test_arguments_beyond_what_a_process_takes_end_the_run(tmp_path: Path) -> None:

@@ -329,7 +329,7 @@ def test_without_an_accelerator_tasks_run_on_any_node(tmp_path: Path) -> None:
         ("tasks.data.memory_limit", "8 gigs", "tasks.data.memory_limit: '8 gigs' is not an amount; write it like"),
         ("tasks.data.memory_limit", "1Gi", "tasks.data: memory_request 4Gi is above memory_limit 1Gi"),
         ("tasks.data.cpu_request", "9", "tasks.data: cpu_request 9 is above cpu_limit 8"),
-        ("retries.factor", 1.5, "retries.factor: input should be a valid integer, got a number with a fractional part"),
+        ("retries.factor", 1.5, "retries.factor: input should be a valid integer"),
         ("labels", {"team": "a b"}, "labels.team: 'a b' is no value of a label"),
         ("mlflow", "plugin", "mlflow: 'plugin' is not allowed; allowed: 'config-map' or 'injected'"),
         ("shared_memory", "48Gi", "shared_memory 48Gi leaves nothing of tasks.train.memory_limit 48Gi"),
@@ -440,6 +440,7 @@ def test_a_checkpoint_on_a_volume_also_bears_the_fingerprint_and_goes_with_the_e
 ) -> None:
     from segdistill.engine.distributed import processes
     from segdistill.engine.settings import InferenceConfig, TrainConfig
+    from segdistill.identity import Identity
     from segdistill.stages import _training
 
     seen: list[tuple[Path, str]] = []
@@ -459,15 +460,14 @@ def test_a_checkpoint_on_a_volume_also_bears_the_fingerprint_and_goes_with_the_e
     monkeypatch.setattr(_training, "Trainer", Trainer)
     monkeypatch.setattr(_training, "dataset", lambda prepared: (None, None, None))
     monkeypatch.setattr(_training, "write", lambda output, *rest, **others: output.mkdir())
-    (tmp_path / "dataset.json").write_text("{}")
     section = read_yaml(GOLDEN / "params.yaml")["distill"]
     config = parse(TrainConfig, section["train"], "train")
     inference = parse(InferenceConfig, section["inference"], "inference")
     for seed, work in ((0, tmp_path / "volume/run-7/distill-kd-s0"), (1, None)):
         with processes("cpu") as peers:
             _training.train_and_save(
-                None, config, {}, prepared=tmp_path, output=tmp_path / f"students-{seed}", seed=seed, work=work,
-                inference=inference, facts={}, trackers={}, processes=peers,
+                None, config, {}, prepared=tmp_path, output=tmp_path / f"students-{seed}", work=work,
+                inference=inference, identity=Identity("data", None, seed, {}), facts={}, trackers={}, processes=peers,
             )  # type: ignore[arg-type]  # fmt: skip
     (kept, fingerprint), (beside, _) = seen
     assert kept == tmp_path / f"volume/run-7/distill-kd-s0-{fingerprint}"

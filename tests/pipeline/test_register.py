@@ -27,6 +27,7 @@ from segdistill.adapters.mlflow_registry import (
 )
 from segdistill.adapters.mlflow_store import default_store, import_mlflow
 from segdistill.adapters.mlflow_tracking import MlflowTracker, open_run
+from segdistill.data.shards import read_dataset_info
 from segdistill.engine.tracker import NullTracker
 from segdistill.errors import UserError
 from segdistill.files import SEAL, file_hash, seal, sealed_hashes
@@ -433,12 +434,15 @@ def test_a_comparison_of_other_jobs_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "kd-s0"
     folder.mkdir()
     (folder / "metrics.json").write_text(json.dumps({"students": {"cnn": {"val/miou": 0.3}}}))
+    seal(folder)
+    seal(tmp_path)
     with pytest.raises(UserError, match=r"results.json: nothing about kd \(cnn\) with seed 0; run compare again"):
         stage.read_candidates(["kd"], [0], [folder], tmp_path)
 
 
 def test_nothing_is_registered_if_no_student_passed_the_gate(root: Path, prepared: Path) -> None:
     (root / "results.json").write_text(json.dumps({"rows": [row("kd", 0.3)], "passed": False}))
+    seal(root)
     registration, one = root / "registration", tracker(root)
     stage.run(
         ANY, run=["kd"], seeds=[0], comparison=root, prepared=prepared, students=[root / "kd-s0"],
@@ -454,6 +458,7 @@ def test_nothing_is_registered_if_no_student_passed_the_gate(root: Path, prepare
 @pytest.mark.parametrize("verdict", [{}, {"passed": "false"}, {"passed": None}])
 def test_a_comparison_without_a_verdict_registers_nothing(verdict: dict[str, object], root: Path) -> None:
     (root / "results.json").write_text(json.dumps({"rows": [row("kd", 0.3)], **verdict}))
+    seal(root)
     with pytest.raises(UserError, match=r"results.json: passed: expected true or false, found .*; run compare again"):
         stage.passed(root)
 
@@ -467,9 +472,12 @@ def test_the_stage_registers_a_student_that_serves_any_image_size(root: Path, pr
     for experiment, seed, score in (("none", 0, 0.31), ("none", 1, 0.30), ("kd", 0, 0.33), ("kd", 1, 0.35)):
         torch.manual_seed(seed)
         folders.append(root / f"{experiment}-s{seed}")
-        save_model(folders[-1], "cnn", build_segmenter(model, 2), {})
+        classes = [{"name": entry.name, "color": entry.color} for entry in read_dataset_info(prepared).classes]
+        save_model(folders[-1], "cnn", build_segmenter(model, len(classes)), {"classes": classes, "data_content": "d"})
         (folders[-1] / "metrics.json").write_text(json.dumps({"students": {"cnn": {"val/miou": score}}}))
+        seal(folders[-1])
     (root / "results.json").write_text(results([row("none", 0.3), row("kd", 0.4)]))
+    seal(root)
     registration, one = root / "registration", tracker(root)
     stage.run(
         ANY, run=["none", "kd"], seeds=[0, 1], comparison=root, prepared=prepared, students=folders,

@@ -35,7 +35,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = yaml.safe_load((root / "params.yaml").read_text())
     outputs = {path for stage in STAGES for path in stage.outputs.values()} | {"data"}
     for template in outputs:
-        for job in jobs(params) if "{experiment}" in template else [Job("", 0)]:
+        for job in jobs(params) if "{experiment}" in template else [Job("any", 0)]:
             folder = root / template.format(experiment=job.experiment, seed=job.seed)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "content").write_text(str(folder.relative_to(root)))

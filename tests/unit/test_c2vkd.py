@@ -267,6 +267,38 @@ def test_relations_ignore_positive_scale_and_a_joint_permutation_but_not_a_shift
     torch.testing.assert_close(patch_distance(*moved, form_pairs=form_pairs), plain)
 
 
+@pytest.mark.parametrize(("half", "tolerance"), [(False, 1e-5), (True, 5e-3)])
+@pytest.mark.parametrize("noise", [1.0, 0.03])
+def test_rounded_products_leave_value_and_gradient_of_the_relation_within_half_a_percent_of_float64(
+    half: bool, tolerance: float, noise: float
+) -> None:
+    theirs = torch.randn(2, 32, 12, 16).bfloat16().float()
+    ours = (theirs + noise * torch.randn(2, 32, 12, 16)).bfloat16().float().requires_grad_()
+    found = patch_distance(ours, theirs, half=half)
+    exact_leaf = ours.detach().double().requires_grad_()
+    exact = patch_distance(exact_leaf, theirs.double())
+    assert abs(found.item() - exact.item()) < tolerance * exact.item()
+    slopes, exact_slopes = (torch.autograd.grad(*pair)[0] for pair in ((found, ours), (exact, exact_leaf)))
+    assert (slopes - exact_slopes).norm() < tolerance * exact_slopes.norm()
+
+
+def test_products_are_rounded_where_features_come_in_half_precision_and_it_is_not_forbidden(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student, teacher = (with_stage4(one, 3 * one.features[3].detach()) for one in pair())
+    asked = []
+    for allowed, dtype in ((True, torch.float32), (True, torch.bfloat16), (False, torch.bfloat16)):
+        method = build(half_products=allowed, pdd_weight=0.0, linguistic_weight=0.0).float()
+        sides = [with_stage4(one, one.features[3].to(dtype)) for one in (student, teacher)]
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            patch.setattr("segdistill.methods.c2vkd.patch_distance", lambda *_, half, **__: asked.append(half))
+            method(*sides, labels())
+    assert asked == [False, True, False]
+
+
 @pytest.mark.parametrize("form_pairs", [True, False])
 def test_pairs_cross_the_borders_of_the_images(form_pairs: bool) -> None:
     student, teacher = normal(2, 6, 3, 4), normal(2, 6, 3, 4, seed=1)
@@ -573,7 +605,7 @@ def test_the_defaults_are_the_released_codes_with_the_fallback_pool() -> None:
         "linguistic_weight": 0.5, "pdd": "mix", "target_factor": 0.5, "other_factor": 0.5, "temperature": 1.0,
         "upsample": True, "kl_direction": "teacher_to_student", "reduction": "element_mean", "student_tap": "stage4",
         "teacher_tap": "stage4", "student_vector": "projection", "pool": "gap", "pool_weights": None, "pool_heads": 32,
-        "form_pairs": False, "block_rows": 1024, "align_corners": False,
+        "form_pairs": False, "block_rows": 1024, "half_products": True, "align_corners": False,
     }  # fmt: skip
     assert to_dict(parse_method({"name": "c2vkd"}, "methods.0")[1]) == {"name": "c2vkd"} | released
 

@@ -137,7 +137,39 @@ def test_maps_of_256_cells_a_side_are_averaged_over_four_as_in_the_released_code
     maps = torch.rand(1, 2, side, 300)
     build(**ALONE["minibatch"])._minibatch(maps, maps)
     for pooled in compared:
-        torch.testing.assert_close(pooled, slow_pool(maps, pool))
+        torch.testing.assert_close(pooled, F.avg_pool2d(maps, pool, ceil_mode=True))
+
+
+@pytest.mark.parametrize(("half", "tolerance"), [(False, 1e-4), (True, 1e-2)])
+def test_rounded_products_leave_relations_and_their_gradients_within_a_percent_of_float64(
+    half: bool, tolerance: float
+) -> None:
+    """Cosines of vectors of 64 at temperature 0.1; without rounding the inputs are still those of bfloat16."""
+    theirs = torch.randn(2, 64, 6, 8).bfloat16()
+    ours = (theirs + torch.randn(2, 64, 6, 8)).bfloat16()
+    memory, there = F.normalize(torch.randn(40, 64), dim=1), torch.arange(40) < 33
+    target, found = labels((6, 8)), {}
+    for name, wide in (("rounded", torch.bfloat16), ("exact", torch.float64)):
+        student, teacher = ours.to(wide).requires_grad_(), theirs.to(wide)
+        settings = {"temperature": 0.1, "block_rows": 20, "half_products": half}
+        values = (
+            image_pair_kl(student, teacher, **settings),
+            memory_kl(student, teacher, target != 255, memory, there, **settings),
+        )
+        found[name] = [(value.item(), torch.autograd.grad(value, student)[0].double()) for value in values]
+    for (value, slope), (expected, expected_slope) in zip(*found.values(), strict=True):
+        assert abs(value - expected) < tolerance * expected
+        # The gradient itself is handed back in bfloat16.
+        assert (slope - expected_slope).norm() < (tolerance + 2**-8) * expected_slope.norm()
+
+
+def test_features_in_float32_are_never_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(cirkd, "relation_kl", lambda *sides, half, **_: asked.append(half) or sides[0].sum())
+    maps = torch.randn(2, 5, 3, 4)
+    for dtype, allowed in ((torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)):
+        image_pair_kl(maps.to(dtype), maps.to(dtype), temperature=1.0, block_rows=9, half_products=allowed)
+    assert asked == [False, True, False]
 
 
 def test_two_images_of_one_pixel_worked_by_hand() -> None:

@@ -14,8 +14,10 @@ from rich.console import Console
 from sklearn.metrics import jaccard_score
 
 from segdistill.config import parse, to_dict
+from segdistill.data.shards import read_dataset_info
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker
 from segdistill.errors import UserError
+from segdistill.files import seal
 from segdistill.metrics import paired_difference
 from segdistill.stages import compare
 from segdistill.stages.comparison.results import Comparison, find_reference
@@ -65,12 +67,16 @@ class Inputs:
             rows = [f"{step},{2 / step:.3f},{chance * (1 - 10 / step):.4f}" for step in (20, 40, 80)]
             text = "\n".join(["step,train/loss/total,val/miou", "10,1.2,", *rows])
             (model / "curves" / f"{name}.csv").write_text(text + "\n")
+            weights = f"weights of {job}/{name}"
+            (model / f"{name}.json").write_text(json.dumps({"sha256": weights}))
+            evaluated[name]["weights_sha256"] = weights
         settings = EXPERIMENTS.get(job.rpartition("-s")[0], {})
         facts = {
-            "students": trained, "iterations": 80, "seconds": 75.0, "images_per_second": 20.0, "settings": settings
+            "students": trained, "iterations": 80, "seconds": 75.0, "images_per_second": 20.0, "settings": settings,
+            "config": {"train": {"select": "last"}}, "data_content": read_dataset_info(self.prepared).content_hash,
         }  # fmt: skip
         (model / "metrics.json").write_text(json.dumps(facts))
-        report = {"models": evaluated, "split": "test", "samples": len(self.ids)}
+        report = {"models": evaluated, "split": "test", "samples": len(self.ids), "classes": list(CLASSES)}
         (evaluation / "evaluation.json").write_text(json.dumps(report))
 
     def model(self, job: str) -> Path:
@@ -85,7 +91,14 @@ class Inputs:
         return float(jaccard_score(truth, guess, average="macro"))
 
     def compare(
-        self, run: list[str], seeds: list[int], *, config: compare.Config = CONFIG, tracker: Any = None, **changes: Any
+        self,
+        run: list[str],
+        seeds: list[int],
+        *,
+        config: compare.Config = CONFIG,
+        tracker: Any = None,
+        seals: bool = True,
+        **changes: Any,
     ) -> Comparison:
         jobs = [f"{experiment}-s{seed}" for experiment in run for seed in seeds]
         arguments: dict[str, Any] = {
@@ -100,8 +113,17 @@ class Inputs:
             "metrics": self.root / "reports/metrics.json",
             "tracker": tracker or NullTracker(),
         }
+        if seals:
+            self.seal()
         compare.run(config, **(arguments | changes))
         return parse(Comparison, self.results(), "results.json")
+
+    def seal(self) -> None:
+        """As the stages do at their ends."""
+        for folder in (self.model("teacher"), *self.root.glob("artifacts/students/*")):
+            seal(folder)
+        for folder in self.root.glob("reports/evaluation/*"):
+            seal(folder)
 
     @property
     def report(self) -> Path:

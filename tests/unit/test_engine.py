@@ -76,7 +76,7 @@ def test_an_absent_checkpoint_is_none_and_a_truncated_one_is_named(tmp_path: Pat
     assert checkpoint.load(path) is None
     checkpoint.save(path, {"a": torch.arange(100)})
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(UserError, match=r"c\.safetensors: not a resume checkpoint"):
+    with pytest.raises(UserError, match=r"c\.safetensors: not a readable checkpoint"):
         checkpoint.load(path)
 
 

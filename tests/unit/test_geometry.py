@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -139,6 +140,28 @@ def test_maps_of_no_common_image_are_laid_edge_to_edge() -> None:
     torch.testing.assert_close(geometry.resize(maps, (7, 9)), F.adaptive_avg_pool2d(maps, (7, 9)))
 
 
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(("old", "size", "ratio"), [((3, 4), (24, 32), 8), ((3, 4), (21, 26), 8), ((1, 2), (3, 7), 4)])
+def test_a_map_is_enlarged_by_products_as_by_the_kernel(
+    old: tuple[int, int], size: tuple[int, int], ratio: int, align_corners: bool
+) -> None:
+    maps = torch.randn(2, 3, *old, dtype=torch.float64, requires_grad=True)
+    ways = [
+        way(maps, size, ratio, align_corners=align_corners) for way in (geometry.enlarge, geometry.enlarge_by_products)
+    ]
+    torch.testing.assert_close(*ways, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(2, 3, *size, dtype=torch.float64)
+    torch.testing.assert_close(*(torch.autograd.grad((way * weights).sum(), maps)[0] for way in ways))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_by_products_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    maps = torch.randn(1, 2, 3, 4).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = geometry.enlarge_by_products(maps, (12, 16), 4)
+    assert found.dtype == dtype and torch.equal(found, geometry.enlarge(maps.float(), (12, 16), 4).to(dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_features_are_resized_as_they_are(dtype: torch.dtype) -> None:
     maps = torch.randn(1, 2, 9, 13)
@@ -230,6 +253,18 @@ def test_masks_are_scaled_on_the_grid_of_the_images(scale: float) -> None:
     apart = (image[0].float() - label.float())[:, 4:-4]
     assert apart.abs().max() <= 1.0
     assert abs(float(apart.mean())) <= (0.3 if scale != 0.5 else 0.55)  # at 0.5 a cell's centre is between two pixels
+
+
+@pytest.mark.parametrize("width", [63, 100, 137, 160, 333])
+def test_pillow_scales_masks_on_the_grid_of_the_images(width: int) -> None:
+    # What prepare (max_side) and the report's overlays count on.
+    ramp_of_pixels = Image.fromarray(np.arange(200, dtype=np.uint8)[None].repeat(40, 0))
+    image, label = (
+        np.asarray(ramp_of_pixels.resize((width, 20), how), dtype=float)[:, 3:-3]
+        for how in (Image.Resampling.BILINEAR, Image.Resampling.NEAREST)
+    )
+    assert np.abs(image - label).max() <= 1.0
+    assert abs((image - label).mean()) <= (0.55 if width == 100 else 0.3)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 33), (31, 47)])

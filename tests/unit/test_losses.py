@@ -1,5 +1,7 @@
 """The pure functions: values and gradients against slow loops, masks, resizing, precision."""
 
+from collections.abc import Callable
+
 import _reference as reference
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segdistill import losses
+from segdistill.losses.precision import product
 
 IGNORE = losses.IGNORE_INDEX
 
@@ -191,6 +194,46 @@ def test_in_float32_keeps_float64_and_what_is_no_tensor() -> None:
     half, double = torch.zeros(1).half(), torch.zeros(1).double()
     assert kinds(half, double, c=None, d=3) == [torch.float32, torch.float64, None, 3]
     assert kinds(double, half, c=half > 0, d=3) == [torch.float64, torch.float32, torch.bool, 3]
+
+
+def test_many_losses_can_be_compiled_each_on_its_own_with_and_without_autocast() -> None:
+    from torch._dynamo.utils import counters
+
+    def loss(number: int) -> Callable[[Tensor], Tensor]:
+        @losses.in_float32
+        def shifted(values: Tensor) -> Tensor:
+            return (values + number).sum()
+
+        return shifted
+
+    several = [loss(number) for number in range(10)]
+
+    def step(values: Tensor) -> list[Tensor]:
+        found = []
+        for one in several:
+            torch._dynamo.graph_break()  # in a loop: this frame is given up, and every loss is compiled for itself
+            found.append(one(values))
+        return found
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(step, backend="eager")
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert [value.item() for value in compiled(torch.ones(2))] == [2 + 2 * number for number in range(10)]
+    assert not counters["recompile_limit"], "all losses went by one code object"
+    assert counters["frames"]["ok"] >= 10
+
+
+def test_products_of_rounded_factors_are_summed_in_full() -> None:
+    """Against float64, sums of 4096: rounded factors are off by 2^-9 each, which averages out."""
+    first, second = torch.randn(64, 4096), torch.randn(4096, 64)
+    exact = first.double() @ second.double()
+    for half, tolerance in ((False, 2e-6), (True, 4e-3)):
+        error = product(first, second, half=half).double() - exact
+        assert error.norm() < tolerance * exact.norm()
+    rounded = first.bfloat16().double() @ second.bfloat16().double()
+    torch.testing.assert_close(product(first, second, half=True).double(), rounded, rtol=1e-5, atol=1e-3)
 
 
 def test_unit_vectors_have_length_one_and_zero_vectors_no_gradient() -> None:

@@ -1,8 +1,9 @@
 """What compare reads: the folders of the teacher and of every job, checked as they come in."""
 
 import csv
-import json
+import io
 import math
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segdistill.errors import UserError
+from segdistill.files import read_sealed, read_sealed_json
+from segdistill.identity import require_classes
 from segdistill.metrics import iou_counts, mean_iou
+
+TRAIN, EVALUATE = "run the stage that trains it again", "run the stage 'evaluate' again"
+COUNTS_LIMIT = 4 * 2**30  # bytes of one network's counts, which grow with the test images
 
 
 @dataclass(frozen=True)
@@ -58,21 +64,25 @@ def read_job(
         evaluation: the folder that evaluation wrote.
         experiment: the job's experiment.
         seed: the job's seed; None for the teacher.
-        names: the networks to expect; empty takes what the evaluation holds.
+        names: the networks to expect.
         class_names: the classes of the data set.
 
     Raises:
         UserError: a file is missing, broken, or at odds with another one.
     """
-    training = read_json(model / "metrics.json")
-    evaluated = read_json(evaluation / "evaluation.json").get("models", {})
+    training, report = read_training(model), read_sealed_json(evaluation, "evaluation.json", mend=EVALUATE)
+    evaluated = _part(report, "models", evaluation / "evaluation.json", EVALUATE)
+    require_classes(evaluation / "evaluation.json", report.get("classes", []), class_names)
     found = []
-    for name in names or sorted(evaluated):
-        for where, entries in (("metrics.json", training.get("students", {})), ("evaluation.json", evaluated)):
+    for name in names:
+        for path, entries in (
+            (model / "metrics.json", training["students"]),
+            (evaluation / "evaluation.json", evaluated),
+        ):
             if name not in entries:
-                folder = model if where == "metrics.json" else evaluation
-                raise UserError(f"{folder / where}: nothing about '{name}'; it holds {', '.join(entries) or 'nothing'}")
-        confusion, per_image, ids = _read_counts(evaluation / f"{name}.npz", class_names)
+                raise UserError(f"{path}: nothing about '{name}'; it holds {', '.join(entries) or 'nothing'}")
+        _require_same_weights(model, evaluation, name, evaluated[name])
+        confusion, per_image, ids = _read_counts(evaluation, name, class_names)
         stated = evaluated[name].get("test/miou")
         if stated is None or not math.isclose(stated, mean_iou(confusion), abs_tol=1e-3):
             raise UserError(
@@ -92,7 +102,7 @@ def read_job(
                 confusion=confusion,
                 counts=iou_counts(per_image),
                 accuracies=dict(zip(ids, accuracies, strict=True)),
-                curve=_read_curve(model / "curves" / f"{name}.csv", experiment, name, seed),
+                curve=_read_curve(model, experiment, name, seed),
                 overlays=evaluation / "overlays" / name,
             )
         )
@@ -111,31 +121,66 @@ def check_same_images(measured: Sequence[Measured]) -> None:
             )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of an earlier stage.
+def read_training(model: Path) -> dict[str, Any]:
+    """What the training of a folder's networks says of itself, its ``students`` included.
 
     Raises:
-        UserError: the file is absent or no JSON object.
+        UserError: absent, damaged, or without what every training says.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the stage that writes it has not run") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(data, Mapping):
-        raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return dict(data)
+    training = read_sealed_json(model, "metrics.json", mend=TRAIN)
+    _part(training, "students", model / "metrics.json", TRAIN)
+    return dict(training)
 
 
-def _read_counts(path: Path, class_names: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
+def read_settings(models: Sequence[tuple[str, Path]], data: str, teacher: Path) -> dict[str, Any]:
+    """The settings of every experiment, alike in all its seeds.
+
+    Args:
+        models: experiment and folder of each job.
+        data: the content hash of the prepared data, on which they must have been trained.
+        teacher: the folder of the teacher that those with one must have had.
+
+    Raises:
+        UserError: settings are missing, or one experiment's jobs were trained with different ones.
+    """
+    settings: dict[str, tuple[Path, Any]] = {}
+    teacher_weights = read_sealed_json(teacher, "teacher.json", mend=TRAIN).get("sha256")
+    for experiment, model in models:
+        path, training = model / "metrics.json", read_training(model)
+        mine = {key: _part(training, key, path, TRAIN) for key in ("settings", "config")}
+        if training.get("data_content") != data:
+            raise UserError(f"{path}: trained on other data than is prepared; {TRAIN}")
+        if training.get("teacher_sha256", teacher_weights) != teacher_weights:
+            raise UserError(f"{path}: learnt from another teacher than the one in {teacher}; {TRAIN}")
+        first, known = settings.setdefault(experiment, (path, mine))
+        if known != mine:
+            raise UserError(f"{path}: '{experiment}' was trained with other settings than {first} says; {TRAIN}")
+    return {experiment: known["settings"] for experiment, (_, known) in settings.items()}
+
+
+def _part(document: Any, key: str, path: Path, mend: str) -> dict[str, Any]:
+    part = document.get(key) if isinstance(document, Mapping) else None
+    if not isinstance(part, dict) or not part:
+        raise UserError(f"{path}: no '{key}' in it; {mend}")
+    return part
+
+
+def _require_same_weights(model: Path, evaluation: Path, name: str, evaluated: Mapping[str, Any]) -> None:
+    trained = read_sealed_json(model, f"{name}.json", mend=TRAIN).get("sha256")
+    if not trained or evaluated.get("weights_sha256") != trained:
+        raise UserError(f"{evaluation}: not of the weights in {model / name}.safetensors; {EVALUATE}")
+
+
+def _read_counts(
+    folder: Path, name: str, class_names: Sequence[str]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
     """The confusion matrix of the split, that of each image, and the images' ids."""
+    path = folder / f"{name}.npz"
+    content = read_sealed(folder, path.name, mend=EVALUATE, limit=COUNTS_LIMIT)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
             confusion, per_image, ids = file["confusion"], file["per_image"], file["ids"].tolist()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the stage evaluate has not run") from None
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not the confusion counts that evaluate writes: {error}") from None
     classes = len(class_names)
     if confusion.shape != (classes, classes) or per_image.shape != (len(ids), classes, classes):
@@ -148,16 +193,15 @@ def _read_counts(path: Path, class_names: Sequence[str]) -> tuple[NDArray[np.int
     return confusion, per_image, ids
 
 
-def _read_curve(path: Path, experiment: str, name: str, seed: int | None) -> Curve:
-    """The rows that have a validation score; an imported teacher may have no curve at all."""
-    steps, values = [], []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if row.get("val/miou"):
-                    try:
-                        steps.append(int(row["step"]))
-                        values.append(float(row["val/miou"]))
-                    except (KeyError, ValueError):
-                        raise UserError(f"{path}: expected numbers under step and val/miou, found {row}") from None
+def _read_curve(model: Path, experiment: str, name: str, seed: int | None) -> Curve:
+    """The rows that have a validation score; an imported teacher's curve has none."""
+    path, steps, values = model / "curves" / f"{name}.csv", [], []
+    content = read_sealed(model, f"curves/{name}.csv", mend=TRAIN).decode()
+    for row in csv.DictReader(content.splitlines()):
+        if row.get("val/miou"):
+            try:
+                steps.append(int(row["step"]))
+                values.append(float(row["val/miou"]))
+            except (KeyError, ValueError):
+                raise UserError(f"{path}: expected numbers under step and val/miou, found {row}") from None
     return Curve(experiment, name, seed, tuple(steps), tuple(values))

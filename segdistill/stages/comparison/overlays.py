@@ -12,7 +12,8 @@ from PIL import Image
 
 from segdistill.data.shards import ShardDataset, read_dataset_info
 from segdistill.errors import UserError
-from segdistill.stages.comparison.inputs import Measured
+from segdistill.files import read_sealed
+from segdistill.stages.comparison.inputs import EVALUATE, Measured
 
 IGNORED = 255
 MAX_WIDTH = 512  # pixels; a street scene of 2048 columns says as much at a quarter of them
@@ -94,7 +95,8 @@ def _scene(
 
 def _read_mask(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     try:
-        mask = np.array(Image.open(path).convert("L"))
+        content = read_sealed(path.parents[2], path.relative_to(path.parents[2]).as_posix(), mend=EVALUATE)
+        mask = np.array(Image.open(io.BytesIO(content)).convert("L"))
     except OSError:
         raise UserError(f"{path}: missing or unreadable prediction; run evaluate again") from None
     if mask.shape != shape:

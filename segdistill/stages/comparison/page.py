@@ -56,8 +56,7 @@ def protocol(comparison: Comparison) -> list[tuple[str, str]]:
     if facts.input_size:
         size = f"{facts.input_size[0]} x {facts.input_size[1]}"
         found.append(("Cost", f"parameters, multiply-accumulates and the fastest forward pass of one {size} image"))
-    if facts.dataset_md5:
-        found.append(("Data version", f"md5 {facts.dataset_md5}"))
+    found.append(("Data version", f"content {facts.data_content}"))
     return found
 
 
@@ -107,7 +106,7 @@ def page(
 
 def _head(comparison: Comparison) -> str:
     facts = comparison.protocol
-    version = f", data md5 <code>{escape(facts.dataset_md5[:12])}</code>" if facts.dataset_md5 else ""
+    version = f", data <code>{escape(facts.data_content[:12])}</code>"
     experiments = len({row.experiment for row in comparison.rows})
     sentences = "".join(f"<p>{escape(part)}</p>" for part in text.findings(comparison))
     warned = "".join(f'<div class="warning">{escape(item)}</div>' for item in comparison.warnings)

@@ -104,7 +104,8 @@ class Protocol:
     confidence: float
     resamples: int
     bootstrap_seed: int
-    dataset_md5: str | None
+    # The content hash of the prepared data.
+    data_content: str
 
 
 @dataclass(frozen=True)
