@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import re
 import signal
 import sys
 import threading
@@ -54,7 +55,8 @@ def exit_codes(command: str) -> Iterator[None]:
         command: begins the sentence on standard error.
 
     Raises:
-        SystemExit: 2 after a user's mistake, 75 after SIGTERM, 130 after Ctrl-C; each with one sentence.
+        SystemExit: 2 after a user's mistake or a lack of disk or memory, 75 after SIGTERM, 130 after Ctrl-C; each with
+            one sentence.
     """
 
     def interrupt() -> None:
@@ -73,6 +75,12 @@ def exit_codes(command: str) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         code, said = EXIT_USER, f"{error.filename or 'disk'}: no space left on the disk"
+    except (MemoryError, RuntimeError) as error:
+        # torch's own class is a RuntimeError on a GPU, and there is none for the CPU.
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        reason = " ".join(str(error).split())[:200] or "none left"
+        code, said = EXIT_USER, f"out of memory ({reason}); lower batch_size or crop_size, or raise accumulate"
     else:
         return
     print(f"{command}: {said}", file=sys.stderr)

@@ -31,7 +31,7 @@ from segdistill.execution import (
     run_stage,
     stage_module,
 )
-from segdistill.files import COMPLETED, parse_json
+from segdistill.files import COMPLETED, parse_json, read_json
 from segdistill.stages import BY_NAME, Job, Stage, matrix
 from segdistill.stages.highlights import Highlights
 
@@ -198,7 +198,7 @@ def _read_mark(stage: Stage, folder: Path) -> dict[str, Any]:
     mark = folder / COMPLETED
     if not mark.is_file():
         raise UserError(f"{folder}: {stage.name} needs it, but the task that makes it did not complete")
-    return dict(json.loads(mark.read_text()))
+    return dict(read_json(mark, mend="run the task that makes it again"))
 
 
 def _in_order(
@@ -219,7 +219,7 @@ def _real(folder: Path) -> Path:
     pointer = folder / ELSEWHERE
     if not pointer.is_file():
         return folder
-    real = Path(json.loads(pointer.read_text())["folder"])
+    real = Path(read_json(pointer)["folder"])
     if not real.is_dir():
         raise UserError(f"{real}: no longer on the volume; run the pipeline again with --no-cache")
     return real
@@ -372,7 +372,7 @@ def _show(found: Highlights, shown: Mapping[str, Any]) -> None:
 
 def main(path: str) -> None:
     """One of the processes of a task."""
-    task = Task(**json.loads(Path(path).read_text()))
+    task = Task(**read_json(Path(path)))
     quiet_libraries()
     with exit_codes(f"segdistill {task.name}"):
         _require_accelerators(task)

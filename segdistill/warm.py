@@ -54,7 +54,7 @@ PRELOAD = (
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store",
 )
-# Stages that need none of it: they run cold, and the server begins its imports beside them.
+# The first stage of a run: it imports what its check of the parameters needs, and the server imports beside it.
 LIGHT = ("validate",)
 # Variables that differ between the stages of a run and that no library reads at its import; all others are in the key.
 LATE_VARIABLES = ("DVC_", "SEGDISTILL_", "PWD", "OLDPWD", "SHLVL", "COLUMNS", "LINES", "MAKELEVEL")

@@ -19,7 +19,6 @@ from segdistill.files import MIB
 
 FILE_LIMIT = 256 * MIB  # bytes of one image or mask
 MOST_PIXELS = 100_000_000  # of one image or mask: 300 MB as RGB
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns or fails without the numbers that a user needs
 
 IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "YCbCr")  # 8 bits a channel: nothing is lost as RGB
 INDEX_MASKS = tuple(f"{bits}-bit {colour}" for colour in ("grey", "palette") for bits in (1, 2, 4, 8))
@@ -123,10 +122,8 @@ def _decode(content: bytes, formats: tuple[str, ...], verified: bool) -> Image.I
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata, which is of no concern here
             image = Image.open(io.BytesIO(content), formats=formats)
-            pixels = image.width * image.height
-            if pixels > MOST_PIXELS:
-                size, limit = f"{image.width}x{image.height} = {pixels / 1e6:.0f}", f"{MOST_PIXELS / 1e6:.0f}"
-                raise BadFile(f"{size} million pixels; at most {limit} million are read: cut it into tiles")
+            if image.width * image.height > MOST_PIXELS:
+                raise BadFile(_too_large(image.width * image.height))
             if not verified:
                 (_check_png if image.format == "PNG" else _check_jpeg)(content)
             image.load()
@@ -134,10 +131,16 @@ def _decode(content: bytes, formats: tuple[str, ...], verified: bool) -> Image.I
             return image if turn is None else image.transpose(turn)
     except Image.UnidentifiedImageError:
         raise BadFile(f"not a {' or '.join(formats)} file, or its header is damaged") from None
+    except Image.DecompressionBombError as error:  # beyond Pillow's own limit, which lies above ours
+        raise BadFile(_too_large(int(re.findall(r"\d+", str(error))[0]))) from None
     except BadFile:
         raise
     except Exception as error:  # a decoder fed with garbage may raise anything
         raise BadFile(f"damaged or truncated: {error}") from None
+
+
+def _too_large(pixels: int) -> str:
+    return f"{pixels / 1e6:.0f} million pixels; at most {MOST_PIXELS / 1e6:.0f} million are read: cut it into tiles"
 
 
 def _orientation(image: Image.Image) -> int:

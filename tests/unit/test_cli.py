@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from segdistill.__main__ import main
+from segdistill.errors import exit_codes
 from segdistill.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,3 +94,15 @@ def test_data_are_never_written_over(project: Path, capsys: pytest.CaptureFixtur
     (project / "data" / "mine.txt").write_text("precious")
     assert "data" in refused(capsys, "data", "synth", "--out", "data", "--train", "1", "--val", "1", "--test", "1")
     assert (project / "data" / "mine.txt").read_text() == "precious"
+
+
+def test_a_lack_of_memory_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    with pytest.raises(SystemExit) as ended, exit_codes("segdistill distill"):
+        torch.empty(2**60, dtype=torch.uint8)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("segdistill distill: out of memory (") and "lower batch_size or crop_size" in said
+    with pytest.raises(RuntimeError, match="another fault"), exit_codes("segdistill distill"):
+        raise RuntimeError("another fault")

@@ -209,6 +209,7 @@ def test_camvid_ignores_void(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", [
     "train/a.png", "a.png b.png", "../x/../secret train/a.png", "a/b c/d e/f", "/a.png train/a.png",
     "//a.png train/a.png", "train/a.png ../a.png", "train/a.png x/../../a.png",
+    "a/b.png " * 100_000,
 ])  # fmt: skip
 def test_a_camvid_line_that_is_no_pair_is_named_by_its_number(tmp_path: Path, line: str) -> None:
     path = make_camvid(tmp_path) / "val.txt"

@@ -56,6 +56,7 @@ class CamVid(Layout):
         yield from self._samples[split]
 
 
+MOST_OF_A_LINE = 4096  # characters: two paths
 _IMAGE = r"(\S.*?\.(?:png|jpe?g))"
 _PAIR = re.compile(rf"""(["']?){_IMAGE}\1\s+(["']?){_IMAGE}\3""", re.IGNORECASE)
 
@@ -68,10 +69,10 @@ def _read_list(root: Path, split: str) -> list[Sample]:
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
-        pair = _PAIR.fullmatch(line.strip().replace("\\", "/"))
+        pair = _PAIR.fullmatch(line.strip().replace("\\", "/")) if len(line) <= MOST_OF_A_LINE else None
         parts = [PurePosixPath(name).parts[-2:] for name in (pair[2], pair[4])] if pair else []
         if not pair or any(len(part) != 2 or {"..", "/", "//"} & set(part) for part in parts):
-            raise UserError(f"{path}, line {number}: expected 'FOLDER/IMAGE FOLDER/MASK', found '{line.strip()}'")
+            raise UserError(f"{path}, line {number}: expected 'FOLDER/IMAGE FOLDER/MASK', found '{line.strip()[:200]}'")
         image, mask = (root.joinpath(*part) for part in parts)
         samples.append(Sample(image.stem, split, image, mask))
     return samples
