@@ -92,8 +92,8 @@ class MaskedGeneration(OfflineMethod):
         numbers: list both methods for it, ``[{name: mgd}, {name: cwd}]``, and report both ways.
 
     Speed:
-        What a step costs is the generator's two 3x3 convolutions at the teacher's width and stride: they are the method,
-        and nothing of them can be saved.
+        What a step costs is the generator's two 3x3 convolutions at the teacher's width and stride: they are the
+        method, and nothing of them can be saved.
 
     Masks:
         No label enters: ignored pixels are generated like the others.
