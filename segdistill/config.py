@@ -96,10 +96,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, is not YAML, has a key twice, or is not a mapping.
     """
-    if not path.exists():
+    try:
+        text = read_text(path, limit=_YAML_LIMIT)
+    except UserError as error:
         close = nearest(path.name, (file.name for file in path.parent.glob("*.yaml")))
-        raise UserError(f"{path}: no such file{close if 'did you mean' in close else ''}")
-    return parse_yaml(read_text(path, limit=_YAML_LIMIT), str(path))
+        mistyped = str(error).endswith("no such file") and "did you mean" in close
+        raise UserError(f"{error}{close if mistyped else ''}") from None
+    return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, path: str) -> dict[str, Any]:

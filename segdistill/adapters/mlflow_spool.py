@@ -20,7 +20,7 @@ from segdistill.adapters.secrets import masked_text
 from segdistill.config import config, parse, to_dict
 from segdistill.engine.tracker import JsonLinesTracker
 from segdistill.errors import UserError
-from segdistill.files import read_json, write_file
+from segdistill.files import read_json, require_regular, write_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -214,6 +214,7 @@ class Spool:
         """Complete lines from ``offset`` on, each with the offset behind it; None for one that is no record."""
         if not self.records.exists():
             return
+        require_regular(self.records)
         with self.records.open("rb") as file:
             file.seek(offset)
             for line in file:

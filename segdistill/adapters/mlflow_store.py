@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -119,8 +119,15 @@ class Store:
         if self.database is None:
             return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
         with self.lock():
-            _make_tables(self.database)
-            _settle(self.database)
+            try:
+                _make_tables(self.database)
+                _settle(self.database)
+            except sqlite3.OperationalError:  # locked, or away: worth another try
+                raise
+            except sqlite3.DatabaseError as error:
+                raise UserError(
+                    f"{self.database}: damaged ({error}); put a copy of it in its place, or move it away for a new one"
+                ) from None
             client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             client.search_experiments(max_results=1)
             client.search_registered_models(max_results=1)
@@ -144,15 +151,34 @@ def default_store(root: Path, uri: str | None = None) -> Store:
             "allowed: sqlite:///<file>, another database, http(s)://<server>"
         )
     store = Store(_without_password(uri), injected)
-    if store.database is not None and store.database.exists():
-        size = require_regular(store.database)
-        with store.database.open("rb") as file:
-            if size and file.read(16) != b"SQLite format 3\0":
-                raise UserError(
-                    f"{store.database}: not an SQLite database; move it away, or name another store in "
-                    "MLFLOW_TRACKING_URI"
-                )
+    database = store.database
+    if database is not None:
+        if not database.is_absolute():  # relative to the project, also in a copy of it
+            database = main_copy(Path()).resolve() / database
+            store = replace(store, uri=f"sqlite:///{database}")
+        _require_sqlite(database)
     return store
+
+
+def _require_sqlite(database: Path) -> None:
+    """Raises a UserError for a file that MLflow will never open, before anything is trained.
+
+    SQLite looks, and not we: whoever opens and closes a database's file by other means lets go of all the locks that
+    this process has on it.
+    """
+    if not database.exists() or not require_regular(database):
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(database)) as connection:
+            connection.execute("PRAGMA schema_version")
+    except sqlite3.OperationalError as error:
+        if "unable to open" in str(error):
+            raise UserError(f"{database}: cannot be opened; make it readable and writable") from None
+    except sqlite3.DatabaseError as error:
+        raise UserError(
+            f"{database}: not an SQLite database, or a damaged one ({error}); move it away, or name another store in "
+            "MLFLOW_TRACKING_URI"
+        ) from None
 
 
 def main_copy(folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """Training batches in an order that only the seed decides."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -82,6 +83,12 @@ def training_batches(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_the_group,
         generator=torch.Generator(),  # its own, so that building a loader moves no other random stream
     )
     return iter(loader)
+
+
+def _leave_the_group(_worker: int) -> None:
+    """A signal to the whole group is for the training, which stops where it can save; workers end with it."""
+    os.setpgid(0, 0)

@@ -7,7 +7,7 @@ from pydantic import AfterValidator
 
 from segdistill.config import config
 
-MOST = 65536  # of any number that a decoder takes: channels, rates of dilation, shares
+MOST = 8192  # of any number that a decoder takes: channels, rates of dilation, shares
 
 
 def _is_decoder_value(value: Any) -> Any:

@@ -135,10 +135,11 @@ def test_killed_while_a_checkpoint_is_written_resumes_from_the_one_before(tmp_pa
     assert_equal(result(tmp_path / "out"), result(tmp_path / "whole.out"))
 
 
-def wait_for(path: Path) -> None:
+def wait_for(path: Path, running: Any = None) -> None:
     for _ in range(3000):
         if path.exists():
             return
+        assert running is None or running.poll() is None, "it ended before"
         time.sleep(0.1)
     raise AssertionError(f"{path} never came")
 
@@ -153,6 +154,18 @@ def test_sigterm_saves_and_exits_with_the_code_for_retry(tmp_path: Path) -> None
     assert finished(start(tmp_path / "work", tmp_path / "out", *options)) == 0
     assert finished(start(tmp_path / "whole", tmp_path / "whole.out", *options)) == 0
     assert_equal(result(tmp_path / "out"), result(tmp_path / "whole.out"))
+
+
+def test_sigterm_to_a_whole_group_saves_all_the_same(tmp_path: Path) -> None:
+    """Loading processes that died of it would end the training in the middle of a step."""
+    options = ["iterations=200", "checkpoint_every=1000", "slow=0.1", "workers=2", f"started={tmp_path / 'started'}"]
+    command = [sys.executable, tiny.__file__, tmp_path / "work", tmp_path / "out", *options]
+    running = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+    wait_for(tmp_path / "started", running)
+    os.killpg(running.pid, signal.SIGTERM)
+    said = running.communicate(timeout=120)[1].decode()
+    assert running.returncode == 75 and "Traceback" not in said, said
+    assert 1 <= result(tmp_path / "work" / "resume.safetensors")["progress"]["iteration"] < 200
 
 
 def test_sigterm_to_one_of_two_processes_stops_both_in_the_same_iteration(tmp_path: Path) -> None:

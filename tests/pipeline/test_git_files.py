@@ -57,8 +57,9 @@ def test_a_repository_that_lacks_an_object_has_none_of_its_commands_run(
     blob = git(repository, "rev-parse", "HEAD:data.dvc")
     (repository / ".git/objects" / blob[:2] / blob[2:]).unlink()  # git would bring it from the "promisor"
     proof.unlink(missing_ok=True)  # the commands above are ours
-    with pytest.raises(UserError, match=r"git cannot read data.dvc"):
-        read_revision(str(repository), "main", ["data.dvc"])
+    for address in (str(repository), f"file://{repository}"):
+        with pytest.raises(UserError, match=r"git cannot read"):
+            read_revision(address, "main", ["data.dvc"])
     assert not proof.exists()
 
 

@@ -105,12 +105,26 @@ def test_tables_that_somebody_else_left_half_made_are_put_aside(
 
 def test_what_is_no_store_is_named_before_anything_is_trained(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("<html>not found</html>")
-    with pytest.raises(UserError, match=r"mlflow.db: not an SQLite database; move it away"):
+    with pytest.raises(UserError, match=r"mlflow.db: not an SQLite database, .*move it away"):
         default_store(tmp_path)
     (tmp_path / "mlflow.db").unlink()
     os.mkfifo(tmp_path / "mlflow.db")
     with pytest.raises(UserError, match="a named pipe"):
         default_store(tmp_path)
+
+
+def test_a_damaged_store_is_one_sentence(tmp_path: Path, database: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(database.read_bytes()[:4096] + b"\xff" * 8192)
+    with pytest.raises(UserError, match=r"mlflow.db: .*damaged .*move it away"):
+        default_store(tmp_path).client()
+
+
+def test_a_relative_store_is_the_projects_in_a_copy_of_dvc_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / ".dvc/tmp/exps/tmpab12"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs/mlflow.db")
+    assert default_store(Path()).database == tmp_path / "runs/mlflow.db"
 
 
 def test_a_database_of_another_program_keeps_its_tables(tmp_path: Path) -> None:

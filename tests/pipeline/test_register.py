@@ -313,6 +313,20 @@ def _fork(work, root: Path, numbers: range) -> None:
     assert [worker.exitcode for worker in workers] == [0] * len(workers)
 
 
+def test_the_champion_of_a_moved_project_is_served_from_where_it_is(tmp_path: Path, database: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    (old / "mlflow.db").write_bytes(database.read_bytes())
+    import_mlflow()
+    _fork(_register_one, old, range(1))  # a process of its own: no connection to the store outlives the move
+    old.rename(new)
+    again = register(Scaled(0), submission("w0", SCORES[0]), name=NAME, min_gain=0.5, tracker=tracker(new))
+    assert (again.version, again.alias) == (1, "champion")
+    better = register(Scaled(2), submission("b", 0.50), name=NAME, min_gain=0.5, tracker=tracker(new))
+    assert (better.version, better.alias, better.previous_champion) == (2, "champion", 1)
+    assert not old.exists(), "nothing is written where the folder was"
+
+
 def test_eight_processes_that_register_at_once_leave_the_best_as_champion(root: Path) -> None:
     import_mlflow()
     import torch.export  # forked with what they need; nobody has met this store yet

@@ -485,6 +485,46 @@ def test_a_folder_that_mixes_two_evaluations_is_refused(inputs: Inputs) -> None:
         inputs.compare(["none", "kd"], [0, 1])
 
 
+def change(path: Path, **values: Any) -> None:
+    """Gives keys of a JSON file other values; None takes a key out."""
+    content = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "sentence"),
+    [
+        ("metrics.json", {"settings": None}, "no 'settings' in it; run the stage that trains it again"),
+        ("metrics.json", {"config": None}, "no 'config' in it"),
+        ("metrics.json", {"students": None}, "no 'students' in it"),
+        ("metrics.json", {"settings": EXPERIMENTS["none"]}, "'kd' was trained with other settings than .*kd-s0"),
+        ("metrics.json", {"data_content": "other"}, "trained on other data than is prepared"),
+        ("metrics.json", {"teacher_sha256": "other"}, "learnt from another teacher than the one in"),
+        ("cnn.json", {"sha256": "other"}, "not of the weights in .*kd-s1/cnn.safetensors; run the stage 'evaluate'"),
+    ],
+)
+def test_students_of_other_settings_data_teacher_or_weights_are_not_compared_without_a_word(
+    inputs: Inputs, file: str, values: dict[str, Any], sentence: str
+) -> None:
+    change(inputs.model("kd-s1") / file, **values)
+    with pytest.raises(UserError, match=sentence):
+        inputs.compare(["kd"], [0, 1])
+
+
+def test_an_evaluation_of_other_classes_is_refused_with_both_lists(inputs: Inputs) -> None:
+    path = inputs.evaluation("kd-s1") / "evaluation.json"
+    change(path, classes=list(CLASSES)[::-1])
+    with pytest.raises(UserError, match=r"in another order: bicyclist, car, .*; the data set has sky, road & rail"):
+        inputs.compare(["kd"], [0, 1])
+
+
+def test_what_changed_after_its_stage_ended_is_not_compared(inputs: Inputs) -> None:
+    inputs.seal()
+    change(inputs.model("kd-s1") / "metrics.json", seconds=76.0)
+    with pytest.raises(UserError, match=r"kd-s1/metrics\.json: damaged: not the content that"):
+        inputs.compare(["kd"], [0, 1], seals=False)
+
+
 def test_pickled_counts_are_never_loaded(inputs: Inputs) -> None:
     path = inputs.evaluation("kd-s1") / "cnn.npz"
     content = dict(np.load(path))

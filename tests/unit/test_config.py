@@ -9,6 +9,8 @@ from typing import Any
 
 import pydantic
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from segdistill.config import parse, parse_yaml, read_yaml
 from segdistill.errors import UserError
@@ -55,6 +57,16 @@ def test_what_is_no_plain_yaml_is_refused_with_its_line(text: str, sentence: str
     with pytest.raises(UserError) as caught:
         parse_yaml(text, "x")
     assert sentence in str(caught.value) and str(caught.value).isprintable()
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(text=st.text(alphabet="ab01:.-+_e [],{}#&*!<|>?%@'\"\\\n\t~=é\x85\ud800", max_size=40))
+def test_any_text_is_a_mapping_or_refused_in_one_sentence(text: str) -> None:
+    for written in (text, f"a: {text}", f"a: !!{text}"):
+        try:
+            assert isinstance(parse_yaml(written, "x"), dict)
+        except UserError as error:
+            assert str(error).isprintable()
 
 
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Damaged files of trainings and evaluations: every flipped byte is one sentence, none is silent, none a traceback."""
 
+import ast
 import json
 import random
 from collections.abc import Callable
@@ -147,6 +148,13 @@ def test_a_network_of_other_classes_or_of_these_in_another_order_is_refused_with
     save_model(tmp_path, "mute", build_segmenter(config, 2), {})
     with pytest.raises(UserError, match="it names none; the data set has road, sky"):
         load_model(tmp_path, "mute", classes=CLASSES)
+
+
+def test_every_stage_that_loads_a_network_says_of_which_classes_it_must_be() -> None:
+    for path in (Path(__file__).parents[2] / "segdistill/stages").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "load_model":
+                assert "classes" in {keyword.arg for keyword in call.keywords}, f"{path}, line {call.lineno}"
 
 
 def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path) -> None:

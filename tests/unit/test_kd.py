@@ -78,8 +78,8 @@ def test_at_high_temperature_it_becomes_the_distance_of_centred_logits() -> None
     distance = student - teacher
     limit = ((distance - distance.mean(1, keepdim=True)) ** 2).sum(1) / (2 * CLASSES)
     valid = target != 255
-    hot = distil(student, teacher, target, temperature=1e4)
-    torch.testing.assert_close(hot, limit[valid].mean(), rtol=1e-3, atol=0)
+    hot = distil(student, teacher, target, temperature=1e3)
+    torch.testing.assert_close(hot, limit[valid].mean(), rtol=1e-2, atol=0)
 
 
 def test_the_gradient_is_zero_at_ignored_pixels() -> None:

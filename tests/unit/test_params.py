@@ -99,7 +99,7 @@ def test_an_unknown_key_is_named_with_its_neighbour(path: str, rename: str, sent
         ("experiments.kd.students.cnn.model.architecture", "UNet", "experiments.kd.students.cnn.model.architecture: 'UNet' is not allowed; allowed: "),
         ("experiments.kd.students.cnn.model.output_stride", 32, "experiments.kd.students.cnn.model.output_stride: 32 is not possible"),
         ("experiments.kd.students.cnn.model.decoder", {"chanels": 1}, "experiments.kd.students.cnn.model.decoder.chanels: unknown key"),
-        ("experiments.kd.students.cnn.model.decoder", {"decoder_channels": 10**9}, "model.decoder.decoder_channels: 1000000000 is not in 0..65536"),
+        ("experiments.kd.students.cnn.model.decoder", {"decoder_channels": 10**9}, "model.decoder.decoder_channels: 1000000000 is not in 0..8192"),
         ("experiments.kd.methods", [{"name": "kd", "temprature": 2}], "experiments.kd.methods.0.temprature: unknown key; did you mean 'temperature'?"),
         ("experiments.hfd_bsd.students", "*cnn", "experiments.hfd_bsd: hfd_bsd"),
         ("distill.train.augmentation.scale", [1.5, 0.5], "distill.train.augmentation: scale [1.5, 0.5]: the first bound is above the second"),
