@@ -119,7 +119,11 @@ class Spool:
         Raises:
             UserError: the file is damaged.
         """
-        meta = parse(Meta, read_json(self.meta), str(self.meta))
+        data = read_json(self.meta)
+        try:
+            meta = parse(Meta, data, "meta")
+        except UserError as error:
+            raise UserError(f"{self.meta}: damaged: {error}") from None
         check_name(f"{self.meta}: run name", meta.name)
         check_name(f"{self.meta}: pipeline run", meta.pipeline_run)
         return meta
