@@ -99,7 +99,9 @@ def enlarge_by_products(maps: Tensor, size: Size, ratio: int, *, align_corners: 
         _shares(old, new, ratio, align_corners, maps.device, wide) for old, new in zip(size_of(maps), size, strict=True)
     )
     with torch.autocast(maps.device.type, enabled=False):
-        return (rows @ (maps.to(wide) @ columns.mT)).to(maps.dtype)
+        wider = (maps.to(wide) @ columns.mT).flatten(0, 1)  # [B * C, h, W]
+        # Batched by hand: matmul would turn the result over in memory.
+        return torch.bmm(rows.expand(len(wider), -1, -1), wider).unflatten(0, maps.shape[:2]).to(maps.dtype)
 
 
 def _shares(old: int, new: int, ratio: int, align_corners: bool, device: torch.device, dtype: torch.dtype) -> Tensor:

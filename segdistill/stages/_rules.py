@@ -151,7 +151,6 @@ def _files(facts: Sequence[FileFacts], layout: Layout) -> list[Row]:
             "unknown_pixels": None if unknown is None else sum(unknown.values()),
             "label_problem": outside_class_list(unknown, layout.legend) if unknown else None,
             "ignore_fraction": fact.ignore_fraction, "palette_problem": fact.palette_problem,
-            "classes_present": None if fact.class_pixels is None else sum(pixels > 0 for pixels in fact.class_pixels),
             "image_sha256": fact.image_sha256, "same_as": others[0] if others else None,
             "copies": Counter(other.split for other in equal)[fact.split],
         })  # fmt: skip

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from segdistill.config import parse
@@ -150,7 +149,7 @@ def main(work: str, out: str, *options: str) -> int:
 
     Those, to this process, are ``die_at`` and ``die_in_save`` (SIGKILL), and ``told_in_save`` (SIGTERM).
     """
-    changes: dict[str, Any] = {key: yaml.safe_load(value) for key, value in (part.split("=") for part in options)}
+    changes: dict[str, Any] = dict(option.split("=") for option in options)
     die_at, slow = int(changes.pop("die_at", -1)), float(changes.pop("slow", 0))
     started, stop_after = changes.pop("started", ""), int(changes.pop("stop_after", -1))
     in_save = {signal.SIGKILL: changes.pop("die_in_save", None), signal.SIGTERM: changes.pop("told_in_save", None)}

@@ -111,8 +111,9 @@ def test_a_step_is_measured_for_methods_and_for_experiments(capsys: pytest.Captu
     assert all(float(row[3]) > 0 for row in (*methods[1:], *experiments[1:]))
 
 
-def test_every_method_has_a_place_between_the_networks_of_params() -> None:
-    params = step.read_yaml(ROOT / "params.yaml")
+@pytest.mark.parametrize("file", ["params.yaml", "benchmarks/full_size.yaml"])
+def test_every_method_has_a_place_between_the_networks_of_params(file: str) -> None:
+    params = step.read_yaml(ROOT / file)
     experiments = step.of_methods(params, ["kd", "c2vkd", "dml"])
     assert [list(one["students"]) for one in experiments.values()] == [["cnn"], ["vit"], ["cnn", "vit"]]
     assert experiments["c2vkd"]["methods"] == [{"name": "c2vkd"}]
