@@ -1,12 +1,14 @@
 """How a stage is run, from the command line or as a task: parameters in, tracker, clock, and a true exit."""
 
 import contextlib
+import glob
 import importlib
 import importlib.util
 import inspect
 import json
 import logging
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -200,6 +202,8 @@ def run_stage(
         if not environment.rank():  # the others of this run work for rank 0
             for output in outputs:
                 held.enter_context(lock(output, f"segdistill {_label(stage, job)}"))
+                for left in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):
+                    shutil.rmtree(left, ignore_errors=True)  # of a process that was killed: nobody writes here but us
         held.enter_context(disk_errors(outputs[0]))
         _run_stage(stage, chosen, paths=paths, job=job, tracker=tracker, started=started, work=work, device=device)
 

@@ -53,7 +53,7 @@ def masked(value: Any, name: str = "") -> Any:
     if isinstance(value, Mapping):
         return {key: masked(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        before = ["", *value[:-1]]  # a command line names a secret in one element and has it in the next
+        before = ["", *value][: len(value)]  # a command line names a secret in one element and has it in the next
         return [
             masked(item, option if isinstance(option, str) and option.startswith("-") and "=" not in option else "")
             for option, item in zip(before, value, strict=True)

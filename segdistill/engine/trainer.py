@@ -431,6 +431,17 @@ class Trainer:
         state = self._read_checkpoint()
         if state is None:
             return
+        try:
+            self._take_up(state)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            raise UserError(
+                f"{self.work / CHECKPOINT}: written by another version of this program ({reason})"
+                "; finish with that version, or move the file away to start anew"
+            ) from None
+        logger.info("resumed at iteration %d", self.progress.iteration)
+
+    def _take_up(self, state: Mapping[str, Any]) -> None:
         self.learner.load_state_dict(state["learner"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
@@ -445,7 +456,6 @@ class Trainer:
             torch.set_rng_state(state["rng"][rank])
         if rank < len(state["cuda_rng"]) and device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"][rank], device)
-        logger.info("resumed at iteration %d", self.progress.iteration)
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
         """What to go on from; a checkpoint that is of no use here is put aside, and the training starts anew."""

@@ -109,6 +109,16 @@ def test_an_unusable_checkpoint_is_put_aside_with_a_warning_and_never_lost(
         assert str(path) in told and str(kept) in told and "starts anew" in told
 
 
+def test_a_checkpoint_of_another_version_of_the_program_is_one_sentence(tmp_path: Path) -> None:
+    stopped(tmp_path, "tiny")
+    state = checkpoint.load(tmp_path / "resume.safetensors")
+    assert state is not None
+    state["learner"]["_methods.gone.weight"] = torch.zeros(1)
+    checkpoint.save(tmp_path / "resume.safetensors", state)
+    with pytest.raises(UserError, match=r"resume\.safetensors: written by another version of this program"):
+        tiny.make_trainer(tmp_path, ALONE).run()
+
+
 def identity(**changes: Any) -> str:
     train = changes.pop("train", tiny.train_config())
     facts = {"data": "d", "teacher": "t", "seed": 0, "settings": {"train": effective(train)}}

@@ -72,7 +72,7 @@ def test_a_term_that_is_zero_has_no_weight_that_would_help() -> None:
     [
         (["--experiment", "kdd"], "--experiment: 'kdd' is unknown; did you mean 'kd'?"),
         (["--experiment", "none"], "experiments.none.methods: empty; there is nothing to calibrate"),
-        (["--experiment", "kd", "--steps", "0"], "--steps and --strengths: need numbers above 0"),
+        (["--experiment", "kd", "--steps", "0"], "--steps: input should be greater than or equal to 1, not 0"),
     ],
 )
 def test_mistakes_are_named(here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

@@ -149,3 +149,13 @@ def test_a_killed_process_leaves_its_lock_to_nobody(tmp_path: Path) -> None:
     running.wait()
     with lock(tmp_path / "out", "y"):
         pass
+
+
+def test_what_a_killed_process_left_half_made_goes_with_the_next_one(run: Callable[..., int]) -> None:
+    stage = next(stage for stage in STAGES if stage.name == "evaluate")
+    folder = place(stage)
+    left, others = (folder.with_name(f".{name}.7.partial") for name in (folder.name, "other"))
+    for path in (left, others):
+        (path / "overlays").mkdir(parents=True)
+    assert run(stage, dict) == 0
+    assert not left.exists() and others.exists()

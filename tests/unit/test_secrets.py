@@ -68,3 +68,8 @@ def test_what_a_library_logs_is_masked_with_its_traceback(caplog: pytest.LogCapt
         logging.getLogger("library").exception("asked %s", "http://u:hush@h/api")
     assert "hush" not in caplog.text
     assert "http://h/api" in caplog.text and "ValueError" in caplog.text
+
+
+def test_an_empty_list_has_no_secret() -> None:
+    """Such as the methods of the undistilled student."""
+    assert masked({"methods": [], "betas": ()}) == {"methods": [], "betas": []}
