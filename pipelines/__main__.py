@@ -145,7 +145,7 @@ def data_version(repository: str, revision: str) -> dict[str, str]:
         UserError: a repository, revision or remote that pods cannot read.
     """
     from segdistill.adapters.dvc_version import find
-    from segdistill.adapters.secrets import masked_text
+    from segdistill.secrets import masked_text
 
     if Path(repository).exists() or repository.startswith("file:"):
         raise UserError(

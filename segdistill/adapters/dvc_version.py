@@ -12,9 +12,9 @@ import yaml
 
 from segdistill.adapters.git_files import read_revision
 from segdistill.adapters.objects import LIST_LIMIT
-from segdistill.adapters.secrets import masked_text
 from segdistill.errors import UserError, nearest
 from segdistill.files import parse_json, read_bytes
+from segdistill.secrets import masked_text
 
 logger = logging.getLogger(__name__)
 

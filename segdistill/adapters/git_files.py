@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from segdistill.adapters.secrets import masked_text
 from segdistill.errors import UserError
+from segdistill.secrets import masked_text
 
 GIT_SECONDS = 600
 PROTOCOLS = "file:git:http:https:ssh"  # of an address that the user gives

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 from segdistill import environment
 from segdistill.adapters.mlflow_names import file_name, metric_name, shortened
 from segdistill.adapters.mlflow_store import DatasetFacts, Store, check_name, default_store, ensure_run
-from segdistill.adapters.secrets import masked_text
 from segdistill.config import config, parse, to_dict
 from segdistill.engine.tracker import JsonLinesTracker
 from segdistill.errors import UserError
 from segdistill.files import read_json, require_regular, write_file
+from segdistill.secrets import masked_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

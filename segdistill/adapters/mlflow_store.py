@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from segdistill import environment
-from segdistill.adapters.secrets import MaskingFilter, masked_text
 from segdistill.errors import UserError
 from segdistill.files import require_regular
+from segdistill.secrets import MaskingFilter, masked_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

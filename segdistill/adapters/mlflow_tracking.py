@@ -27,8 +27,8 @@ from segdistill.adapters.mlflow_store import (
     finish_parent,
     main_copy,
 )
-from segdistill.adapters.secrets import masked, masked_text
 from segdistill.errors import UserError
+from segdistill.secrets import masked, masked_text
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class MlflowTracker:
         return self._spool.read_meta().run_id if self._spool else None
 
     def params(self, values: Mapping[str, Any]) -> None:
-        self._open().lines.params(masked(values))
+        self._open().lines.params(values)
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         self._open().lines.metrics({key: float(value) for key, value in values.items()}, step)
@@ -130,7 +130,7 @@ class MlflowTracker:
             self._start()
 
     def tags(self, values: Mapping[str, str]) -> None:
-        self._open().lines.tags(masked(values))
+        self._open().lines.tags(values)
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Keeps a copy until it is sent, since the original may be renamed or replaced meanwhile."""

@@ -13,9 +13,9 @@ from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from segdistill.adapters.objects import CHUNK_BYTES, LIST_LIMIT, MissingObject, Stopped
-from segdistill.adapters.secrets import masked_text
 from segdistill.errors import UserError
 from segdistill.files import MIB
+from segdistill.secrets import masked_text
 
 try:
     import boto3

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from segdistill.secrets import masked
+
 
 class Tracker(Protocol):
     """What the library asks of an experiment tracker. Names are the same in every run: see docs/architecture.md."""
@@ -47,7 +49,7 @@ class NullTracker:
 
 
 class JsonLinesTracker:
-    """One JSON object a line, flushed as it is written; artifacts are recorded by their path."""
+    """One JSON object a line, flushed as it is written, without secrets; artifacts are recorded by their path."""
 
     def __init__(self, path: Path, prefix: str = "") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,13 +65,13 @@ class JsonLinesTracker:
         self._file.write(json.dumps(record, default=str) + "\n")
 
     def params(self, values: Mapping[str, Any]) -> None:
-        self._write("params", values)
+        self._write("params", masked(values))
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         self._write("metrics", values, step)
 
     def tags(self, values: Mapping[str, str]) -> None:
-        self._write("tags", values)
+        self._write("tags", masked(values))
 
     def artifact(self, path: Path, folder: str = "") -> None:
         self._write("artifact", {"path": path, "folder": folder})

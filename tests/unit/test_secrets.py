@@ -1,12 +1,14 @@
 """Nothing that names a secret leaves it readable, in whatever it stands."""
 
 import logging
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segdistill.adapters.secrets import MaskingFilter, is_secret, masked
+from segdistill.engine.tracker import JsonLinesTracker
+from segdistill.secrets import MaskingFilter, is_secret, masked
 
 NAMES = (
     "password", "passwords", "PASSWORD", "db_password", "remote.password", "MLFLOW_TRACKING_PASSWORD", "secret",
@@ -50,6 +52,14 @@ def test_masking_is_total_and_masking_twice_changes_nothing(text: str) -> None:
 )  # fmt: skip
 def test_what_is_no_secret_stays_as_it_is(text: str) -> None:
     assert masked(text) == text
+
+
+def test_the_lines_of_a_run_have_no_secrets(tmp_path: Path) -> None:
+    tracker = JsonLinesTracker(tmp_path / "run.jsonl")
+    tracker.params({"url": "see https://u:hush@h/x", "passwords": ["hush"]})
+    tracker.tags({"command": "run --token=hush"})
+    tracker.close()
+    assert "hush" not in (tmp_path / "run.jsonl").read_text()
 
 
 def test_names_of_sizes_keep_their_numbers_and_passwords_do_not() -> None:
