@@ -23,6 +23,10 @@ Size = tuple[int, int]
 """Height and width in cells, or in pixels."""
 
 
+POOLED_BY_SUMS = 8
+"""On a GPU pooling gives a thread to each coarse cell; from so many cells along its side on, sums are far faster."""
+
+
 def size_of(maps: Tensor) -> Size:
     """Height and width, the last two sizes."""
     return int(maps.shape[-2]), int(maps.shape[-1])
@@ -99,6 +103,12 @@ def enlarge_by_products(maps: Tensor, size: Size, ratio: int, *, align_corners: 
         _shares(old, new, ratio, align_corners, maps.device, wide) for old, new in zip(size_of(maps), size, strict=True)
     )
     with torch.autocast(maps.device.type, enabled=False):
+        if maps.shape[1] % 4 == 0 and maps.is_contiguous(memory_format=torch.channels_last):
+            # The same from the other end, which leaves channels last; odd numbers of them are multiplied slowly.
+            higher = torch.bmm(rows.expand(len(maps), -1, -1), maps.to(wide).movedim(1, -1).flatten(2))
+            higher = higher.unflatten(2, (-1, maps.shape[1])).flatten(0, 1)  # [B * H, w, C]
+            whole = torch.bmm(columns.expand(len(higher), -1, -1), higher)
+            return whole.unflatten(0, (len(maps), -1)).movedim(-1, 1).to(maps.dtype)
         wider = (maps.to(wide) @ columns.mT).flatten(0, 1)  # [B * C, h, W]
         # Batched by hand: matmul would turn the result over in memory.
         return torch.bmm(rows.expand(len(wider), -1, -1), wider).unflatten(0, maps.shape[:2]).to(maps.dtype)
@@ -126,6 +136,9 @@ def average(maps: Tensor, size: Size) -> Tensor:
     ratio = cells_within(size_of(maps), size)
     if ratio is None:
         return F.adaptive_avg_pool2d(maps, size)
+    if maps.is_cuda and ratio >= POOLED_BY_SUMS and not any(side % ratio for side in size_of(maps)):
+        windows = maps.unflatten(-1, (-1, ratio)).unflatten(-3, (-1, ratio))  # [..., h, ratio, w, ratio]
+        return windows.mean((-3, -1))
     return F.avg_pool2d(maps, ratio, ceil_mode=True)
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from segdistill.losses.fused import fused
 from segdistill.losses.masks import masked_mean, valid_mask
 from segdistill.losses.precision import in_float32
 
 
+@fused
 @in_float32
 def blended_two_way(
     student_logits: Tensor,

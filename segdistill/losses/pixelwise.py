@@ -2,10 +2,12 @@
 
 from torch import Tensor
 
+from segdistill.losses.fused import fused
 from segdistill.losses.masks import masked_mean
 from segdistill.losses.precision import in_float32
 
 
+@fused
 @in_float32
 def pixel_kl(
     student_logits: Tensor, teacher_logits: Tensor, valid: Tensor | None = None, *, temperature: float = 1.0

@@ -51,6 +51,18 @@ def product(first: Tensor, second: Tensor, *, half: bool) -> Tensor:
     return first.float() @ second.float()  # the same numbers where there are no such units
 
 
+def add_product(total: Tensor, first: Tensor, second: Tensor, *, half: bool) -> None:
+    """Adds :func:`product` to a matrix, in place.
+
+    Shape:
+        total: [N, L], float32 if half; first: [N, M]; second: [M, L].
+    """
+    if half and total.is_cuda:
+        torch.addmm(total, first.bfloat16(), second.bfloat16(), out_dtype=torch.float32, out=total)
+    else:
+        total += product(first, second, half=half)
+
+
 def is_half(*tensors: Tensor) -> bool:
     """Whether all of them came in half precision."""
     return all(tensor.dtype in _HALF for tensor in tensors)

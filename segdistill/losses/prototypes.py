@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from segdistill.losses.fused import fused
 from segdistill.losses.precision import in_float32
 
 Scope = Literal["batch", "image"]
@@ -39,6 +40,7 @@ def present_classes(members: Tensor, scope: Scope) -> Tensor:
     return present.any(0, keepdim=True) if scope == "batch" else present
 
 
+@fused
 @in_float32
 def local_perspective(
     features: Tensor, members: Tensor, *, scope: Scope, cosine_scale: float, normalize: bool

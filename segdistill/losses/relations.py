@@ -5,10 +5,15 @@ the square of the pixels. It is made a block of rows at a time, on both sides, a
 difference and two more products: nothing is kept for a backward pass, and nothing is computed twice.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from segdistill.losses.precision import product
+from segdistill.losses.fused import kernels
+from segdistill.losses.precision import add_product, product
 
 # The logit of a column that does not exist. Finite, because 0 * inf is not 0; exp of it is exactly 0.
 ABSENT = -1e9
@@ -63,26 +68,27 @@ def _relation_kl(
     total = student_rows.new_zeros(())
     row_slopes = torch.empty_like(student_rows) if rows_learn else student_rows.new_empty(0)
     column_slopes = torch.zeros_like(student_columns) if columns_learn else student_rows.new_empty(0)
+    if half:  # once, and not for every block
+        student_rows, student_columns, teacher_rows, teacher_columns = (
+            vectors.bfloat16() for vectors in (student_rows, student_columns, teacher_rows, teacher_columns)
+        )
+    learn = rows_learn or columns_learn
+    fused = _fused(total, len(student_columns) // groups)
     for start in range(0, len(student_rows), block_rows):
         block = slice(start, start + block_rows)
-        student = _log_relation(student_rows[block], student_columns, absent, groups, temperature, half)
-        teacher = _log_relation(teacher_rows[block], teacher_columns, absent, groups, temperature, half)
-        share = teacher.exp()  # [n, M]; a row that does not count has none
-        if counted is not None:
-            share *= counted[block, None]
-        total += torch.linalg.vecdot(share, teacher.sub_(student)).sum()
-        if not (rows_learn or columns_learn):
-            continue
-        slopes = student.exp_()
-        if counted is not None:
-            slopes *= counted[block, None]
-        slopes.sub_(share).div_(temperature)
-        if half:
-            slopes = slopes.bfloat16()
+        student = product(student_rows[block], student_columns.mT, half=half)
+        teacher = product(teacher_rows[block], teacher_columns.mT, half=half)
+        counts = None if counted is None else counted[block]
+        step = fused or _divergence_and_slopes
+        divergence, slopes = step(
+            student, teacher, groups=groups, counted=counts, absent=absent, temperature=temperature, half=half,
+            learn=learn,
+        )  # fmt: skip
+        total += divergence
         if rows_learn:
             row_slopes[block] = product(slopes, student_columns, half=half)
         if columns_learn:
-            column_slopes += product(slopes.mT, student_rows[block], half=half)
+            add_product(column_slopes, slopes.mT, student_rows[block], half=half)
     return total, row_slopes, column_slopes
 
 
@@ -107,11 +113,48 @@ def _scale(ctx: object, gradient: Tensor, *unused: Tensor) -> tuple[Tensor | Non
 _relation_kl.register_autograd(_scale, setup_context=_keep)
 
 
-def _log_relation(
-    rows: Tensor, columns: Tensor, absent: Tensor | None, groups: int, temperature: float, half: bool
-) -> Tensor:
+def _divergence_and_slopes(
+    student: Tensor, teacher: Tensor, *, groups: int, counted: Tensor | None, absent: Tensor | None,
+    temperature: float, half: bool, learn: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The sum of the divergences, and its slopes for the student's products (of no meaning unless somebody learns).
+
+    Shape:
+        student, teacher: [n, M] products, overwritten here; returns a scalar and [n, M].
+    """
+    student, teacher = (_log_relation(products, absent, groups, temperature) for products in (student, teacher))
+    share = teacher.exp()  # [n, M]; a row that does not count has none
+    if counted is not None:
+        share *= counted[:, None]
+    divergence = torch.linalg.vecdot(share, teacher.sub_(student)).sum()
+    if not learn:
+        return divergence, share
+    slopes = student.exp_()
+    if counted is not None:
+        slopes *= counted[:, None]
+    slopes.sub_(share).div_(temperature)
+    return divergence, slopes.bfloat16() if half else slopes
+
+
+def _log_relation(products: Tensor, absent: Tensor | None, groups: int, temperature: float) -> Tensor:
     """Log-probabilities of each row's relation to the columns of each group: [n, M]."""
-    products = product(rows, columns.mT, half=half).div_(temperature)
+    products.div_(temperature)
     if absent is not None:
         products.masked_fill_(absent, ABSENT)
     return products.unflatten(1, (groups, -1)).log_softmax(2).flatten(1)
+
+
+def _fused(like: Tensor, width: int) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """:func:`_divergence_and_slopes` as one kernel, where that works."""
+    if not like.is_cuda or like.dtype != torch.float32 or not (kernel := kernels()) or width > kernel.WIDEST:
+        return None
+    return functools.partial(_by_kernel, kernel.divergence_and_slopes)
+
+
+def _by_kernel(
+    kernel: Callable[..., None], student: Tensor, teacher: Tensor, *, groups: int, half: bool, learn: bool, **how: Any
+) -> tuple[Tensor, Tensor]:
+    sums = student.new_empty(len(student), groups)
+    slopes = torch.empty_like(student, dtype=torch.bfloat16) if half else student
+    kernel(student, teacher, sums, slopes if learn else None, groups=groups, **how)
+    return sums.sum(), slopes

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segdistill.geometry import Size, average, size_of
+from segdistill.losses.fused import fused
 from segdistill.losses.masks import IGNORE_INDEX, masked_mean, valid_mask
 from segdistill.losses.precision import in_float32
 from segdistill.losses.prototypes import unit
@@ -14,6 +15,7 @@ from segdistill.losses.prototypes import unit
 FeatureDistance = Literal["cosine", "mse", "l2", "kl"]
 
 
+@fused
 @torch.no_grad()
 @in_float32
 def pixel_errors(logits: Tensor, labels: Tensor) -> Tensor:
@@ -64,6 +66,7 @@ def selected_mean(values: Tensor, selected: Tensor, counted: Tensor | None) -> T
     return torch.where(selected, values, 0.0).sum() / counted.sum().clamp_min(1)
 
 
+@fused
 @in_float32
 def mutual_divergences(first_logits: Tensor, second_logits: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
     """T^2 * KL(second || first), to train the first, and the reverse, pixel by pixel; each target is detached.
@@ -75,6 +78,7 @@ def mutual_divergences(first_logits: Tensor, second_logits: Tensor, *, temperatu
     return _divergence(first, second) * temperature**2, _divergence(second, first) * temperature**2
 
 
+@fused
 @in_float32
 def feature_distances(features: Tensor, targets: Tensor, *, distance: FeatureDistance) -> Tensor:
     """Distance of every place's vector from its target, which is detached.

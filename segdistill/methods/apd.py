@@ -23,6 +23,7 @@ from segdistill.losses import (
     size_of,
     valid_mask,
 )
+from segdistill.losses.fused import fused
 from segdistill.methods.method import Channels, MethodConfig, NonNegative, OfflineMethod, Positive, Temperature
 from segdistill.models.outputs import ModelInfo, Outputs
 
@@ -79,6 +80,7 @@ class APDConfig(MethodConfig):
     """Betas of the teacher head's Adam."""
 
 
+@fused
 @in_float32
 def local_kl(
     student_logits: Tensor, teacher_logits: Tensor, present: Tensor, valid: Tensor | None, *, element_mean: bool

@@ -19,8 +19,9 @@ from segdistill.losses import (
     sum_over_blocks,
     unit,
 )
+from segdistill.losses.fused import fused
 from segdistill.losses.pdd import blended_two_way
-from segdistill.losses.precision import is_half, product
+from segdistill.losses.precision import add_product, is_half, product
 from segdistill.methods.dkd import non_target_kl, target_kl
 from segdistill.methods.method import Channels, Count, MethodConfig, NonNegative, OfflineMethod, Temperature
 from segdistill.models.attention_pool import AttentionPool, load_attention_pool
@@ -80,6 +81,7 @@ class C2VKDConfig(MethodConfig):
     """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
+@fused
 @in_float32
 def channel_kl(student: Tensor, teacher: Tensor, *, direction: Direction) -> Tensor:
     """Mean over all locations of the KL between softmaxes over channels, temperature 1; the teacher's side detached.
@@ -92,7 +94,6 @@ def channel_kl(student: Tensor, teacher: Tensor, *, direction: Direction) -> Ten
     return (first.exp() * (first - second)).sum(1).mean()
 
 
-@in_float32
 def patch_distance(
     student: Tensor, teacher: Tensor, *, form_pairs: bool = False, block_rows: int = 1024, half: bool = False
 ) -> Tensor:
@@ -114,20 +115,39 @@ def patch_distance(
     count, channels = student[:, 0].numel(), student.shape[1]
     ours, theirs = _patches(student), _patches(teacher.detach())
     if form_pairs or count <= channels:
-        total = sum_over_blocks(_squared_differences, (ours, theirs), ours, theirs, block=block_rows)
+        total = _by_pairs(ours, theirs, block_rows)
     else:
-        total = _ThroughChannels.apply(ours, theirs, half)
+        total = _through_channels(ours, theirs, half)
     return total / (count * max(channels - 1, 1)) ** 2
 
 
+@fused
+@in_float32
 def _patches(feature: Tensor) -> Tensor:
     """Unit vectors of all locations, centred: [B * h * w, C]."""
     vectors = unit(feature.movedim(1, -1).flatten(0, 2), dim=1)
     return vectors - vectors.mean(1, keepdim=True)
 
 
+@in_float32
+def _by_pairs(ours: Tensor, theirs: Tensor, block_rows: int) -> Tensor:
+    return sum_over_blocks(_squared_differences, (ours, theirs), ours, theirs, block=block_rows)
+
+
+@in_float32
+def _through_channels(ours: Tensor, theirs: Tensor, half: bool) -> Tensor:
+    return _ThroughChannels.apply(ours, theirs, half)  # type: ignore[no-any-return]
+
+
 def _squared_differences(our_rows: Tensor, their_rows: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
     return torch.addmm(their_rows @ theirs.mT, our_rows, ours.mT, beta=-1).square().sum()
+
+
+@fused
+def _difference_and_sum(student: Tensor, teacher: Tensor, half: bool) -> tuple[Tensor, Tensor]:
+    """U and V: [N, C], rounded if half, once for all products."""
+    difference, both = student - teacher, student + teacher
+    return (difference.bfloat16(), both.bfloat16()) if half else (difference, both)
 
 
 class _ThroughChannels(torch.autograd.Function):
@@ -138,9 +158,7 @@ class _ThroughChannels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, half: bool) -> Tensor:
-        difference, both = student - teacher, student + teacher  # U and V, [N, C]
-        if half:  # once, and they are kept for the gradient
-            difference, both = difference.bfloat16(), both.bfloat16()
+        difference, both = _difference_and_sum(student, teacher, half)
         of_difference = product(difference.mT, difference, half=half)  # [C, C]
         of_both = product(both.mT, both, half=half)
         mixed = product(difference.mT, both, half=half)
@@ -151,8 +169,9 @@ class _ThroughChannels(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         difference, both, left, right = ctx.saved_tensors
-        slopes = product(difference, left, half=ctx.half) + product(both, right, half=ctx.half)
-        return gradient * slopes, None, None
+        slopes = product(difference, left, half=ctx.half)
+        add_product(slopes, both, right, half=ctx.half)
+        return slopes.mul_(gradient), None, None
 
 
 class CNNToViT(OfflineMethod):

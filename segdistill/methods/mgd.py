@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from segdistill.config import config
 from segdistill.losses import in_float32, projection, resize_features, size_of
+from segdistill.losses.fused import fused
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
 
@@ -32,6 +33,7 @@ class MGDConfig(MethodConfig):
     """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
+@fused
 @in_float32
 def generation_distance(generated: Tensor, teacher: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     """Squared distance of two features, the teacher's detached; the mean over images of its mean or sum over the rest.

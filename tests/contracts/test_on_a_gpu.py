@@ -16,6 +16,7 @@ from segdistill.engine.distributed import Processes
 from segdistill.engine.evaluate import evaluate
 from segdistill.engine.learner import Learner
 from segdistill.errors import Interrupted
+from segdistill.losses import fused, relations
 from segdistill.methods import build_offline, build_online, parse_method
 from segdistill.models.config import ModelConfig
 from segdistill.models.segmenter import build_segmenter
@@ -152,3 +153,51 @@ def test_a_compiled_step_has_the_values_of_the_plain_one_and_is_compiled_once(me
         torch.testing.assert_close(found[key], term, rtol=3e-2, atol=3e-3)
     assert not counters["recompile_limit"], dict(counters["recompile_limit"])
     assert counters["stats"]["unique_graphs"] <= 4, dict(counters["graph_break"])
+
+
+@pytest.mark.parametrize("method", ["apd", "c2vkd", "hfd_bsd", "mgd"])
+def test_losses_of_large_maps_are_compiled_to_the_same_values_and_gradients(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fused.kernels() is not None
+    images, target = batch()
+    networks, found = learner(method).cuda().eval(), []  # no dropout
+    for large in (2**60, 0):
+        monkeypatch.setattr(fused, "LARGE", large)
+        networks.zero_grad()
+        torch.manual_seed(0)
+        terms = networks(images, target)
+        networks.total(terms).backward()
+        gradients = [p.grad.flatten() for p in networks.parameters() if p.grad is not None]
+        found.append((terms, torch.cat(gradients)))
+    (plain, slopes), (compiled, compiled_slopes) = found
+    for key, term in plain.items():
+        torch.testing.assert_close(compiled[key], term, rtol=1e-4, atol=1e-6)
+    assert torch.linalg.vector_norm(compiled_slopes - slopes) < 1e-3 * torch.linalg.vector_norm(slopes)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("memory", [False, True])
+def test_the_kernel_of_relations_gives_what_plain_operations_do(
+    memory: bool, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that do not count, columns that do not exist, and widths that are no power of two."""
+    assert fused.kernels() is not None
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, kept = (
+        torch.nn.functional.normalize(torch.randn(rows, 24, generator=generator), dim=1).cuda()
+        for rows in (210, 210, 77)
+    )
+    counted = torch.rand(210, generator=generator).cuda() < 0.8 if memory else None
+    absent = torch.rand(77, generator=generator).cuda() < 0.3 if memory else None
+    found = []
+    for kernels in (lambda: None, fused.kernels):
+        monkeypatch.setattr(relations, "kernels", kernels)
+        rows = student.clone().requires_grad_()
+        total = relations.relation_kl(
+            rows, kept if memory else rows, teacher, kept if memory else teacher, groups=1 if memory else 3,
+            counted=counted, absent=absent, temperature=0.1, block_rows=64, half=half,
+        )  # fmt: skip
+        total.backward()
+        found.append((total.detach(), rows.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-2 if half else 1e-4, atol=1e-2 if half else 1e-5)
