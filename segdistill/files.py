@@ -207,20 +207,41 @@ def disk_errors(folder: Path, kept: str = "nothing was left there") -> Iterator[
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{folder}: no space left on the disk; {kept}") from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENAMETOOLONG):
             reason = os.strerror(error.errno)
             raise UserError(f"{error.filename or folder}: {reason}; choose a folder you may use") from None
         raise
 
 
+def folder_place(folder: Path) -> Path:
+    """Where a folder that is to be written lies: a link stays, and what it leads to is replaced.
+
+    Raises:
+        UserError: no folder can be there, since something else is, there or above.
+    """
+    place = Path(os.path.realpath(folder))
+    there = next(path for path in (place, *place.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        name = folder if there == place else there
+        raise UserError(f"{name}: exists and is no folder; remove it, or choose another place")
+    return place
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Gives an empty sibling to fill, which takes the place of ``folder`` at the end, or vanishes on any error."""
-    target = folder.absolute()
+    """Gives an empty sibling to fill, which takes the place of ``folder`` at the end, or vanishes on any error.
+
+    Raises:
+        UserError: no folder can be written there.
+    """
+    target = folder_place(folder)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     with disk_errors(folder):
         try:
-            partial.mkdir(parents=True)
+            try:
+                partial.mkdir(parents=True)
+            except FileNotFoundError as error:  # where no folder can be made, such as in /proc
+                raise UserError(f"{folder}: cannot be made: {error.strerror}; choose another place") from None
             yield partial
             replace_folder(partial, target)
         except BaseException:
@@ -260,7 +281,7 @@ def lock(folder: Path, what: str) -> Iterator[None]:
     locks = Path(tempfile.gettempdir()) / f"segdistill-locks-{os.getuid()}"
     locks.mkdir(mode=0o700, exist_ok=True)
     # Not beside the folder: DVC counts every file there as the content of its parent.
-    path = locks / hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    path = locks / hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:32]
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     _held.add(descriptor)
     try:

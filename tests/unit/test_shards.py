@@ -21,7 +21,7 @@ from segdistill.data import sharding, shards
 from segdistill.data.shards import ShardDataset, read_dataset_info
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker
 from segdistill.errors import UserError
-from segdistill.files import seal
+from segdistill.files import seal, sealed_hashes
 from segdistill.stages.prepare import Config, run
 
 SAMPLES = {"train": 7, "val": 2, "test": 3}
@@ -191,6 +191,11 @@ def test_a_missing_or_short_shard_is_named(data: Path, tmp_path: Path) -> None:
     (prepared / "shards/val-00000.arrow").unlink()
     with pytest.raises(UserError, match=r"val-00000\.arrow: no such file; remove"):
         ShardDataset(prepared, "val")[1]
+
+
+def test_what_is_sealed_is_what_is_there(data: Path, tmp_path: Path) -> None:
+    hashes = sealed_hashes(prepare(data, tmp_path / "prepared"), mend="")
+    assert sorted(hashes) == ["dataset.json", "manifest.parquet"]
 
 
 def test_no_damage_of_prepared_data_passes_in_silence(data: Path, tmp_path: Path) -> None:
