@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from segdistill.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MIB = 2**20
 TEXT_LIMIT = 64 * MIB  # bytes; class lists, scores and settings are far smaller
@@ -268,20 +271,22 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def lock(folder: Path, what: str) -> Iterator[None]:
-    """Holds ``folder`` for one process of this machine; it is free again when that process ends, however it ends.
+def lock(folder: Path, what: str, *, file: Path | None = None) -> Iterator[None]:
+    """Holds ``folder`` for one process; it is free again when that process ends, however it ends.
 
     Args:
         folder: need not exist.
         what: what is being done, told to whoever comes second.
+        file: on a volume that other machines see, whose processes then wait for their turn. By default a file of this
+            machine, and whoever comes second is refused.
 
     Raises:
-        UserError: another process holds it; says which and since when.
+        UserError: another process of this machine holds it; says which and since when.
     """
     locks = Path(tempfile.gettempdir()) / f"segdistill-locks-{os.getuid()}"
     locks.mkdir(mode=0o700, exist_ok=True)
     # Not beside the folder: DVC counts every file there as the content of its parent.
-    path = locks / hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:32]
+    path = file or locks / hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:32]
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     _held.add(descriptor)
     try:
@@ -289,7 +294,10 @@ def lock(folder: Path, what: str) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(descriptor, 500, 0).decode(errors="replace").strip() or "another process"
-            raise UserError(f"{folder}: in use by {holder}; wait until that ends") from None
+            if file is None:
+                raise UserError(f"{folder}: in use by {holder}; wait until that ends") from None
+            logger.info("%s: in use by %s; waiting for its end", folder, holder)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             pass
         with contextlib.suppress(OSError):

@@ -42,7 +42,7 @@ def run(config: Config, *, data: Path, report: Path, prepared: Path, tracker: Tr
     """
     from segdistill.data.layouts import SPLITS, open_layout
     from segdistill.data.parallel import progress
-    from segdistill.data.sharding import KEY_FOLDER, plan_shards, write_index, write_shards
+    from segdistill.data.sharding import KEYS, plan_shards, write_index, write_shards
 
     _check_report(report, config.layout)
     layout = open_layout(config.layout, data)
@@ -56,7 +56,7 @@ def run(config: Config, *, data: Path, report: Path, prepared: Path, tracker: Tr
         rows = {shard.name: rows for shard, rows in progress(written, "prepare", total, lambda done: len(done[1]))}
         write_index(layout, shards, [row for shard in shards for row in rows[shard.name]], partial)
         size = sum(path.stat().st_size for path in (partial / "shards").iterdir())
-        shutil.rmtree(partial / KEY_FOLDER)
+        shutil.rmtree(partial / KEYS)
         replace_folder(partial, target)
     samples = {split: sum(len(shard.samples) for shard in shards if shard.split == split) for split in SPLITS}
     tracker.metrics({"data/bytes": size, **{f"data/samples/{split}": count for split, count in samples.items()}})

@@ -21,7 +21,7 @@ from segdistill.data import sharding, shards
 from segdistill.data.shards import ShardDataset, read_dataset_info
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker
 from segdistill.errors import UserError
-from segdistill.files import seal, sealed_hashes
+from segdistill.files import SEAL, seal
 from segdistill.stages.prepare import Config, run
 
 SAMPLES = {"train": 7, "val": 2, "test": 3}
@@ -110,6 +110,16 @@ def test_bytes_do_not_depend_on_the_number_of_workers_or_the_place(data: Path, p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "report"]
 
 
+def test_bytes_do_not_depend_on_when_the_data_was_written_and_the_seal_is_of_what_stays(
+    data: Path, prepared: Path, tmp_path: Path
+) -> None:
+    later = shutil.copytree(data, tmp_path / "later", copy_function=shutil.copyfile)
+    for path in later.rglob("*"):
+        os.utime(path, (1, 1))
+    assert hashes(prepare(later, tmp_path / "elsewhere")) == hashes(prepared)
+    assert set(json.loads((prepared / SEAL).read_text())) == {"dataset.json", "manifest.parquet"}
+
+
 def test_a_relative_data_folder_works_with_workers(
     data: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,11 +201,6 @@ def test_a_missing_or_short_shard_is_named(data: Path, tmp_path: Path) -> None:
     (prepared / "shards/val-00000.arrow").unlink()
     with pytest.raises(UserError, match=r"val-00000\.arrow: no such file; remove"):
         ShardDataset(prepared, "val")[1]
-
-
-def test_what_is_sealed_is_what_is_there(data: Path, tmp_path: Path) -> None:
-    hashes = sealed_hashes(prepare(data, tmp_path / "prepared"), mend="")
-    assert sorted(hashes) == ["dataset.json", "manifest.parquet"]
 
 
 def test_no_damage_of_prepared_data_passes_in_silence(data: Path, tmp_path: Path) -> None:
