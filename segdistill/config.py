@@ -265,7 +265,7 @@ def _sentence(errors: list[Any], cls: Any, where: str) -> str:
         return f"{path}: {_value(error['input'])} is not allowed; allowed: {allowed}"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     shown = "" if error["type"] == "value_error" else f", not {_value(error['input'])}"
-    return f"{path}: {message[0].lower()}{message[1:]}{shown}"
+    return f"{path}{': ' if path else ''}{message[0].lower()}{message[1:]}{shown}"
 
 
 def _value(value: Any) -> str:

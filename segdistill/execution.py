@@ -21,7 +21,7 @@ from segdistill import environment
 from segdistill.config import parse
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker, Tracker
 from segdistill.errors import Interrupted, UserError, brief, nearest
-from segdistill.files import disk_errors, lock, write_file
+from segdistill.files import disk_errors, folder_place, lock, write_file
 from segdistill.stages import STAGES, Job, Stage, check_sections, jobs, matrix, require_different
 
 TIMINGS, TRACKING = Path("artifacts/timings"), Path("artifacts/tracking")
@@ -198,9 +198,13 @@ def run_stage(
             run is none of our business: nothing is said of it to the tracker.
     """
     outputs = [_place(stage, name, job, paths) for name in stage.outputs]
+    places = [folder_place(output) for output in outputs]
+    for metrics in (_place(stage, name, job, paths) for name in stage.metrics):
+        if metrics.is_dir():
+            raise UserError(f"{metrics}: a folder; {stage.name} writes a file there: remove it, or choose another name")
     with contextlib.ExitStack() as held:
         if not environment.rank():  # the others of this run work for rank 0
-            for output in outputs:
+            for output in places:
                 held.enter_context(lock(output, f"segdistill {_label(stage, job)}"))
                 for left in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):
                     shutil.rmtree(left, ignore_errors=True)  # of a process that was killed: nobody writes here but us

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from segdistill.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MIB = 2**20
 TEXT_LIMIT = 64 * MIB  # bytes; class lists, scores and settings are far smaller
@@ -207,20 +210,41 @@ def disk_errors(folder: Path, kept: str = "nothing was left there") -> Iterator[
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{folder}: no space left on the disk; {kept}") from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENAMETOOLONG):
             reason = os.strerror(error.errno)
             raise UserError(f"{error.filename or folder}: {reason}; choose a folder you may use") from None
         raise
 
 
+def folder_place(folder: Path) -> Path:
+    """Where a folder that is to be written lies: a link stays, and what it leads to is replaced.
+
+    Raises:
+        UserError: no folder can be there, since something else is, there or above.
+    """
+    place = Path(os.path.realpath(folder))
+    there = next(path for path in (place, *place.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        name = folder if there == place else there
+        raise UserError(f"{name}: exists and is no folder; remove it, or choose another place")
+    return place
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Gives an empty sibling to fill, which takes the place of ``folder`` at the end, or vanishes on any error."""
-    target = folder.absolute()
+    """Gives an empty sibling to fill, which takes the place of ``folder`` at the end, or vanishes on any error.
+
+    Raises:
+        UserError: no folder can be written there.
+    """
+    target = folder_place(folder)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     with disk_errors(folder):
         try:
-            partial.mkdir(parents=True)
+            try:
+                partial.mkdir(parents=True)
+            except FileNotFoundError as error:  # where no folder can be made, such as in /proc
+                raise UserError(f"{folder}: cannot be made: {error.strerror}; choose another place") from None
             yield partial
             replace_folder(partial, target)
         except BaseException:
@@ -247,20 +271,22 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def lock(folder: Path, what: str) -> Iterator[None]:
-    """Holds ``folder`` for one process of this machine; it is free again when that process ends, however it ends.
+def lock(folder: Path, what: str, *, file: Path | None = None) -> Iterator[None]:
+    """Holds ``folder`` for one process; it is free again when that process ends, however it ends.
 
     Args:
         folder: need not exist.
         what: what is being done, told to whoever comes second.
+        file: on a volume that other machines see, whose processes then wait for their turn. By default a file of this
+            machine, and whoever comes second is refused.
 
     Raises:
-        UserError: another process holds it; says which and since when.
+        UserError: another process of this machine holds it; says which and since when.
     """
     locks = Path(tempfile.gettempdir()) / f"segdistill-locks-{os.getuid()}"
     locks.mkdir(mode=0o700, exist_ok=True)
     # Not beside the folder: DVC counts every file there as the content of its parent.
-    path = locks / hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    path = file or locks / hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:32]
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     _held.add(descriptor)
     try:
@@ -268,7 +294,10 @@ def lock(folder: Path, what: str) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(descriptor, 500, 0).decode(errors="replace").strip() or "another process"
-            raise UserError(f"{folder}: in use by {holder}; wait until that ends") from None
+            if file is None:
+                raise UserError(f"{folder}: in use by {holder}; wait until that ends") from None
+            logger.info("%s: in use by %s; waiting for its end", folder, holder)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             pass
         with contextlib.suppress(OSError):

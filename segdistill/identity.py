@@ -1,5 +1,6 @@
 """What a trained network comes from, and what its indices stand for: each said once, and compared in one place."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 from segdistill.config import to_dict
 from segdistill.errors import UserError
+from segdistill.files import file_hash
 
 # Of a training's settings: how it is run and watched. What they are changes neither data nor updates.
 WITHOUT_EFFECT = ("workers", "log_every", "checkpoint_every", "gradient_share_every")
@@ -22,7 +24,8 @@ class Identity:
         data: the content hash of the prepared data, its classes included.
         teacher: the SHA-256 of the teacher's weights; None where nothing is learnt from one.
         seed: of weights, order and augmentation.
-        settings: all that changes data or updates, defaults spelled out; see :func:`effective`.
+        settings: all that changes data or updates, defaults spelled out; see :func:`effective`. Files of weights that
+            they name count by their content.
     """
 
     data: str
@@ -30,16 +33,27 @@ class Identity:
     seed: int
     settings: Mapping[str, Any]
 
-    @property
+    @functools.cached_property  # once: files may change while the training that read them goes on
     def key(self) -> str:
         """A short name of all of it."""
-        facts = [self.data, self.teacher, self.seed, to_dict(self.settings)]
+        facts = [self.data, self.teacher, self.seed, _by_content(to_dict(self.settings))]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def facts(self) -> dict[str, str]:
         """As files and trackers keep it."""
         teacher = {"teacher_sha256": self.teacher} if self.teacher else {}
         return {"identity": self.key, "data_content": self.data, **teacher}
+
+
+def _by_content(settings: Any) -> Any:
+    """Settings in which a file of weights is its hash."""
+    if isinstance(settings, dict):
+        return {key: _by_content(value) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [_by_content(value) for value in settings]
+    if isinstance(settings, str) and settings.endswith(".safetensors") and Path(settings).is_file():
+        return file_hash(Path(settings))
+    return settings
 
 
 def facts_of(document: Mapping[str, Any]) -> dict[str, str]:

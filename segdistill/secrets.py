@@ -21,13 +21,14 @@ _LOCK = re.compile(rf"(?:^|_)(?:{_LOCKS})(?:$|_)|(?:password|passwd|secret)", re
 
 # A password may have a slash in it that nobody escaped; digits before a slash are a port.
 _URL = re.compile(r"(?<=://)(?:[^:/?#\s@]*:(?!\d+/)[^\s@]*@|)(?:[^/?#\s]*@)?")
+# What stands before a value, and the values that may follow it.
 _QUOTED = r"\"[^\"]*\"|'[^']*'"
 _PAIR = re.compile(
-    rf"(?P<quote>[\"']?)(?P<name>[\w.\-]+)(?P=quote)"
-    rf"(?P<between>\s*[=:]\s*(?:(?:bearer|basic)\s+)?)(?P<value>{_QUOTED}|[^\s&;,\"'\]}})]+)",
-    re.IGNORECASE,
+    r"(?P<quote>[\"']?)(?<![\w.\-])(?P<name>[\w.\-]+)(?P=quote)\s*[=:]\s*(?:(?:bearer|basic)\s+)?", re.IGNORECASE
 )
-_OPTION = re.compile(rf"(?P<name>(?<!\S)--?[\w.\-]+)(?P<between>\s+)(?P<value>{_QUOTED}|(?!-)\S+)")
+_OF_PAIR = re.compile(rf"{_QUOTED}|[^\s&;,\"'\]}})]+")
+_OPTION = re.compile(r"(?<!\S)(?P<name>--?[\w.\-]+)\s+")
+_OF_OPTION = re.compile(rf"{_QUOTED}|(?!-)\S+")
 _BEARER = re.compile(r"\b(?P<name>bearer|basic)(?P<between>\s+)(?P<value>[\w.~+/\-]{8,}=*)", re.IGNORECASE)
 
 
@@ -64,15 +65,19 @@ def masked(value: Any, name: str = "") -> Any:
 def masked_text(text: str) -> str:
     """A text without the secrets in it."""
     text = _URL.sub("", text) if "@" in text else text
-    for pattern in (_PAIR, _OPTION):
-        text = pattern.sub(_mask_pair, text)
+    for names, values in ((_PAIR, _OF_PAIR), (_OPTION, _OF_OPTION)):
+        text = _mask_pairs(names, values, text)
     return _BEARER.sub(rf"\g<name>\g<between>{MASK}", text)
 
 
-def _mask_pair(match: re.Match[str]) -> str:
-    if not is_secret(match["name"]):
-        return match[0]
-    return match[0][: match.start("value") - match.start()] + MASK + match[0][match.end("value") - match.start() :]
+def _mask_pairs(names: re.Pattern[str], values: re.Pattern[str], text: str) -> str:
+    """Masks the values of secret names; the value of any other name may hold such a pair, as a URL does."""
+    parts, position = [], 0
+    while name := names.search(text, position):
+        value = values.match(text, name.end()) if is_secret(name["name"]) else None
+        parts += [text[position : name.end()], MASK if value else ""]
+        position = value.end() if value else name.end()
+    return "".join([*parts, text[position:]])
 
 
 def _words(name: str) -> str:

@@ -7,13 +7,14 @@ is refused, whatever a runner says of the task that was to make it.
 What is not a matter of the pipeline, the environment says: ``environment.py``.
 """
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -31,7 +32,7 @@ from segdistill.execution import (
     run_stage,
     stage_module,
 )
-from segdistill.files import COMPLETED, parse_json, read_json
+from segdistill.files import COMPLETED, lock, parse_json, read_json
 from segdistill.stages import BY_NAME, Job, Stage, matrix
 from segdistill.stages.highlights import Highlights
 
@@ -107,17 +108,18 @@ def run_component(
         task = Task(name, params, paths, experiment, seed, accelerator, _count(accelerator, accelerators))
         places, count = _places(task), environment.processes(default=max(1, task.accelerators))
         nodes = environment.trainjob()
-        if places.shared and all(folder.is_dir() for folder in places.shared.values()):
-            logger.info("%s: is on the volume already", ", ".join(map(str, places.shared.values())))
-            _complete(task, places)
-        elif nodes is not None:
-            _run_on_nodes(task, nodes, count)
-        else:
-            _require_accelerators(task)
-            if count > 1:
-                _run_together(task, count)
+        with _in_turn(places.shared.values(), f"segdistill {name}"):
+            if places.shared and all(folder.is_dir() for folder in places.shared.values()):
+                logger.info("%s: is on the volume already", ", ".join(map(str, places.shared.values())))
+                _complete(task, places)
+            elif nodes is not None:
+                _run_on_nodes(task, nodes, count)
             else:
-                _execute(task, places)
+                _require_accelerators(task)
+                if count > 1:
+                    _run_together(task, count)
+                else:
+                    _execute(task, places)
         if task.stage.shows:
             _show(stage_module(task.stage).highlights(places.paths), shown or {})
 
@@ -141,7 +143,8 @@ def run_fetch(repository: str, revision: str, *, data: str) -> dict[str, str]:
         output, volume = Path(data), environment.shared_volume()
         (output / COMPLETED).unlink(missing_ok=True)  # of an earlier attempt
         where = volume / "data" / find(repository, revision).md5 if volume else output
-        version = fetch(repository, revision, where)
+        with _in_turn([where] if volume else [], "segdistill fetch"):
+            version = fetch(repository, revision, where)
         facts = {"data_md5": version.md5, "data_commit": version.commit}
         if volume:
             _point(output, where)
@@ -235,6 +238,16 @@ def _on_volume(task: Task, chosen: Mapping[str, Any], data: Mapping[str, str]) -
     return {output: volume / name / output for output in task.stage.large}
 
 
+@contextlib.contextmanager
+def _in_turn(folders: Iterable[Path], what: str) -> Iterator[None]:
+    """Waits while another run makes one of these folders of a volume, which then is there at our turn."""
+    with contextlib.ExitStack() as held:
+        for folder in folders:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock(folder, what, file=folder.with_name(f".{folder.name}.lock")))
+        yield
+
+
 def _point(output: Path, real: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / ELSEWHERE).write_text(json.dumps({"folder": str(real)}) + "\n")
@@ -260,8 +273,6 @@ def _execute(task: Task, places: Places) -> None:
     """Runs the stage in this process, which may be one of several; the first of them completes the task."""
     started, here = time.time(), context()
     here = replace(here, data_md5=places.data.get("data_md5", here.data_md5))
-    for output in places.shared.values():
-        output.parent.mkdir(parents=True, exist_ok=True)
     # A pod that is tried again finds nothing beside its output. A volume that outlives it may hold the checkpoint, and
     # what the tracker was not sent yet.
     volume, label = environment.work_volume(), f"{task.name}-{task.job}" if task.job else task.name

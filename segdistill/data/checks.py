@@ -126,21 +126,21 @@ def unknown_labels(counts: dict[int, int], legend: Legend) -> dict[int, int]:
 def palette_problem(mask: Mask, counts: dict[int, int], legend: Legend) -> str | None:
     """The words for a palette that says another class than the index does: of its colours, not only of its order.
 
-    A palette that has other colours than the class list's says nothing of classes.
+    A palette that has other colours than the class list's says nothing of classes, and may share some with it by
+    chance: it contradicts if more of the stored values have another class's colour than a colour of no class.
     """
     labels = {value: int(legend.label_map[value]) for value in counts if value < len(mask.palette)}
     labels = {value: label for value, label in labels.items() if label < len(legend.colors)}
     shown = {value: mask.palette[value] for value in labels}
-    if not set(shown.values()) <= set(legend.colors):
+    known = {value: legend.colors.index(colour) for value, colour in shown.items() if colour in legend.colors}
+    wrong = [value for value in known if shown[value] != legend.colors[labels[value]]]
+    if len(wrong) <= len(shown) - len(known):
         return None
-    for value, label in labels.items():
-        if shown[value] != legend.colors[label]:
-            other = legend.colors.index(shown[value])
-            return (
-                f"its palette contradicts the class list: value {value} is class {label} there, but has the colour "
-                f"{shown[value]} of class {other}; order both alike, or change the colours of the list"
-            )
-    return None
+    value = wrong[0]
+    return (
+        f"its palette contradicts the class list: value {value} is class {labels[value]} there, but has the colour "
+        f"{shown[value]} of class {known[value]}; order both alike, or change the colours of the list"
+    )
 
 
 def size_mismatch(mask: tuple[int, int], image: tuple[int, int]) -> str:

@@ -32,6 +32,8 @@ from segdistill.files import read_text, require_regular, seal, write_file
 
 Row = dict[str, Any]  # what the manifest says of a sample
 
+KEYS = "keys"  # the folder that says of what finished shards were made, until all are
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -70,7 +72,7 @@ def write_shards(
     """
     keys = {shard.name: _key(shard, layout, max_side) for shard in shards}
     done = {name: rows for name, key in keys.items() if (rows := _finished(folder, name, key))}
-    for name in (SHARD_FOLDER, "keys"):
+    for name in (SHARD_FOLDER, KEYS):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for path in (folder / name).iterdir():
             if path.name not in done:
@@ -82,7 +84,7 @@ def write_shards(
     task = functools.partial(write_shard, folder=folder, root=layout.root, legend=layout.legend, max_side=max_side)
     for shard, rows in zip(todo, ordered_map(task, todo, workers=workers), strict=True):
         text = json.dumps(rows)
-        write_file(folder / "keys" / shard.name, f"{_digest(keys[shard.name], text)}\n{text}".encode())
+        write_file(folder / KEYS / shard.name, f"{_digest(keys[shard.name], text)}\n{text}".encode())
         yield shard, rows
 
 
@@ -129,7 +131,7 @@ def write_index(layout: Layout, shards: list[Shard], rows: list[Row], folder: Pa
         "splits": {split: _describe([shard for shard in shards if shard.split == split]) for split in SPLITS},
     }
     (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    seal(folder, leave=[SHARD_FOLDER])
+    seal(folder, leave=[SHARD_FOLDER, KEYS])
 
 
 def _places(shard: Path) -> Iterator[dict[str, int]]:
@@ -190,7 +192,7 @@ def _finished(folder: Path, name: str, key: str) -> list[Row] | None:
     """What the manifest says of a shard that an earlier attempt finished, if it is whole and made for this key."""
     path = folder / SHARD_FOLDER / name
     try:
-        digest, text = read_text(folder / "keys" / name).split("\n", 1)
+        digest, text = read_text(folder / KEYS / name).split("\n", 1)
         require_regular(path)
         if digest != _digest(key, text):
             return None

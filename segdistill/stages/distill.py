@@ -156,6 +156,8 @@ def parse_methods(
         raise UserError(f"{where}.students: online methods need two students or more, not {count}")
     if not kinds and count != 1:
         raise UserError(f"{where}.methods: {count} students and no method between them; give each its own experiment")
+    if not settings.supervised and not any(item.weight for _, item in parsed):
+        raise UserError(f"{where}.supervised: 0, and no method has a weight: nothing would train the student")
     return (kinds.pop() if kinds else "none"), parsed
 
 

@@ -48,13 +48,13 @@ def run(
     """Writes ``evaluation``: ``evaluation.json``, confusion counts and overlays of every network in ``model``."""
     from segdistill.data.shards import ShardDataset, read_dataset_info
     from segdistill.engine.distributed import processes as join
-    from segdistill.models.export import load_model, model_names
+    from segdistill.models.export import load_model
 
     started = time.monotonic()
     info, test_set = read_dataset_info(prepared), ShardDataset(prepared, "test")
     facts = read_sealed_json(model, "metrics.json", mend="run the stage that trains it again")
     models: dict[str, Any] = {}
-    names = model_names(model)
+    names = sorted(facts["students"])  # not what lies there: a network that is gone must not be one that never was
     classes = [item.name for item in info.classes]
     with join(device) as processes:
         # The other ranks count with us and keep nothing.

@@ -10,7 +10,7 @@ from segdistill.config import config
 from segdistill.data.settings import Workers
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
-from segdistill.files import disk_errors, read_json, replace_folder
+from segdistill.files import disk_errors, folder_place, read_json, replace_folder
 
 
 @config
@@ -42,11 +42,12 @@ def run(config: Config, *, data: Path, report: Path, prepared: Path, tracker: Tr
     """
     from segdistill.data.layouts import SPLITS, open_layout
     from segdistill.data.parallel import progress
-    from segdistill.data.sharding import plan_shards, write_index, write_shards
+    from segdistill.data.sharding import KEYS, plan_shards, write_index, write_shards
 
     _check_report(report, config.layout)
     layout = open_layout(config.layout, data)
-    partial = prepared.with_name(f"{prepared.name}.partial")
+    target = folder_place(prepared)
+    partial = target.with_name(f"{target.name}.partial")
     kept = f"finished shards wait in {partial}, and the same command continues from there"
     with disk_errors(prepared, kept):
         shards = plan_shards(layout, config.shard_samples)
@@ -55,8 +56,8 @@ def run(config: Config, *, data: Path, report: Path, prepared: Path, tracker: Tr
         rows = {shard.name: rows for shard, rows in progress(written, "prepare", total, lambda done: len(done[1]))}
         write_index(layout, shards, [row for shard in shards for row in rows[shard.name]], partial)
         size = sum(path.stat().st_size for path in (partial / "shards").iterdir())
-        shutil.rmtree(partial / "keys")
-        replace_folder(partial, prepared)
+        shutil.rmtree(partial / KEYS)
+        replace_folder(partial, target)
     samples = {split: sum(len(shard.samples) for shard in shards if shard.split == split) for split in SPLITS}
     tracker.metrics({"data/bytes": size, **{f"data/samples/{split}": count for split, count in samples.items()}})
 

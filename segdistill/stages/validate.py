@@ -138,12 +138,12 @@ def _markdown(summary: dict[str, Any], data: Path) -> str:
     lines += ["| --- | ---: | ---: | ---: | ---: |"]
     for row in summary["classes"]:
         images = " | ".join(str(row[f"{split}_images"]) for split in summary["samples"])
-        lines.append(f"| {row['name']} | {images} | {row['train_share'] or 0:.2%} |")
+        lines.append(f"| {_cell(row['name'])} | {images} | {row['train_share'] or 0:.2%} |")
     lines += ["", "| stored value | read as | train pixels | val pixels | test pixels |"]
     lines += ["| ---: | --- | ---: | ---: | ---: |"]
     for row in summary["values"]:
         pixels = " | ".join(str(row[f"{split}_pixels"]) for split in summary["samples"])
-        lines.append(f"| {row['value']} | {row['read_as']} | {pixels} |")
+        lines.append(f"| {row['value']} | {_cell(row['read_as'])} | {pixels} |")
     for kind in ("failures", "warnings"):
         lines += ["", f"## {kind.capitalize()}", ""] + ([] if summary[kind] else ["None."])
         for finding in summary[kind]:
@@ -152,6 +152,10 @@ def _markdown(summary: dict[str, Any], data: Path) -> str:
             hidden = len(finding["sentences"]) - SHOWN
             lines += [f"* and {hidden} more: see summary.json"] * (hidden > 0) + [""]
     return "\n".join([*lines, "", "Every expectation and its values: data_docs/index.html", ""])
+
+
+def _cell(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|")
 
 
 def highlights(paths: Mapping[str, Any]) -> Highlights:

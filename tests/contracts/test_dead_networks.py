@@ -134,3 +134,13 @@ def test_identity_knows_data_teacher_seed_and_settings_and_nothing_that_changes_
     assert identity(train=replace(train, **same)) == mine
     best = tiny.train_config(select="best")
     assert identity(train=best) != identity(train=replace(best, validate_every=1)), "it decides which weights are kept"
+
+
+def test_identity_knows_the_weights_that_a_training_begins_with_and_not_where_they_lie(tmp_path: Path) -> None:
+    def key(name: str, content: bytes) -> str:
+        (tmp_path / name).write_bytes(content)
+        return Identity("d", None, 0, {"model": {"encoder_weights": str(tmp_path / name)}}).key
+
+    first = key("a.safetensors", b"weights")
+    assert key("a.safetensors", b"others") != first
+    assert key("b.safetensors", b"weights") == first

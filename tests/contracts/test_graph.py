@@ -103,6 +103,24 @@ def test_dvc_depends_on_code_that_exists_and_that_the_stage_imports(stage: Stage
         assert any(path == file or path in file.parents for file in files), f"{stage.name} does not import {name}"
 
 
+# What checks and tells, and where: no output depends on it, or only through an input.
+UNWATCHED = {
+    "config", "engine/tracker", "environment", "errors", "secrets", "stages/highlights", "stages/train_teacher",
+}  # fmt: skip
+
+
+@every_stage
+def test_dvc_depends_on_all_code_that_decides_an_output_of_the_stage(stage: Stage) -> None:
+    code, _ = dependencies(stage)
+    watched = {ROOT / name for name in code}
+    for module in imported(f"segdistill.stages.{stage.module}")[0]:
+        file = file_of(module)
+        assert file is not None
+        name = file.relative_to(ROOT / "segdistill").with_suffix("").as_posix()
+        if file.name != "__init__.py" and name not in UNWATCHED - {f"stages/{stage.module}"}:
+            assert watched & {file, *file.parents}, f"{stage.name} leads to {name}, which dvc.yaml does not name"
+
+
 # Components
 
 

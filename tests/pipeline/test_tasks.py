@@ -1,5 +1,6 @@
 """Stages as tasks of Kubeflow Pipelines: marks, the version of the data, a shared volume, several processes."""
 
+import contextlib
 import json
 import logging
 import os
@@ -9,11 +10,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from segdistill import tasks
+from segdistill import files, tasks
 from segdistill.config import read_yaml
 from segdistill.errors import UserError
 from segdistill.execution import sections
@@ -139,6 +141,54 @@ def test_with_a_volume_the_shards_are_made_once_and_read_there(
     paths = {"prepared": str(tmp_path / "two/prepared"), "teacher": str(tmp_path / "teacher")}
     message = mistake(capsys, "train_teacher", json.loads(chosen("train_teacher")), paths)
     assert "no longer on the volume; run the pipeline again with --no-cache" in message
+
+
+def test_of_two_runs_that_share_their_shards_the_second_waits_and_finds_them_made(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SEGDISTILL_SHARED", str(tmp_path / "volume"))
+    prepare(data, tmp_path / "one")
+    (made,) = (tmp_path / "volume").iterdir()
+    unfinished = (made / "prepared").rename(made / "prepared.partial")
+    with contextlib.ExitStack() as first:
+
+        def finish(*told: object) -> None:
+            unfinished.rename(made / "prepared")
+            first.close()
+
+        first.enter_context(files.lock(made / "prepared", "the first", file=made / ".prepared.lock"))
+        monkeypatch.setattr(files.logger, "info", finish)
+        prepare(data, tmp_path / "two")
+    assert "is on the volume already" in capsys.readouterr().err
+    assert (tmp_path / "two/prepared" / ELSEWHERE).is_file()
+
+
+def test_of_two_runs_that_bring_the_same_data_to_a_volume_the_second_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from segdistill.adapters import dvc_remote, dvc_version
+
+    version = SimpleNamespace(md5=VERSION["data_md5"], commit=VERSION["data_commit"])
+    order: list[str] = []
+
+    def fetch(*given: object) -> SimpleNamespace:
+        order.append("fetched")
+        return version
+
+    def waits(*told: object) -> None:
+        order.append("waits")
+        first.close()
+
+    monkeypatch.setenv("SEGDISTILL_SHARED", str(tmp_path / "volume"))
+    monkeypatch.setattr(dvc_version, "find", lambda *given: version)
+    monkeypatch.setattr(dvc_remote, "fetch", fetch)
+    monkeypatch.setattr(files.logger, "info", waits)
+    where = tmp_path / "volume/data" / version.md5
+    where.mkdir(parents=True)
+    with contextlib.ExitStack() as first:
+        first.enter_context(files.lock(where, "the first", file=where.with_name(f".{where.name}.lock")))
+        tasks.run_fetch("repository", "v1", data=str(tmp_path / "data"))
+    assert order == ["waits", "fetched"]
 
 
 def test_other_parameters_make_other_shards(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,18 +6,23 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from _folders import make_folder, prepare
 from PIL import Image
 
+from segdistill.config import parse
 from segdistill.engine import checkpoint
 from segdistill.errors import UserError
 from segdistill.files import read_sealed_json, seal
 from segdistill.models.config import ModelConfig
 from segdistill.models.export import load_model, save_model
 from segdistill.models.segmenter import build_segmenter
+from segdistill.stages import evaluate
 from segdistill.stages.comparison.inputs import read_job
 from segdistill.stages.comparison.overlays import _read_mask
 
@@ -174,3 +179,18 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path
     save_file({key: value.contiguous() for key, value in network.state_dict().items()}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=rf"x\.safetensors: key '{name}' is not finite"):
         load_weights(network, tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+def test_a_network_that_is_gone_is_not_taken_for_one_that_never_was(tmp_path: Path, suffix: str) -> None:
+    prepared = prepare(make_folder(tmp_path / "data"), tmp_path / "prepared")
+    model = tmp_path / "model"
+    network = build_segmenter(ModelConfig(architecture="FPN", encoder="tu-mobilenetv3_small_050", output_stride=32), 2)
+    save_model(model, "cnn", network, {"classes": [{"name": "a"}, {"name": "b"}]})
+    (model / "metrics.json").write_text('{"students": {"cnn": {}}}')
+    seal(model)
+    (model / f"cnn.{suffix}").unlink()
+    config = parse(evaluate.Config, yaml.safe_load(Path("params.yaml").read_text())["evaluate"], "evaluate")
+    with pytest.raises(UserError, match=rf"cnn\.{suffix}: no such file"):
+        evaluate.run(config, prepared=prepared, model=model, evaluation=tmp_path / "e", tracker=Mock())
+    assert not (tmp_path / "e").exists()

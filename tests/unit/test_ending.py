@@ -75,6 +75,22 @@ def test_a_full_disk_is_one_sentence_that_names_the_output(
 
 
 @EVERY_STAGE
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    run: Callable[..., int], stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, other = place(stage), Path("reports/metrics.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.touch()
+    assert run(stage, lambda: pytest.fail("must not run")) == 2
+    assert f"{output}: exists and is no folder" in capsys.readouterr().err
+    if stage.metrics:
+        output.unlink()
+        other.mkdir()
+        assert run(stage, lambda: pytest.fail("must not run")) == 2
+        assert f"{other}: a folder; {stage.name} writes a file there" in capsys.readouterr().err
+
+
+@EVERY_STAGE
 def test_the_second_process_in_an_output_is_told_who_has_it_and_runs_nothing(
     run: Callable[..., int], stage: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:

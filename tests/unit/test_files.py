@@ -7,7 +7,17 @@ import sys
 import pytest
 
 from segdistill.errors import UserError
-from segdistill.files import lock, parse_json, read_bytes, read_json, read_sealed, read_text, require_regular, seal
+from segdistill.files import (
+    lock,
+    new_folder,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_sealed,
+    read_text,
+    require_regular,
+    seal,
+)
 
 
 def test_a_pipe_and_a_device_are_refused_at_once(tmp_path):
@@ -92,3 +102,35 @@ def test_the_second_process_in_a_folder_hears_who_has_it(tmp_path):
         with lock(tmp_path / "out", "x"):
             pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_a_folder_stays_and_what_it_leads_to_is_replaced(tmp_path):
+    for name in ("there", "not yet"):
+        (tmp_path / "disk").mkdir(exist_ok=True)
+        if name == "there":
+            (tmp_path / "disk" / name).mkdir()
+            (tmp_path / "disk" / name / "old").touch()
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+        with new_folder(tmp_path / name) as partial:
+            (partial / "new").touch()
+        assert (
+            (tmp_path / name).is_symlink()
+            and (tmp_path / name / "new").is_file()
+            and not (tmp_path / name / "old").exists()
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "not yet", "there"]
+
+
+def test_where_no_folder_can_be_is_said_before_anything_is_made(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    for name, reason in {
+        "file": "file: exists and is no folder",
+        "file/below/it": "file: exists and is no folder",
+        "loop": "loop: exists and is no folder",
+        "/proc/folder": "/proc/folder: cannot be made: No such file or directory",
+        "n" * 300: "File name too long",
+    }.items():
+        with pytest.raises(UserError, match=reason), new_folder(tmp_path / name):
+            pytest.fail("nothing may be made")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]

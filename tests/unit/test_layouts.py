@@ -64,7 +64,11 @@ def test_a_folder_of_an_unknown_split_is_an_error_with_the_nearest_one(tmp_path:
     ("content", "sentence"),
     [
         ("{", "not valid JSON"),
-        ("[1]", "classes.json: "),
+        ("[1]", "classes.json: input should be an object, not [1]"),
+        (
+            '{"classes": [{"name": "a\\nb", "color": [0, 0, 0]}, {"name": "c", "color": [0, 0, 0]}]}',
+            r"classes.0.name: 'a\nb' has characters that no table can show",
+        ),
         ('{"classes": [{"name": "a", "color": [0, 0, 256]}]}', "classes.0.color.2: input should be less than"),
         ('{"classes": [{"name": "a", "colour": [0, 0, 0]}]}', "classes.0.colour: unknown key; did you mean 'color'?"),
         ('{"classes": [{"name": "a", "color": [0, 0, 0]}]}', "classes: 1 given; allowed: 2 to 254"),

@@ -101,6 +101,7 @@ def test_an_unknown_key_is_named_with_its_neighbour(path: str, rename: str, sent
         ("experiments.kd.students.cnn.model.decoder", {"chanels": 1}, "experiments.kd.students.cnn.model.decoder.chanels: unknown key"),
         ("experiments.kd.students.cnn.model.decoder", {"decoder_channels": 10**9}, "model.decoder.decoder_channels: 1000000000 is not in 0..8192"),
         ("experiments.kd.methods", [{"name": "kd", "temprature": 2}], "experiments.kd.methods.0.temprature: unknown key; did you mean 'temperature'?"),
+        ("experiments.none.supervised", 0, "experiments.none.supervised: 0, and no method has a weight: nothing would train the student"),
         ("experiments.hfd_bsd.students", "*cnn", "experiments.hfd_bsd: hfd_bsd"),
         ("distill.train.augmentation.scale", [1.5, 0.5], "distill.train.augmentation: scale [1.5, 0.5]: the first bound is above the second"),
         ("distill.train.augmentation.crop_size", [16384, 16384], "distill.train: 8 crops of 16384 x 16384 in one forward pass are more than"),

@@ -20,6 +20,7 @@ SECRETS = st.text("abcXYZ0189!$%^*+~|._-", min_size=6, max_size=20).map(lambda t
 FRAMES = (
     "{name}={secret}", "--{name}={secret}", "--{name} {secret}", "{name}: {secret}", '{{"{name}": "{secret}"}}',
     "{{'{name}': '{secret} with blanks'}}", "https://host/path?a=1&{name}={secret}&b=2",
+    "https://host/path?{name}={secret}", "{{'url': 'http://host/?{name}={secret}'}}",
     "run -x 1 --{name} '{secret} b'",
     "before https://user:{secret}@host:80/a?b=c behind", "a https://{secret}@host and ssh://u:{secret}@other/x",
     "postgresql+psycopg2://u:{secret}/{secret}@h/db", "Authorization: Bearer {secret}", "no route (http://u:{secret}@h/)",
@@ -27,7 +28,12 @@ FRAMES = (
 
 
 @settings(deadline=None)
-@given(st.sampled_from(NAMES), SECRETS, st.sampled_from(FRAMES), st.sampled_from(["", "a sentence ", "x=1, "]))
+@given(
+    st.sampled_from(NAMES),
+    SECRETS,
+    st.sampled_from(FRAMES),
+    st.sampled_from(["", "a sentence ", "x=1, ", "failed: ", "x=y: "]),
+)
 def test_a_secret_is_masked_wherever_it_stands(name: str, secret: str, frame: str, before: str) -> None:
     text = before + frame.format(name=name, secret=secret)
     for value in (text, [text], {"a": {"b": (text,)}}):

@@ -21,7 +21,7 @@ from segdistill.data import sharding, shards
 from segdistill.data.shards import ShardDataset, read_dataset_info
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker
 from segdistill.errors import UserError
-from segdistill.files import seal
+from segdistill.files import SEAL, seal
 from segdistill.stages.prepare import Config, run
 
 SAMPLES = {"train": 7, "val": 2, "test": 3}
@@ -108,6 +108,16 @@ def test_dataset_json_and_manifest_describe_the_shards(prepared: Path) -> None:
 def test_bytes_do_not_depend_on_the_number_of_workers_or_the_place(data: Path, prepared: Path, tmp_path: Path) -> None:
     assert hashes(prepare(data, tmp_path / "elsewhere", workers=3)) == hashes(prepared)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "report"]
+
+
+def test_bytes_do_not_depend_on_when_the_data_was_written_and_the_seal_is_of_what_stays(
+    data: Path, prepared: Path, tmp_path: Path
+) -> None:
+    later = shutil.copytree(data, tmp_path / "later", copy_function=shutil.copyfile)
+    for path in later.rglob("*"):
+        os.utime(path, (1, 1))
+    assert hashes(prepare(later, tmp_path / "elsewhere")) == hashes(prepared)
+    assert set(json.loads((prepared / SEAL).read_text())) == {"dataset.json", "manifest.parquet"}
 
 
 def test_a_relative_data_folder_works_with_workers(

@@ -181,6 +181,21 @@ def test_palettes_that_agree_or_speak_of_something_else_are_taken(data: Path, tm
     assert validate(data, tmp_path / "report")["success"] is True
 
 
+def test_a_palette_with_a_background_of_its_own_contradicts_a_list_without(data: Path, tmp_path: Path) -> None:
+    save_with_palette(data / "masks/train/0002.png", [(9, 9, 9), (0, 0, 0), (1, 0, 0)])
+    with pytest.raises(UserError, match=r"value 1 is class 1 there, but has the colour \(0, 0, 0\) of class 0"):
+        validate(data, tmp_path / "report")
+
+
+def test_a_bar_in_the_name_of_a_class_breaks_no_table(data: Path, tmp_path: Path) -> None:
+    classes = json.loads((data / "classes.json").read_text())
+    classes["classes"][0]["name"] = "a|b"
+    (data / "classes.json").write_text(json.dumps(classes))
+    validate(data, tmp_path / "report")
+    rows = (tmp_path / "report/summary.md").read_text().splitlines()
+    assert len([row for row in rows if row.startswith(("| a\\|b |", "| 0 | a\\|b |"))]) == 2
+
+
 def store(data: Path, values: dict[int, int], splits: str = "*") -> None:
     """Stores other values in the masks of some splits."""
     for path in data.glob(f"masks/{splits}/*.png"):

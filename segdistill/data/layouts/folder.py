@@ -106,6 +106,8 @@ def _check_names(names: list[str]) -> None:
     for name in names:
         if not name.strip():
             raise UserError(f"classes.{names.index(name)}.name: empty; every class needs a name")
+        if not name.isprintable():
+            raise UserError(f"classes.{names.index(name)}.name: {name!r} has characters that no table can show")
         if names.count(name) > 1:
             raise UserError(f"classes: the name '{name}' stands there twice; each class needs its own")
 
