@@ -164,8 +164,8 @@ class CrossImageRelations(OfflineMethod):
         The relations in the batch grow with the square of the cells: ``pool: 2`` makes them 16 times cheaper. As in the
         released code, maps of 256 x 256 cells and more are averaged over 4 x 4 windows first, and others are not;
         ``pool: 1`` never averages. Relations are made a block of rows at a time, with the gradient at once. Where both
-        networks ran in half precision the products take bfloat16 factors and sum in float32 (``half_products``). On a GPU
-        with Triton all that is not a product is one kernel.
+        networks ran in half precision the products take bfloat16 factors and sum in float32 (``half_products``). On a
+        GPU with Triton all that is not a product is one kernel.
 
     Inferred:
         A re-implementation that leaves out three faults of the released memory. It draws a class's pixels by their
