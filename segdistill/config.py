@@ -272,9 +272,9 @@ def _value(value: Any) -> str:
     return f"'{brief(value)}'" if isinstance(value, str) else brief(value)
 
 
-def _dotted(*parts: str) -> str:
-    """A path for a message: on one line and of a readable length, whatever the keys are."""
-    return ".".join(brief(part) for part in parts if part)
+def _dotted(where: str, *keys: str) -> str:
+    """A path for a message: where the data are from, whole, and each key on one line and of a readable length."""
+    return ".".join([part for part in (where, *map(brief, keys)) if part])
 
 
 def _walk(cls: Any, location: tuple[Any, ...]) -> tuple[list[str], Any]:

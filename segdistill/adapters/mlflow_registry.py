@@ -347,7 +347,8 @@ def _as_current(store: Store) -> Iterator[None]:
     import mlflow
 
     careful = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5"}
-    with environment.changed({**careful, "MLFLOW_EXPERIMENT_ID": None}):  # which mlflow sets
+    set_by_mlflow = dict.fromkeys(("MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"))
+    with environment.changed({**careful, **set_by_mlflow}):
         mlflow.set_tracking_uri(store.uri)
         mlflow.set_registry_uri(store.uri)
         yield

@@ -225,14 +225,14 @@ def test_best_weights_are_those_of_the_best_validation(tmp_path: Path) -> None:
 
 
 def test_clipping_bounds_the_gradient_norm(tmp_path: Path) -> None:
-    trainer = tiny.make_trainer(tmp_path, ALONE, max_grad_norm=1e-9, iterations=3)
+    trainer = tiny.make_trainer(tmp_path, ALONE, max_grad_norm=1e-6, iterations=3)
     before = tiny.weights(trainer)
     trainer.optimizers["cnn"].param_groups[0]["weight_decay"] = 0.0
     for group in trainer.optimizers["cnn"].param_groups:
         group["weight_decay"] = 0.0
     trainer.run()
     for name, value in tiny.weights(trainer).items():
-        torch.testing.assert_close(value, before[name], rtol=0, atol=1e-8)
+        torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:

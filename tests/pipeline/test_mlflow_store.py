@@ -28,7 +28,9 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with its tables, made once; tests use copies, since making the tables takes seconds."""
     root = tmp_path_factory.mktemp("store")
-    default_store(root).client()
+    with pytest.MonkeyPatch.context() as patch:  # mlflow leaves this variable behind in other tests
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        default_store(root).client()
     return root / "mlflow.db"
 
 
