@@ -1,7 +1,7 @@
 # The steps that touch the data set: fetch, validate and prepare. No torch.
 # How to build it: docs/kubeflow.md
 # Any Python 3.11 on Debian, best by digest (python@sha256:...); dockerfiles/build looks up that of a tag.
-ARG BASE_IMAGE=python:3.11-slim-bookworm
+ARG BASE_IMAGE=python:3.11-slim-bookworm@sha256:0bee7276f83efd4a1ee05bbbf4281d95ed28e079220a9457f25a93e3f1e3c31b
 ARG UV_VERSION=0.13.9
 
 # What changes rarely, in a layer of its own. uv comes and goes within it.

@@ -1,6 +1,6 @@
 # An MLflow server that keeps its runs in PostgreSQL and its artifacts in S3: for compose.yaml and the end-to-end tests.
 # Any Python 3.11 on Debian, best by digest (python@sha256:...); dockerfiles/build looks up that of a tag.
-ARG BASE_IMAGE=python:3.11-slim-bookworm
+ARG BASE_IMAGE=python:3.11-slim-bookworm@sha256:0bee7276f83efd4a1ee05bbbf4281d95ed28e079220a9457f25a93e3f1e3c31b
 ARG UV_VERSION=0.13.9
 
 FROM ${BASE_IMAGE}

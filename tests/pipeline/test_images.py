@@ -61,9 +61,11 @@ class Docker:
 
 def test_all_images_of_a_call_are_built_on_the_digest_of_the_base(tmp_path: Path) -> None:
     default = re.findall(r"^ARG BASE_IMAGE=(\S+)$", FILES["train"], re.MULTILINE)[0]
-    docker = Docker(tmp_path, registry=f"{default} python@{DIGEST['base']}\n")
+    assert re.fullmatch(r"python:3\.11-slim-bookworm@sha256:[0-9a-f]{64}", default)
+    docker = Docker(tmp_path, registry=f"python:3.11 python@{DIGEST['base']}\n")
     names, bases = docker.build()
-    assert bases == [f"python@{DIGEST['base']}"] * 2
+    assert bases == [default] * 2
+    assert docker.build(BASE_IMAGE="python:3.11")[1][2:] == [f"python@{DIGEST['base']}"] * 2
     assert list(names) == ["SEGDISTILL_IMAGE_DATA", "SEGDISTILL_IMAGE_TRAIN"]
     assert not any("@" in name for name in names.values())  # no registry has them yet
 
