@@ -304,18 +304,6 @@ def test_the_run_in_mlflow_ends_as_the_server_says_or_if_it_does_not_as_the_last
     assert ensure_parent(store.client(), store, name, {}).info.status == status
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with its tables, made once."""
-    pytest.importorskip("mlflow")
-    from segdistill.adapters.mlflow_store import default_store
-
-    root = tmp_path_factory.mktemp("store")
-    store = default_store(root, f"sqlite:///{root / 'mlflow.db'}")
-    store.client()
-    return root / "mlflow.db"
-
-
 @pytest.fixture
 def store(database: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     from segdistill.adapters.mlflow_store import default_store

@@ -24,16 +24,6 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with its tables, made once; tests use copies, since making the tables takes seconds."""
-    root = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:  # mlflow leaves this variable behind in other tests
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        default_store(root).client()
-    return root / "mlflow.db"
-
-
 def _forked(work, *arguments) -> int | None:
     import_mlflow()  # with the modules, but without a connection to the store
     worker = multiprocessing.get_context("fork").Process(target=work, args=arguments)

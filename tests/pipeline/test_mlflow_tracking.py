@@ -31,14 +31,6 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with its tables, made once; tests use copies, since making the tables takes seconds."""
-    root = tmp_path_factory.mktemp("store")
-    default_store(root).client()
-    return root / "mlflow.db"
-
-
 @pytest.fixture
 def root(tmp_path: Path, database: Path) -> Path:
     (tmp_path / "mlflow.db").write_bytes(database.read_bytes())
