@@ -1,16 +1,14 @@
 """Fixtures of the pipeline's tests."""
 
-from pathlib import Path
-
 import pytest
 
 
 @pytest.fixture(scope="session")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with its tables, made once; tests use copies, since making the tables takes seconds."""
+def database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A store with its tables as the bytes of a file, which no test can write to; making the tables takes seconds."""
     pytest.importorskip("mlflow")
     from segdistill.adapters.mlflow_store import default_store
 
     root = tmp_path_factory.mktemp("store")
     default_store(root, f"sqlite:///{root / 'mlflow.db'}").client()  # mlflow leaves MLFLOW_TRACKING_URI behind
-    return root / "mlflow.db"
+    return (root / "mlflow.db").read_bytes()

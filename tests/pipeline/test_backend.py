@@ -305,9 +305,10 @@ def test_the_run_in_mlflow_ends_as_the_server_says_or_if_it_does_not_as_the_last
 
 
 @pytest.fixture
-def store(database: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def store(database: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     from segdistill.adapters.mlflow_store import default_store
 
     monkeypatch.setenv("SEGDISTILL_TRACKER", "mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
-    return default_store(database.parent)
+    (tmp_path / "mlflow.db").write_bytes(database)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    return default_store(tmp_path)

@@ -67,7 +67,7 @@ def _mlflow_alone(root: Path, statement: int) -> None:
 
 
 def test_tables_that_somebody_else_left_half_made_are_put_aside(
-    tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, database: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from mlflow.store.tracking import sqlalchemy_store
 
@@ -75,7 +75,7 @@ def test_tables_that_somebody_else_left_half_made_are_put_aside(
         """Stands for MLflow's making of the tables, which takes seconds."""
 
         def __init__(self, uri: str, place: str) -> None:
-            shutil.copy(database, uri.removeprefix("sqlite:///"))
+            Path(uri.removeprefix("sqlite:///")).write_bytes(database)
             self.engine = self
 
         def dispose(self) -> None: ...
@@ -105,8 +105,8 @@ def test_what_is_no_store_is_named_before_anything_is_trained(tmp_path: Path) ->
         default_store(tmp_path)
 
 
-def test_a_damaged_store_is_one_sentence(tmp_path: Path, database: Path) -> None:
-    (tmp_path / "mlflow.db").write_bytes(database.read_bytes()[:4096] + b"\xff" * 8192)
+def test_a_damaged_store_is_one_sentence(tmp_path: Path, database: bytes) -> None:
+    (tmp_path / "mlflow.db").write_bytes(database[:4096] + b"\xff" * 8192)
     with pytest.raises(UserError, match=r"mlflow.db: .*damaged .*move it away"):
         default_store(tmp_path).client()
 
@@ -146,10 +146,10 @@ def _log(root: Path, name: str, artifact: str) -> str:
     return done.stdout.split()[-1]
 
 
-def test_a_moved_project_reads_and_writes_its_artifacts_where_it_is(tmp_path: Path, database: Path) -> None:
+def test_a_moved_project_reads_and_writes_its_artifacts_where_it_is(tmp_path: Path, database: bytes) -> None:
     old, new = tmp_path / "old place", tmp_path / "elsewhere/new place"
     old.mkdir()
-    shutil.copy(database, old / "mlflow.db")
+    (old / "mlflow.db").write_bytes(database)
     first = _log(old, "kd-s0", "one.txt")
     waiting = open_run("kd-s1", root=old, spool=old / "spool", pipeline_run="p", flush_seconds=0)
     waiting._start = lambda: None  # type: ignore[method-assign]  # a run of which nothing was sent yet
@@ -170,10 +170,10 @@ def test_a_moved_project_reads_and_writes_its_artifacts_where_it_is(tmp_path: Pa
     assert not old.exists(), "nothing is written where the folder was"
 
 
-def test_a_copied_project_leaves_the_first_alone(tmp_path: Path, database: Path) -> None:
+def test_a_copied_project_leaves_the_first_alone(tmp_path: Path, database: bytes) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     one.mkdir()
-    shutil.copy(database, one / "mlflow.db")
+    (one / "mlflow.db").write_bytes(database)
     run = _log(one, "kd-s0", "one.txt")
     shutil.copytree(one, other)
     before = sorted(path for path in one.rglob("*") if "mlartifacts" in path.parts)
@@ -182,11 +182,11 @@ def test_a_copied_project_leaves_the_first_alone(tmp_path: Path, database: Path)
     assert sorted(item.path for item in default_store(other).client().list_artifacts(run)) == ["one.txt", "two.txt"]
 
 
-def test_a_place_that_somebody_chose_stays(tmp_path: Path, database: Path) -> None:
+def test_a_place_that_somebody_chose_stays(tmp_path: Path, database: bytes) -> None:
     chosen = tmp_path / "volume/mlartifacts"
     chosen.mkdir(parents=True)
     (tmp_path / "project").mkdir()
-    shutil.copy(database, tmp_path / "project/mlflow.db")
+    (tmp_path / "project/mlflow.db").write_bytes(database)
     store = Store(f"sqlite:///{tmp_path}/project/mlflow.db")
     made = store.client().create_experiment("segdistill", artifact_location=chosen.as_uri())
     assert store.client().get_experiment(made).artifact_location == chosen.as_uri()
@@ -214,7 +214,7 @@ Path("out.txt").write_text(str(run.run_id))
 """
 
 
-def test_an_experiment_in_a_copy_of_dvc_is_kept_in_the_projects_store(tmp_path: Path, database: Path) -> None:
+def test_an_experiment_in_a_copy_of_dvc_is_kept_in_the_projects_store(tmp_path: Path, database: bytes) -> None:
     pytest.importorskip("dvc")
     project = tmp_path / "project"
     project.mkdir()
@@ -224,7 +224,7 @@ def test_an_experiment_in_a_copy_of_dvc_is_kept_in_the_projects_store(tmp_path: 
     (project / "dvc.yaml").write_text(
         f"stages:\n  s:\n    cmd: {sys.executable} stage.py\n    params: [a]\n    outs: [out.txt]\n"
     )
-    shutil.copy(database, project / "mlflow.db")
+    (project / "mlflow.db").write_bytes(database)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DVC_NO_ANALYTICS": "1"}
     environment |= {
         f"GIT_{who}_{what}": "ci@example.invalid" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")

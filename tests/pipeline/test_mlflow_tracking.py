@@ -32,8 +32,8 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def root(tmp_path: Path, database: Path) -> Path:
-    (tmp_path / "mlflow.db").write_bytes(database.read_bytes())
+def root(tmp_path: Path, database: bytes) -> Path:
+    (tmp_path / "mlflow.db").write_bytes(database)
     return tmp_path
 
 
@@ -186,7 +186,7 @@ def test_what_a_missing_server_did_not_take_is_sent_by_sync_once(root: Path, cap
     assert (artifacts(root, run, "overlays"), run.info.status) == (["overlays/picture.png"], "FINISHED")
 
 
-def test_a_store_that_comes_back_in_the_midst_of_a_run_misses_nothing(tmp_path: Path, database: Path) -> None:
+def test_a_store_that_comes_back_in_the_midst_of_a_run_misses_nothing(tmp_path: Path, database: bytes) -> None:
     place = tmp_path / "volume"
     place.write_text("a file where the store's folder belongs: every contact fails")
     settings = Settings(Store(f"sqlite:///{place}/mlflow.db"), tmp_path / "spool", PIPELINE, interval=0.05)
@@ -197,7 +197,7 @@ def test_a_store_that_comes_back_in_the_midst_of_a_run_misses_nothing(tmp_path: 
     assert one.run_id is None
     place.unlink()
     place.mkdir()
-    (place / "mlflow.db").write_bytes(database.read_bytes())
+    (place / "mlflow.db").write_bytes(database)
     for step in range(50, 100):
         one.metrics({"a": step}, step)
     one.close()

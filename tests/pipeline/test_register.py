@@ -50,8 +50,8 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def root(tmp_path: Path, database: Path) -> Path:
-    (tmp_path / "mlflow.db").write_bytes(database.read_bytes())
+def root(tmp_path: Path, database: bytes) -> Path:
+    (tmp_path / "mlflow.db").write_bytes(database)
     return tmp_path
 
 
@@ -305,10 +305,10 @@ def _fork(work, root: Path, numbers: range) -> None:
     assert [worker.exitcode for worker in workers] == [0] * len(workers)
 
 
-def test_the_champion_of_a_moved_project_is_served_from_where_it_is(tmp_path: Path, database: Path) -> None:
+def test_the_champion_of_a_moved_project_is_served_from_where_it_is(tmp_path: Path, database: bytes) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
-    (old / "mlflow.db").write_bytes(database.read_bytes())
+    (old / "mlflow.db").write_bytes(database)
     import_mlflow()
     _fork(_register_one, old, range(1))  # a process of its own: no connection to the store outlives the move
     old.rename(new)
