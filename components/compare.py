@@ -21,7 +21,7 @@ def compare(
     summary: Output[Markdown],
 ) -> None:
     """Compare every student with its undistilled twin, over all seeds, in one report."""
-    from segdistill.tasks import run_component
+    from segdistill.kubeflow.tasks import run_component
 
     paths = {
         "prepared": prepared.path,

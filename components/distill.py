@@ -19,7 +19,7 @@ def distill(
     accelerators: str = "0",
 ) -> None:
     """Train one experiment's student (or co-trained students) with one seed."""
-    from segdistill.tasks import run_component
+    from segdistill.kubeflow.tasks import run_component
 
     paths = {"prepared": prepared.path, "teacher": teacher.path, "students": students.path}
     run_component(

@@ -20,7 +20,7 @@ def evaluate(
     accelerators: str = "0",
 ) -> None:
     """Measure one job's students on the test split, at original resolution."""
-    from segdistill.tasks import run_component
+    from segdistill.kubeflow.tasks import run_component
 
     paths = {"prepared": prepared.path, "model": model.path, "evaluation": evaluation.path}
     shown = {"scores": scores, "confusion": confusion}

@@ -18,7 +18,7 @@ def evaluate_teacher(
     accelerators: str = "0",
 ) -> None:
     """Measure the teacher on the test split, at original resolution."""
-    from segdistill.tasks import run_component
+    from segdistill.kubeflow.tasks import run_component
 
     paths = {"prepared": prepared.path, "model": model.path, "evaluation": evaluation.path}
     run_component(

@@ -13,7 +13,7 @@ def fetch(repository: str, revision: str, data: Output[Dataset]) -> NamedTuple(
     "Version", [("data_md5", str), ("data_commit", str)]
 ):
     """Bring the data of a git revision from its DVC remote, verified file by file."""
-    from segdistill.tasks import run_fetch
+    from segdistill.kubeflow.tasks import run_fetch
 
     version = run_fetch(repository, revision, data=data.path)
     data.metadata.update(version)

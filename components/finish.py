@@ -9,6 +9,6 @@ from components.images import DATA
 @dsl.component(base_image=DATA, install_kfp_package=False)
 def finish(status: PipelineTaskFinalStatus) -> None:
     """Close the pipeline's run in MLflow."""
-    from segdistill.tasks import run_finish
+    from segdistill.kubeflow.tasks import run_finish
 
     run_finish(status.state)

@@ -9,6 +9,6 @@ from components.images import DATA
 @dsl.component(base_image=DATA, install_kfp_package=False)
 def prepare(params: str, data: Input[Dataset], report: Input[Artifact], prepared: Output[Dataset]) -> None:
     """Turn the data set into Arrow shards with train ids and a manifest."""
-    from segdistill.tasks import run_component
+    from segdistill.kubeflow.tasks import run_component
 
     run_component("prepare", params, paths={"data": data.path, "report": report.path, "prepared": prepared.path})

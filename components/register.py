@@ -16,7 +16,7 @@ def register(
     summary: Output[Markdown],
 ) -> None:
     """Register the best student if one passed the gate, and move the alias if it beats the champion."""
-    from segdistill.tasks import run_component
+    from segdistill.kubeflow.tasks import run_component
 
     paths = {
         "comparison": comparison.path,

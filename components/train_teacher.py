@@ -16,7 +16,7 @@ def train_teacher(
     accelerators: str = "0",
 ) -> None:
     """Train the teacher, or import a checkpoint, and record its validation score."""
-    from segdistill.tasks import run_component
+    from segdistill.kubeflow.tasks import run_component
 
     paths = {"prepared": prepared.path, "teacher": teacher.path}
     run_component(

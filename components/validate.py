@@ -11,7 +11,7 @@ def validate(
     params: str, data: Input[Dataset], report: Output[Artifact], page: Output[HTML], summary: Output[Markdown]
 ) -> None:
     """Check every file of the data set before anything is built on it."""
-    from segdistill.tasks import run_component
+    from segdistill.kubeflow.tasks import run_component
 
     paths = {"data": data.path, "report": report.path}
     run_component("validate", params, paths=paths, shown={"page": page, "summary": summary})

@@ -56,7 +56,7 @@ WORKDIR /home/segdistill
 # The image is good if what its stages and KFP's executor import is there, and torch is not.
 RUN export HOME=/tmp/check && git --version > /dev/null \
     && python3 -c "import great_expectations, mlflow, kfp.dsl.executor_main" \
-    && python3 -c "import segdistill.tasks, segdistill.data.sharding, segdistill.adapters.gx" \
+    && python3 -c "import segdistill.kubeflow.tasks, segdistill.data.sharding, segdistill.adapters.gx" \
     && python3 -c "import segdistill.adapters.dvc_remote" \
     && python3 -c "import importlib.util; assert not importlib.util.find_spec('torch')" \
     && python3 -m segdistill prepare --help > /dev/null \

@@ -17,9 +17,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from components.images import TRAIN
 from segdistill import environment
 from segdistill.adapters.kubernetes_values import DataKey, Key, LabelValue, ObjectName, Variable
-from segdistill.adapters.trainjob import Certificates, Queue
 from segdistill.config import config, parse, read_yaml
 from segdistill.errors import UserError, brief
+from segdistill.kubeflow.trainjob import Certificates, Queue
 
 DEFAULT = Path(__file__).with_name("cluster.yaml")
 # By default KFP tries nothing again once an hour has passed since the first attempt began. Training takes longer; what

@@ -1,12 +1,12 @@
 """``python -m segdistill <command>``. Commands load their module when they run, so that help answers at once."""
 
 import argparse
+import importlib
 import sys
-import time
 from pathlib import Path
 
 from segdistill import __version__
-from segdistill.errors import UserError, exit_codes
+from segdistill.errors import exit_codes
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,129 +92,8 @@ def main(argv: list[str] | None = None) -> int:
 def _dispatch(arguments: argparse.Namespace) -> None:
     from segdistill.stages import BY_NAME
 
-    if arguments.command in BY_NAME:
-        _stage(arguments)
-    elif arguments.command == "data" and arguments.action == "synth":
-        from segdistill.data import synthetic
-
-        samples = dict(synthetic.DEFAULT_SAMPLES)
-        samples |= {split: count for split in samples if (count := getattr(arguments, split)) is not None}
-        synthetic.write(arguments.out, seed=arguments.seed, size=tuple(arguments.size), samples=samples)
-    elif arguments.command == "data" and arguments.action == "fetch":
-        from segdistill.adapters.dvc_remote import fetch
-
-        fetch(arguments.repository, arguments.rev, arguments.out, patience=arguments.patience)
-    elif arguments.command == "data":
-        from segdistill.data.importing import import_dataset
-
-        import_dataset(arguments.layout, arguments.source, arguments.out)
-    elif arguments.command == "check":
-        _check(arguments.params)
-    elif arguments.command == "calibrate":
-        _calibrate(arguments)
-    elif arguments.command == "methods":
-        _methods(arguments)
-    elif arguments.command == "summary":
-        from segdistill.stages.summary import show
-
-        show()
-    elif arguments.command == "sync":
-        _sync(arguments.folder)
-
-
-def _stage(arguments: argparse.Namespace) -> None:
-    from segdistill import execution
-    from segdistill.config import Name, Seed, parse, read_yaml
-    from segdistill.errors import nearest
-    from segdistill.stages import BY_NAME, Job
-
-    stage, started = BY_NAME[arguments.command], time.time()
-    params = read_yaml(arguments.params)
-    # What begins a run builds every network in outline; later stages build their own at once.
-    execution.check_params(params, networks=stage.name in ("validate", "prepare", "train_teacher"), here=True)
-    seed = parse(Seed, arguments.seed, "--seed") if stage.per_job else 0
-    job = Job(parse(Name, arguments.experiment, "--experiment"), seed) if stage.per_job else None
-    if job and job.experiment not in params["experiments"]:
-        raise UserError(f"--experiment: '{job.experiment}' is unknown{nearest(job.experiment, params['experiments'])}")
-    paths = {
-        key.removeprefix("path_"): path for key, path in vars(arguments).items() if key.startswith("path_") and path
-    }
-    tracker = execution.open_tracker(arguments.tracker, execution.context(arguments.params), stage, job)
-    chosen = execution.sections(stage, params, job)
-    device = arguments.device if stage.on_device else "auto"
-    execution.run_stage(stage, chosen, paths=paths, job=job, tracker=tracker, started=started, device=device)
-    if stage.name == "register":
-        from segdistill.stages.summary import show
-
-        show()
-
-
-def _calibrate(arguments: argparse.Namespace) -> None:
-    import json
-
-    from rich.console import Console
-
-    from segdistill import execution
-    from segdistill.config import Seed, parse, read_yaml
-    from segdistill.errors import nearest
-    from segdistill.stages import BY_NAME, calibrate
-    from segdistill.stages.distill import Config, ExperimentConfig
-
-    params, name = read_yaml(arguments.params), arguments.experiment
-    execution.check_params(params, networks=False, here=True)
-    if name not in params["experiments"]:
-        raise UserError(f"--experiment: '{name}' is unknown{nearest(name, params['experiments'])}")
-    seed = parse(Seed, arguments.seed, "--seed")
-    steps = parse(calibrate.Steps, arguments.steps, "--steps")
-    strengths = parse(list[calibrate.Strength], arguments.strengths, "--strengths")
-    inputs = {key: Path(path) for key, path in BY_NAME["distill"].inputs.items()}
-    for path in inputs.values():
-        if not path.exists():
-            raise UserError(f"{path}: calibrate needs it; run what makes it first: dvc repro")
-    found = calibrate.run(
-        parse(Config, params["distill"], "distill"), experiment=name, seed=seed, steps=steps,
-        settings=parse(ExperimentConfig, params["experiments"][name], f"experiments.{name}"),
-        prepared=inputs["prepared"], teacher=inputs["teacher"], device=arguments.device,
-    )  # fmt: skip
-    if arguments.json:
-        print(json.dumps(calibrate.as_json(found, strengths), indent=2))
-        return
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(calibrate.table(found, steps, strengths))
-    for line in calibrate.paths(found):
-        console.print(line, soft_wrap=True)
-
-
-def _methods(arguments: argparse.Namespace) -> None:
-    from segdistill.methods import manual
-
-    if arguments.markdown:
-        print(manual.markdown(), end="")
-    elif arguments.name:
-        manual.show_method(arguments.name)
-    else:
-        manual.show_table()
-
-
-def _sync(folder: Path) -> None:
-    from segdistill.adapters.mlflow_tracking import sync
-
-    results = sync(folder)
-    for result in results:
-        reason = f" ({result.error})" if result.error else ""
-        refused = f", refused for good: {result.refused}" if result.refused else ""
-        print(f"{result.name}: {result.sent} records sent, {result.left} left{reason}{refused}")
-    left = [result for result in results if result.left or result.error]
-    if left:
-        raise UserError(f"{folder}: {len(left)} of {len(results)} runs could not be sent whole; try again later")
-
-
-def _check(path: Path) -> None:
-    from segdistill import execution
-    from segdistill.config import read_yaml
-
-    execution.check_params(read_yaml(path), here=True)
-    print(f"{path}: in order")
+    name = "stage" if arguments.command in BY_NAME else arguments.command
+    importlib.import_module(f"segdistill.commands.{name}").command(arguments)
 
 
 def entry() -> int:

@@ -37,10 +37,10 @@ def _logging_as_before() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Synthetic streets in the folder layout: 12 train, 4 val, 4 test scenes of 64x48."""
-    from segdistill.data import synthetic
+    from segdistill import streets
 
     out = tmp_path_factory.mktemp("tiny") / "data"
-    synthetic.write(out, seed=1, size=(64, 48), samples={"train": 12, "val": 4, "test": 4}, workers=1)
+    streets.write(out, seed=1, size=(64, 48), samples={"train": 12, "val": 4, "test": 4}, workers=1)
     return out
 
 

@@ -14,14 +14,14 @@ from segdistill.config import config as config_class
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.files import disk_errors, new_folder, read_sealed, read_sealed_json, seal, write_file
-from segdistill.stages.highlights import Highlights, scores_of
+from segdistill.report.highlights import Highlights, scores_of
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from segdistill.stages.comparison.inputs import Curve, Measured
-    from segdistill.stages.comparison.results import Comparison, Row
+    from segdistill.report.inputs import Curve, Measured
+    from segdistill.report.results import Comparison, Row
 
 TEACHER = "teacher"
 AGAIN = "run the stage 'compare' again"
@@ -75,7 +75,7 @@ def run(
         tracker: of the pipeline's run.
     """
     from segdistill.data.shards import read_dataset_info
-    from segdistill.stages.comparison.inputs import check_same_images, read_job, read_settings
+    from segdistill.report.inputs import check_same_images, read_job, read_settings
 
     started = time.monotonic()
     jobs = [(experiment, seed) for experiment in run for seed in seeds]
@@ -127,8 +127,8 @@ def table(results: Mapping[str, Any]) -> "Table":
     """
     from rich.table import Table
 
-    from segdistill.stages.comparison import text
-    from segdistill.stages.comparison.results import Comparison
+    from segdistill.report import text
+    from segdistill.report.results import Comparison
 
     comparison = parse(Comparison, dict(results), "results.json")
     number = len(comparison.protocol.seeds)
@@ -178,7 +178,7 @@ def _compare(
     measured: Sequence["Measured"],
 ) -> "Comparison":
     from segdistill.data.shards import read_dataset_info
-    from segdistill.stages.comparison.results import Comparison, Protocol, best_row, compare_runs, warnings
+    from segdistill.report.results import Comparison, Protocol, best_row, compare_runs, warnings
 
     info = read_dataset_info(prepared)
     names = [item.name for item in info.classes]
@@ -214,9 +214,9 @@ def _write(
     import numpy as np
 
     from segdistill.data.shards import read_dataset_info
-    from segdistill.stages._pictures import confusion_map
-    from segdistill.stages.comparison import charts as drawing
-    from segdistill.stages.comparison import overlays, page
+    from segdistill.report import charts as drawing
+    from segdistill.report import overlays, page
+    from segdistill.report.pictures import confusion_map
 
     best = np.sum([item.confusion for item in measured if (item.experiment, item.student) == comparison.best], axis=0)
     lines = [item.curve for item in (taught, *measured)]

@@ -14,7 +14,7 @@ from segdistill.errors import UserError
 from segdistill.files import read_sealed_json
 from segdistill.identity import Identity, effective
 from segdistill.models.config import ModelConfig
-from segdistill.stages.highlights import Highlights, trained
+from segdistill.report.highlights import Highlights, trained
 
 if TYPE_CHECKING:
     from segdistill.data.shards import DatasetInfo, ShardDataset

@@ -15,7 +15,7 @@ from segdistill.data.settings import Scale
 from segdistill.engine.settings import InferenceConfig
 from segdistill.engine.tracker import Tracker
 from segdistill.files import new_folder, read_sealed, read_sealed_json, seal
-from segdistill.stages.highlights import Highlights, scores_of
+from segdistill.report.highlights import Highlights, scores_of
 
 if TYPE_CHECKING:
     from segdistill.data.shards import DatasetInfo, ShardDataset
@@ -157,7 +157,7 @@ def _pictures(
     from PIL import Image
 
     from segdistill.engine.evaluate import predict
-    from segdistill.stages._pictures import confusion_map, overlay
+    from segdistill.report.pictures import confusion_map, overlay
 
     out, pictures = folder / "overlays" / name, folder / "pictures" / name
     out.mkdir(parents=True)

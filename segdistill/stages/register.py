@@ -18,7 +18,7 @@ from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError, nearest
 from segdistill.files import new_folder, read_sealed_json
 from segdistill.identity import facts_of
-from segdistill.stages.highlights import Highlights
+from segdistill.report.highlights import Highlights
 
 COMPARE = "run the stage 'compare' again"
 
@@ -144,7 +144,7 @@ def read_candidates(
     Raises:
         UserError: a job's file is absent, or the comparison is not of these jobs.
     """
-    from segdistill.stages.comparison.inputs import read_training
+    from segdistill.report.inputs import read_training
 
     results = comparison / "results.json"
     compared: dict[tuple[str, int, str], tuple[dict[str, Any], dict[str, Any]]] = {}

@@ -10,7 +10,7 @@ from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainCo
 from segdistill.engine.tracker import Tracker
 from segdistill.identity import Identity, effective
 from segdistill.models.config import ModelConfig
-from segdistill.stages.highlights import Highlights, trained
+from segdistill.report.highlights import Highlights, trained
 
 if TYPE_CHECKING:
     from segdistill.engine.distributed import Processes

@@ -14,7 +14,7 @@ from segdistill.data.settings import Workers
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.files import new_folder
-from segdistill.stages.highlights import Highlights
+from segdistill.report.highlights import Highlights
 
 if TYPE_CHECKING:
     from segdistill.stages._rules import Tables

@@ -74,11 +74,11 @@ class Dataset:
 
 @pytest.fixture(scope="session")
 def dataset(folder: Path, store: Server, git_daemon: GitDaemon) -> Dataset:
-    from segdistill.data import synthetic
+    from segdistill import streets
 
     made = folder / "git" / "streets"
     made.mkdir(parents=True)
-    synthetic.write(made / "data", seed=1, size=SIZE, samples={"train": 12, "val": 4, "test": 4}, workers=1)
+    streets.write(made / "data", seed=1, size=SIZE, samples={"train": 12, "val": 4, "test": 4}, workers=1)
     store.client().create_bucket(Bucket=BUCKET)
 
     def git(*arguments: str) -> None:

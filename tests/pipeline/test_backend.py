@@ -294,7 +294,7 @@ def test_the_run_in_mlflow_ends_as_the_server_says_or_if_it_does_not_as_the_last
     state: str, left: str, status: str, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from segdistill.adapters.mlflow_store import ensure_parent, finish_parent
-    from segdistill.tasks import run_finish
+    from segdistill.kubeflow.tasks import run_finish
 
     name = f"{state}-{left}"
     monkeypatch.setenv("SEGDISTILL_PIPELINE_RUN", name)

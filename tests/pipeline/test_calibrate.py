@@ -8,7 +8,7 @@ import yaml
 from test_without_orchestration import tiny_params
 
 from segdistill.__main__ import main
-from segdistill.stages.calibrate import Calibration
+from segdistill.commands.calibrate import Calibration
 
 
 @pytest.fixture(scope="module")

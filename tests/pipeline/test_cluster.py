@@ -199,7 +199,7 @@ def test_jobs_run_at_most_so_many_at_a_time(compiled: Compiled) -> None:
 
 
 def test_on_several_nodes_the_pod_of_a_task_only_waits_and_the_job_asks_for_the_rest(tmp_path: Path) -> None:
-    from segdistill.adapters.trainjob import TrainJob
+    from segdistill.kubeflow.trainjob import TrainJob
 
     content = read_yaml(CLUSTERS["everything"])
     content["accelerator"]["nodes"] = 3
@@ -397,9 +397,10 @@ def test_the_manifests_have_what_the_default_file_names() -> None:
 def test_a_component_names_its_checkpoint_after_pipeline_run_and_job(
     volume: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from segdistill import execution, tasks
+    from segdistill import execution
+    from segdistill.kubeflow import tasks
+    from segdistill.report.highlights import Highlights
     from segdistill.stages import distill
-    from segdistill.stages.highlights import Highlights
 
     seen: dict[str, Any] = {}
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import yaml
 
-from segdistill.data import synthetic
+from segdistill import streets
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_committed_version_is_what_the_generator_writes(tmp_path: Path) -> None:
-    synthetic.write(tmp_path / "data", workers=1)
+    streets.write(tmp_path / "data", workers=1)
     files = sorted(path for path in (tmp_path / "data").rglob("*") if path.is_file())
     entries = [
         {"md5": hashlib.md5(path.read_bytes()).hexdigest(), "relpath": path.relative_to(tmp_path / "data").as_posix()}

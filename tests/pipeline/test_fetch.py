@@ -407,7 +407,7 @@ def test_the_component_marks_its_folder_and_names_the_version(
 ) -> None:
     dsl = pytest.importorskip("kfp.dsl")
     from components.fetch import fetch as component
-    from segdistill.tasks import COMPLETED
+    from segdistill.kubeflow.tasks import COMPLETED
 
     for _ in range(2):  # a retry finds the folder of the first attempt
         data = dsl.Dataset(name="data", uri=str(tmp_path / "data"))

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from segdistill.adapters import shared_volume
-from segdistill.adapters.shared_volume import Shared, shared
 from segdistill.errors import UserError
+from segdistill.kubeflow import shared_volume
+from segdistill.kubeflow.shared_volume import Shared, shared
 
 
 def folder(path: Path, **files: str) -> Path:

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from segdistill import files, tasks
+from segdistill import files
 from segdistill.config import read_yaml
 from segdistill.errors import UserError
 from segdistill.execution import sections
+from segdistill.kubeflow import tasks
+from segdistill.kubeflow.tasks import COMPLETED, ELSEWHERE, run_component
 from segdistill.stages import BY_NAME
-from segdistill.tasks import COMPLETED, ELSEWHERE, run_component
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = {"data_md5": "0123.dir", "data_commit": "4567"}
@@ -243,7 +244,7 @@ def teacher_task(prepared: Path, tmp_path: Path, **train: Any) -> dict[str, Any]
 
 CALL = """
 import json, sys
-from segdistill.tasks import run_component
+from segdistill.kubeflow.tasks import run_component
 run_component(sys.argv[1], **json.loads(sys.argv[2]))
 """
 
@@ -383,7 +384,7 @@ def nodes_template(tmp_path: Path) -> str:
 def test_the_pods_of_a_job_are_told_which_run_kfp_made_in_mlflow(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from segdistill.adapters import trainjob_run
+    from segdistill.kubeflow import trainjob_run
 
     told: list[dict[str, str]] = []
 
@@ -408,7 +409,7 @@ def test_on_several_nodes_the_stage_runs_on_the_volume_and_its_outputs_come_back
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kubernetes is left out: the job's command runs here, as one of its processes would."""
-    from segdistill.adapters import trainjob_run
+    from segdistill.kubeflow import trainjob_run
 
     commands: list[list[str]] = []
 
@@ -423,7 +424,7 @@ def test_on_several_nodes_the_stage_runs_on_the_volume_and_its_outputs_come_back
     monkeypatch.setattr(trainjob_run, "run", run_here)
     monkeypatch.setenv("SEGDISTILL_TRAINJOB", nodes_template(tmp_path))
     prepare(data, tmp_path / "out", accelerator="nvidia.com/gpu", accelerators="4")  # this stage is quick
-    assert commands[0][:5] == ["python", "-m", "torch.distributed.run", "-m", "segdistill.tasks"]
+    assert commands[0][:5] == ["python", "-m", "torch.distributed.run", "-m", "segdistill.kubeflow.tasks"]
     assert json.loads((tmp_path / "out/prepared" / COMPLETED).read_text())["stage"] == "prepare"
     assert (tmp_path / "out/prepared/dataset.json").is_file()
     # An attempt that is lost after the job's end leaves its outputs on the volume, and the next one takes them.

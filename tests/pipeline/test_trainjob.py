@@ -18,11 +18,11 @@ import pytest
 import yaml
 from stand_in import Request, serving
 
-from segdistill.adapters import trainjob_run
-from segdistill.adapters.trainjob import LAUNCH, MOST_NODES, TrainJob, job_name, manifest
-from segdistill.adapters.trainjob_run import TrainJobFailed, run
 from segdistill.config import parse
 from segdistill.errors import Interrupted, UserError
+from segdistill.kubeflow import trainjob_run
+from segdistill.kubeflow.trainjob import LAUNCH, MOST_NODES, TrainJob, job_name, manifest
+from segdistill.kubeflow.trainjob_run import TrainJobFailed, run
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/team/trainjobs"

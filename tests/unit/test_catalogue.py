@@ -13,10 +13,12 @@ import yaml
 from rich.console import Console
 
 from segdistill.__main__ import main
+from segdistill.commands import catalogue
+from segdistill.commands import methods as manual
+from segdistill.commands.catalogue import Entry, Parameter, entries, entry
 from segdistill.config import parse, parse_yaml, to_dict
 from segdistill.errors import UserError
-from segdistill.methods import METHODS, build_offline, catalogue, load, manual, parse_method
-from segdistill.methods.catalogue import Entry, Parameter, entries, entry
+from segdistill.methods import METHODS, build_offline, load, parse_method
 from segdistill.methods.method import Evidence
 from segdistill.models.outputs import ModelInfo
 

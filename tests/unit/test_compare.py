@@ -19,8 +19,8 @@ from segdistill.engine.tracker import JsonLinesTracker, NullTracker
 from segdistill.errors import UserError
 from segdistill.files import seal
 from segdistill.metrics import paired_difference
+from segdistill.report.results import Comparison, find_reference
 from segdistill.stages import compare
-from segdistill.stages.comparison.results import Comparison, find_reference
 
 CLASSES = {"sky": [70, 130, 180], "road & rail": [128, 64, 128], "car": [0, 0, 142], "bicyclist": [119, 11, 32]}
 CNN, VIT = {"model": {"encoder": "mobilenet"}}, {"model": {"encoder": "mit_b0"}}

@@ -22,9 +22,9 @@ from segdistill.files import read_sealed_json, seal
 from segdistill.models.config import ModelConfig
 from segdistill.models.export import load_model, save_model
 from segdistill.models.segmenter import build_segmenter
+from segdistill.report.inputs import read_job
+from segdistill.report.overlays import _read_mask
 from segdistill.stages import evaluate
-from segdistill.stages.comparison.inputs import read_job
-from segdistill.stages.comparison.overlays import _read_mask
 
 FLIPS = 40
 CLASSES = ["road", "sky"]

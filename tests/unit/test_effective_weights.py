@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from segdistill.commands.catalogue import entry
 from segdistill.methods import parse_method
-from segdistill.methods.catalogue import entry
 from segdistill.methods.method import Method
 from segdistill.models.outputs import ModelInfo, Outputs
 

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from segdistill.data import parallel
-from segdistill.data.synthetic._scene import CLASSES, IGNORE_INDEX, scene
 from segdistill.errors import UserError, nearest
 from segdistill.files import new_folder
+from segdistill.streets._scene import CLASSES, IGNORE_INDEX, scene
 
 DEFAULT_SAMPLES: Mapping[str, int] = {"train": 480, "val": 80, "test": 120}
 FIRST_INDEX: Mapping[str, int] = {"train": 0, "val": 10_000_000, "test": 20_000_000}  # so no scene is in two splits

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from segdistill.stages.comparison.inputs import Curve
-from segdistill.stages.comparison.results import Comparison, Row
+from segdistill.report.inputs import Curve
+from segdistill.report.results import Comparison, Row
 
 # Light values; in the page each becomes its CSS variable, which the dark theme redefines.
 SERIES = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a3aa7", "#e34948")

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-from segdistill.data.synthetic import _objects as objects
-from segdistill.data.synthetic._buildings import barrier, building, facade
-from segdistill.data.synthetic._canvas import NEAR, RGB, Canvas, Dice, Label, shade
-from segdistill.data.synthetic._panels import CIRCLE, Front, Ground
-from segdistill.data.synthetic._plan import Street
-from segdistill.data.synthetic._textures import EARTHS, GREENS, GREYS, PALES, VIVIDS, Texture
-from segdistill.data.synthetic._things import things
+from segdistill.streets import _objects as objects
+from segdistill.streets._buildings import barrier, building, facade
+from segdistill.streets._canvas import NEAR, RGB, Canvas, Dice, Label, shade
+from segdistill.streets._panels import CIRCLE, Front, Ground
+from segdistill.streets._plan import Street
+from segdistill.streets._textures import EARTHS, GREENS, GREYS, PALES, VIVIDS, Texture
+from segdistill.streets._things import things
 
 END = 110.0  # metres ahead at which the street is lost in the backdrop
 

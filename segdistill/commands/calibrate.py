@@ -5,7 +5,10 @@ strength is its weighted median over the cross-entropy's; its factor for strengt
 Only the training split is looked at, so that calibrating is not tuning on held-out data.
 """
 
+import argparse
+import json
 import statistics
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,11 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
+from rich.console import Console
 from rich.table import Table
 
-from segdistill.config import to_dict
+from segdistill.config import Seed, parse, read_yaml, to_dict
 from segdistill.engine.tracker import NullTracker
-from segdistill.errors import UserError
+from segdistill.errors import UserError, nearest
+from segdistill.stages import BY_NAME
 from segdistill.stages.distill import Config, ExperimentConfig, build_learner, needs_teacher
 
 Steps = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -153,3 +158,32 @@ def paths(found: Sequence[Calibration]) -> list[str]:
 def as_json(found: Sequence[Calibration], strengths: Sequence[float]) -> list[dict[str, Any]]:
     """The same for programs."""
     return [to_dict(row) | {"weights": {f"{r:g}": row.weight_for(r) for r in strengths}} for row in found]
+
+
+def command(arguments: argparse.Namespace) -> None:
+    """Calibrates one experiment of params.yaml and prints what was found."""
+    from segdistill import execution
+
+    params, name = read_yaml(arguments.params), arguments.experiment
+    execution.check_params(params, networks=False, here=True)
+    if name not in params["experiments"]:
+        raise UserError(f"--experiment: '{name}' is unknown{nearest(name, params['experiments'])}")
+    seed = parse(Seed, arguments.seed, "--seed")
+    steps = parse(Steps, arguments.steps, "--steps")
+    strengths = parse(list[Strength], arguments.strengths, "--strengths")
+    inputs = {key: Path(path) for key, path in BY_NAME["distill"].inputs.items()}
+    for path in inputs.values():
+        if not path.exists():
+            raise UserError(f"{path}: calibrate needs it; run what makes it first: dvc repro")
+    found = run(
+        parse(Config, params["distill"], "distill"), experiment=name, seed=seed, steps=steps,
+        settings=parse(ExperimentConfig, params["experiments"][name], f"experiments.{name}"),
+        prepared=inputs["prepared"], teacher=inputs["teacher"], device=arguments.device,
+    )  # fmt: skip
+    if arguments.json:
+        print(json.dumps(as_json(found, strengths), indent=2))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table(found, steps, strengths))
+    for line in paths(found):
+        console.print(line, soft_wrap=True)

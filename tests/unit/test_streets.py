@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segdistill.data import synthetic
+from segdistill import streets
 from segdistill.errors import UserError
 
 SMALL = {"train": 33, "val": 2, "test": 2}
@@ -29,7 +29,7 @@ def digest(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def scenes() -> list[tuple[np.ndarray, np.ndarray]]:
-    return [synthetic.scene(0, index) for index in range(60)]
+    return [streets.scene(0, index) for index in range(60)]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def shares(scenes: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
 
 def test_a_scene_depends_on_seed_and_index_alone(scenes: list[tuple[np.ndarray, np.ndarray]]) -> None:
     for index in (7, 3):  # another order than the fixture's
-        image, mask = synthetic.scene(0, index)
+        image, mask = streets.scene(0, index)
         assert np.array_equal(image, scenes[index][0])
         assert np.array_equal(mask, scenes[index][1])
 
@@ -49,13 +49,13 @@ def test_a_scene_depends_on_seed_and_index_alone(scenes: list[tuple[np.ndarray, 
 def test_scenes_with_another_index_or_seed_differ(scenes: list[tuple[np.ndarray, np.ndarray]]) -> None:
     assert len({image.tobytes() for image, _ in scenes}) == len(scenes)
     assert len({mask.tobytes() for _, mask in scenes}) == len(scenes)
-    assert not np.array_equal(synthetic.scene(1, 0)[0], scenes[0][0])
+    assert not np.array_equal(streets.scene(1, 0)[0], scenes[0][0])
 
 
 SOME_SCENES = ((0, 0, (128, 96)), (0, 20_000_003, (128, 96)), (5, 11, (97, 65)))
 HASH_SOME_SCENES = f"""
 import hashlib
-from segdistill.data.synthetic import scene
+from segdistill.streets import scene
 total = hashlib.sha256()
 for seed, index, size in {SOME_SCENES}:
     for array in scene(seed, index, size):
@@ -79,14 +79,14 @@ def test_these_scenes_have_the_bytes_they_always_had_also_on_an_older_cpu() -> N
 
 @pytest.mark.parametrize("size", [(128, 96), (97, 65), (65, 97), (16, 16), (240, 180)])
 def test_a_scene_has_the_size_it_is_asked_for(size: tuple[int, int]) -> None:
-    image, mask = synthetic.scene(0, 1, size)
+    image, mask = streets.scene(0, 1, size)
     assert image.shape == (size[1], size[0], 3)
     assert mask.shape == (size[1], size[0])
     assert image.dtype == mask.dtype == np.uint8
 
 
 def test_the_same_scene_at_another_size_shows_the_same_street() -> None:
-    small, large = synthetic.scene(0, 2, (64, 48))[1], synthetic.scene(0, 2, (128, 96))[1]
+    small, large = streets.scene(0, 2, (64, 48))[1], streets.scene(0, 2, (128, 96))[1]
     valid = (small != 255) & (large[::2, ::2] != 255)
     assert (small == large[::2, ::2])[valid].mean() > 0.9
 
@@ -120,7 +120,7 @@ def test_every_class_occurs_in_sixty_scenes(scenes: list[tuple[np.ndarray, np.nd
 def test_shares_of_the_classes_are_like_those_of_real_streets(
     shares: np.ndarray, name: str, low: float, high: float
 ) -> None:
-    names = [class_name for class_name, _ in synthetic.CLASSES]
+    names = [class_name for class_name, _ in streets.CLASSES]
     assert low < shares[255 if name == "void" else names.index(name)] < high
 
 
@@ -137,15 +137,15 @@ def test_colour_does_not_give_the_class_away(scenes: list[tuple[np.ndarray, np.n
 
 
 def test_written_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
-    synthetic.write(tmp_path / "one", seed=4, size=(48, 32), samples=SMALL, workers=1)
-    synthetic.write(tmp_path / "two", seed=4, size=(48, 32), samples=dict(reversed(SMALL.items())), workers=2)
+    streets.write(tmp_path / "one", seed=4, size=(48, 32), samples=SMALL, workers=1)
+    streets.write(tmp_path / "two", seed=4, size=(48, 32), samples=dict(reversed(SMALL.items())), workers=2)
     assert digest(tmp_path / "one") == digest(tmp_path / "two")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]  # no temporary folder left
 
 
 def test_a_scene_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None:
-    synthetic.write(tmp_path / "few", size=(48, 32), samples=TINY, workers=1)
-    synthetic.write(tmp_path / "more", size=(48, 32), samples={"train": 5, "val": 3, "test": 2}, workers=1)
+    streets.write(tmp_path / "few", size=(48, 32), samples=TINY, workers=1)
+    streets.write(tmp_path / "more", size=(48, 32), samples={"train": 5, "val": 3, "test": 2}, workers=1)
     for path in (tmp_path / "few").rglob("*_*.*"):
         assert path.read_bytes() == (tmp_path / "more" / path.relative_to(tmp_path / "few")).read_bytes()
 
@@ -153,7 +153,7 @@ def test_a_scene_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None:
 def test_the_folder_holds_pictures_masks_and_classes(tmp_path: Path) -> None:
     out = tmp_path / "data"
     out.mkdir()  # an empty folder may stand there
-    synthetic.write(out, size=(97, 65), samples=TINY, workers=1)
+    streets.write(out, size=(97, 65), samples=TINY, workers=1)
     files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     assert files == [
         "README.txt",
@@ -167,7 +167,7 @@ def test_the_folder_holds_pictures_masks_and_classes(tmp_path: Path) -> None:
         "masks/train/train_00001.png",
         "masks/val/val_00000.png",
     ]
-    image, mask = synthetic.scene(0, synthetic.FIRST_INDEX["val"], (97, 65))
+    image, mask = streets.scene(0, streets.FIRST_INDEX["val"], (97, 65))
     with Image.open(out / "masks/val/val_00000.png") as stored:
         assert stored.mode == "L"
         assert np.array_equal(np.asarray(stored), mask)
@@ -177,7 +177,7 @@ def test_the_folder_holds_pictures_masks_and_classes(tmp_path: Path) -> None:
 
 
 def test_classes_json_names_camvids_classes_in_its_order(tmp_path: Path) -> None:
-    synthetic.write(tmp_path / "data", size=(32, 24), samples=TINY, workers=1)
+    streets.write(tmp_path / "data", size=(32, 24), samples=TINY, workers=1)
     stored = json.loads((tmp_path / "data" / "classes.json").read_text())
     assert stored["ignore_index"] == 255
     names = [entry["name"] for entry in stored["classes"]]
@@ -188,7 +188,7 @@ def test_classes_json_names_camvids_classes_in_its_order(tmp_path: Path) -> None
 def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep me")
     with pytest.raises(UserError, match=r"exists and is not an empty folder") as error:
-        synthetic.write(tmp_path, samples=TINY)
+        streets.write(tmp_path, samples=TINY)
     assert str(tmp_path) in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -207,7 +207,7 @@ def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path) -> Non
 )
 def test_a_bad_argument_is_named(tmp_path: Path, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
-        synthetic.write(tmp_path / "data", **arguments)  # type: ignore[arg-type]
+        streets.write(tmp_path / "data", **arguments)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
@@ -222,7 +222,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(Path, "write_bytes", full_after_three)
     with pytest.raises(UserError, match="no space left") as error:
-        synthetic.write(tmp_path / "data", size=(32, 24), samples=TINY, workers=1)
+        streets.write(tmp_path / "data", size=(32, 24), samples=TINY, workers=1)
     assert str(tmp_path / "data") in str(error.value)
     assert not list(tmp_path.iterdir())
 
@@ -230,4 +230,4 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
 def test_a_place_where_no_folder_can_be_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match="is not a folder"):
-        synthetic.write(tmp_path / "file" / "data", samples=TINY, workers=1)
+        streets.write(tmp_path / "file" / "data", samples=TINY, workers=1)

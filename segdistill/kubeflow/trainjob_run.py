@@ -9,11 +9,11 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from segdistill.adapters.trainjob import NODE, TrainJob, manifest
 from segdistill.errors import Interrupted, UserError, stop_on_sigterm
+from segdistill.kubeflow.trainjob import NODE, TrainJob, manifest
 
 if TYPE_CHECKING:
-    from kubernetes.client import Configuration
+    from kubernetes.client import Configuration  # noqa: TID251  - a type alone
 
     from segdistill.adapters.kubernetes_api import TrainJobs
 

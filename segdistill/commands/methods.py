@@ -1,5 +1,6 @@
 """The manual of the methods: what ``segdistill methods`` prints, and docs/methods.md."""
 
+import argparse
 import re
 import sys
 import textwrap
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from segdistill.methods.catalogue import Entry, entries, entry
+from segdistill.commands.catalogue import Entry, entries, entry
 
 EVIDENCE = {
     "official code": "the formula and its numbers were read in the authors' own code",
@@ -192,3 +193,13 @@ def _table() -> Table:
 
 def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+
+
+def command(arguments: argparse.Namespace) -> None:
+    """Prints the table, one method's page, or docs/methods.md."""
+    if arguments.markdown:
+        print(markdown(), end="")
+    elif arguments.name:
+        show_method(arguments.name)
+    else:
+        show_table()

@@ -1,8 +1,8 @@
 """What stands in the street: trees, poles, signs, and things that are no class at all."""
 
-from segdistill.data.synthetic._canvas import RGB, Canvas, Dice, Label, shade
-from segdistill.data.synthetic._panels import CIRCLE, Front, Panel
-from segdistill.data.synthetic._textures import DARKS, EARTHS, GREENS, GREYS, PAINTS, PALES, VIVIDS, Texture
+from segdistill.streets._canvas import RGB, Canvas, Dice, Label, shade
+from segdistill.streets._panels import CIRCLE, Front, Panel
+from segdistill.streets._textures import DARKS, EARTHS, GREENS, GREYS, PAINTS, PALES, VIVIDS, Texture
 
 
 def tree(canvas: Canvas, dice: Dice, x: float, z: float, *, bare: bool) -> None:

@@ -33,8 +33,8 @@ from segdistill.execution import (
     stage_module,
 )
 from segdistill.files import COMPLETED, lock, parse_json, read_json
+from segdistill.report.highlights import Highlights
 from segdistill.stages import BY_NAME, Job, Stage, matrix
-from segdistill.stages.highlights import Highlights
 
 logger = logging.getLogger(__name__)
 
@@ -341,9 +341,9 @@ def _run_on_nodes(task: Task, template: Mapping[str, Any], count: int) -> None:
         template: the fields of the job that the pipeline fixed when it was compiled.
         count: of processes on each node.
     """
-    from segdistill.adapters.shared_volume import shared
-    from segdistill.adapters.trainjob import LAUNCH, TrainJob, job_name
-    from segdistill.adapters.trainjob_run import run
+    from segdistill.kubeflow.shared_volume import shared
+    from segdistill.kubeflow.trainjob import LAUNCH, TrainJob, job_name
+    from segdistill.kubeflow.trainjob_run import run
 
     run_id, volume, stage = context().pipeline_run, Path(template["volume"]["path"]), task.stage
     name = job_name(run_id, task.name, str(task.job) if task.job else None, task.params)

@@ -13,7 +13,7 @@ from PIL import Image
 from segdistill.data.shards import ShardDataset, read_dataset_info
 from segdistill.errors import UserError
 from segdistill.files import read_sealed
-from segdistill.stages.comparison.inputs import EVALUATE, Measured
+from segdistill.report.inputs import EVALUATE, Measured
 
 IGNORED = 255
 MAX_WIDTH = 512  # pixels; a street scene of 2048 columns says as much at a quarter of them

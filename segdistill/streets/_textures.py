@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 
-from segdistill.data.synthetic._canvas import RGB, Dice
+from segdistill.streets._canvas import RGB, Dice
 
 TEXELS = 64  # side of a texture, which repeats
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from segdistill.stages.comparison import charts, text
-from segdistill.stages.comparison.overlays import Scene
-from segdistill.stages.comparison.results import Comparison, Row
+from segdistill.report import charts, text
+from segdistill.report.overlays import Scene
+from segdistill.report.results import Comparison, Row
 
 NUMBERS_UP_TO = 30  # classes; a larger confusion matrix shows colours only
 

@@ -1,6 +1,6 @@
 """Numbers and sentences of the comparison as people read them: on the terminal, in Markdown, on the page."""
 
-from segdistill.stages.comparison.results import Comparison, Protocol, Row, Spread
+from segdistill.report.results import Comparison, Protocol, Row, Spread
 
 NOTHING = "–"
 DISPUTED = "†"

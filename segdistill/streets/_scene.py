@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from segdistill.data.synthetic._canvas import SUPERSAMPLE, Canvas, Dice, Label
-from segdistill.data.synthetic._light import labels, photograph, weather
-from segdistill.data.synthetic._plan import camera, street
-from segdistill.data.synthetic._street import paint
+from segdistill.streets._canvas import SUPERSAMPLE, Canvas, Dice, Label
+from segdistill.streets._light import labels, photograph, weather
+from segdistill.streets._plan import camera, street
+from segdistill.streets._street import paint
 
 CLASSES: tuple[tuple[str, tuple[int, int, int]], ...] = (
     ("sky", (128, 128, 128)),

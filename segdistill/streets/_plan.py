@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from segdistill.data.synthetic._canvas import Camera, Dice
+from segdistill.streets._canvas import Camera, Dice
 
 
 @dataclass(frozen=True)

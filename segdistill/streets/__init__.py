@@ -5,7 +5,7 @@ share colours and textures on purpose, so that shape and place decide what a thi
 and pavement may be one grey, awnings look like shop signs.
 """
 
-from segdistill.data.synthetic._scene import CLASSES, IGNORE_INDEX, scene
-from segdistill.data.synthetic._write import DEFAULT_SAMPLES, FIRST_INDEX, write
+from segdistill.streets._scene import CLASSES, IGNORE_INDEX, scene
+from segdistill.streets._write import DEFAULT_SAMPLES, FIRST_INDEX, write
 
 __all__ = ["CLASSES", "DEFAULT_SAMPLES", "FIRST_INDEX", "IGNORE_INDEX", "scene", "write"]

@@ -1,8 +1,8 @@
 """Cars, vans and buses, along the street and across it."""
 
-from segdistill.data.synthetic._canvas import RGB, Canvas, Dice, Label, shade
-from segdistill.data.synthetic._panels import Front, Panel, Wall
-from segdistill.data.synthetic._textures import DARKS, PAINTS, PALES, VIVIDS
+from segdistill.streets._canvas import RGB, Canvas, Dice, Label, shade
+from segdistill.streets._panels import Front, Panel, Wall
+from segdistill.streets._textures import DARKS, PAINTS, PALES, VIVIDS
 
 # Side views in shares of (length, height): the outline of the cabin, and its windows.
 CABINS: tuple[tuple[tuple[float, float], ...], ...] = (

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from segdistill.data.synthetic._canvas import FAR, RGB, SUPERSAMPLE, Camera, Canvas, Dice, Facing, Label
-from segdistill.data.synthetic._textures import SCALE, STRENGTH, TEXELS, atlas, value_noise
+from segdistill.streets._canvas import FAR, RGB, SUPERSAMPLE, Camera, Canvas, Dice, Facing, Label
+from segdistill.streets._textures import SCALE, STRENGTH, TEXELS, atlas, value_noise
 
 Array = np.ndarray
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from segdistill.stages.comparison import charts as drawing
-from segdistill.stages.comparison import details, text
-from segdistill.stages.comparison.overlays import Scene
-from segdistill.stages.comparison.results import Comparison, Row
-from segdistill.stages.comparison.style import CSS
+from segdistill.report import charts as drawing
+from segdistill.report import details, text
+from segdistill.report.overlays import Scene
+from segdistill.report.results import Comparison, Row
+from segdistill.report.style import CSS
 
 VIEWS = {"flip": "with flip", "multi_scale": "multi-scale"}
 

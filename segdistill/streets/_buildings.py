@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from segdistill.data.synthetic._canvas import RGB, Canvas, Dice, Label, Surface, shade
-from segdistill.data.synthetic._panels import Front, Panel, Wall
-from segdistill.data.synthetic._people import person
-from segdistill.data.synthetic._textures import (
+from segdistill.streets._canvas import RGB, Canvas, Dice, Label, Surface, shade
+from segdistill.streets._panels import Front, Panel, Wall
+from segdistill.streets._people import person
+from segdistill.streets._textures import (
     DARKS,
     EARTHS,
     FACADES,

@@ -1,5 +1,6 @@
 """What a person reads at the end of a run: the table, where the report lies, the champion, and where the time went."""
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ from segdistill.files import SEAL, read_json, read_sealed_json
 from segdistill.stages import BY_NAME, STAGES
 
 ACTIVITIES = ("start-up", "data", "training", "evaluation")
+
+
+def command(_arguments: argparse.Namespace) -> None:
+    """Prints the summary of the last run here."""
+    show()
 
 
 def show(root: Path = Path(), console: Console | None = None) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from segdistill.metrics import iou, paired_difference_of_counts
 from segdistill.metrics.confusion import mean_over_present
-from segdistill.stages.comparison.inputs import Measured
+from segdistill.report.inputs import Measured
 
 
 @dataclass(frozen=True)

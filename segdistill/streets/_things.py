@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from functools import partial
 
-from segdistill.data.synthetic import _objects as objects
-from segdistill.data.synthetic._buildings import barrier
-from segdistill.data.synthetic._canvas import Canvas, Dice
-from segdistill.data.synthetic._cars import car, crossing_car
-from segdistill.data.synthetic._panels import Front
-from segdistill.data.synthetic._people import bicyclist, person
-from segdistill.data.synthetic._plan import Street
+from segdistill.streets import _objects as objects
+from segdistill.streets._buildings import barrier
+from segdistill.streets._canvas import Canvas, Dice
+from segdistill.streets._cars import car, crossing_car
+from segdistill.streets._panels import Front
+from segdistill.streets._people import bicyclist, person
+from segdistill.streets._plan import Street
 
 Thing = tuple[float, Callable[[], None]]  # metres ahead, and what paints it
 

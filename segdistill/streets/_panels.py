@@ -2,7 +2,7 @@
 
 import math
 
-from segdistill.data.synthetic._canvas import NEAR, RGB, Canvas, Facing, Points, Surface
+from segdistill.streets._canvas import NEAR, RGB, Canvas, Facing, Points, Surface
 
 STATIONS = (3.0, 6.0, 12.0, 20.0, 30.0, 42.0, 60.0, 90.0, 140.0)  # metres ahead at which long bands may turn
 

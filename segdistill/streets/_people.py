@@ -2,9 +2,9 @@
 
 import math
 
-from segdistill.data.synthetic._canvas import RGB, Dice, Label, shade
-from segdistill.data.synthetic._panels import Panel
-from segdistill.data.synthetic._textures import COATS, DARKS, GREYS, SKINS, VIVIDS, Texture
+from segdistill.streets._canvas import RGB, Dice, Label, shade
+from segdistill.streets._panels import Panel
+from segdistill.streets._textures import COATS, DARKS, GREYS, SKINS, VIVIDS, Texture
 
 
 def person(panel: Panel, dice: Dice, u: float, v: float, height: float, *, umbrella: bool = False) -> None:

@@ -1,0 +1,1 @@
+"""What the command line has beside the stages; each module is loaded when its command runs."""

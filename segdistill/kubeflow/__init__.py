@@ -1,0 +1,1 @@
+"""A stage as a task of Kubeflow Pipelines: its marks, volumes, processes, and jobs over several nodes."""
