@@ -88,14 +88,14 @@ def _begin(jobs: "TrainJobs", job: TrainJob, shown: str, poll: float) -> str:
 
 def _wait_until_gone(jobs: "TrainJobs", job: TrainJob, shown: str, uid: str, poll: float) -> None:
     # Its pods go before it does. Were they still there, they and the next ones would write to the same checkpoint.
-    deadline = time.monotonic() + jobs.patience
+    deadline = time.monotonic() + jobs.patience.seconds
     while (there := jobs.read(job.name)) is not None and there["metadata"]["uid"] == uid:
         if time.monotonic() > deadline:
             raise UserError(
-                f"{shown}: deleted, but still there after {jobs.patience:g} seconds; one of its pods may be on a node "
+                f"{shown}: deleted, but still there after {jobs.patience.seconds:g} seconds; one of its pods may be on a node "
                 "that is lost"
             )
-        jobs.pause(poll)
+        jobs.patience.pause(poll)
 
 
 def _wait(jobs: "TrainJobs", job: TrainJob, shown: str, uid: str, poll: float) -> None:
@@ -118,7 +118,7 @@ def _wait(jobs: "TrainJobs", job: TrainJob, shown: str, uid: str, poll: float) -
                 f"{shown}: not at its end {GRACE_SECONDS:g} seconds after its timeout of {job.timeout_seconds}; is the "
                 f"controller of Kubeflow Trainer running?{observer.last_words()}"
             )
-        jobs.pause(poll)
+        jobs.patience.pause(poll)
 
 
 def _clean_up(jobs: "TrainJobs", job: TrainJob, shown: str, uid: str) -> None:
