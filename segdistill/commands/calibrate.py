@@ -77,6 +77,7 @@ def run(
     Raises:
         UserError: the experiment has no method, or no teacher was trained yet.
     """
+    from segdistill.data.memory import Memory
     from segdistill.data.shards import ShardDataset, read_dataset_info
     from segdistill.engine.distributed import processes as join
     from segdistill.engine.trainer import Trainer
@@ -98,7 +99,7 @@ def run(
                 processes.device
             )
         learner = build_learner(experiment, settings, seed=seed, num_classes=info.num_classes, teacher=frozen)
-        train_set = ShardDataset(prepared, "train")
+        train_set = ShardDataset(prepared, "train", Memory(train.cache_gib))
         Trainer(
             learner, train_set, None, train, {name: student.optimizer for name, student in settings.students.items()},
             inference=config.inference, seed=seed, work=Path(work), fingerprint="calibration", trackers=recorders,

@@ -85,7 +85,7 @@ def train_config(**changes: Any) -> TrainConfig:
     base = {
         "iterations": 8, "seconds": None, "batch_size": 8, "accumulate": 1, "augmentation": augmentation,
         "precision": "fp32", "channels_last": False, "compile": False, "max_grad_norm": None, "workers": 0,
-        "log_every": 4, "validate_every": 3, "checkpoint_every": 2, "gradient_share_every": 0,
+        "cache_gib": 0, "log_every": 4, "validate_every": 3, "checkpoint_every": 2, "gradient_share_every": 0,
         "select": "last",
     }  # fmt: skip
     return parse(TrainConfig, base | changes, "train")
