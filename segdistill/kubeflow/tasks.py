@@ -361,7 +361,7 @@ def _run_on_nodes(task: Task, template: Mapping[str, Any], count: int) -> None:
             "command": [*LAUNCH, __name__],
             "args": [str(file)],
             "processes": count,
-            "resources": {**template["resources"], **on},  # without any: the CPU
+            **on,  # without any: the CPU
             "env": {**template.get("env", {}), **environment.injected(), "SEGDISTILL_PIPELINE_RUN": run_id},
         }
         run(parse(TrainJob, {**template, **own}, "SEGDISTILL_TRAINJOB"))

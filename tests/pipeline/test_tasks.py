@@ -416,7 +416,7 @@ def test_on_several_nodes_the_stage_runs_on_the_volume_and_its_outputs_come_back
     def run_here(job: Any) -> None:
         commands.append([*job.command, *job.args])
         assert job.env["SEGDISTILL_PIPELINE_RUN"] == "run-7" and job.nodes == 2
-        assert (job.processes, job.resources.accelerator, job.resources.accelerators) == (4, "nvidia.com/gpu", 4)
+        assert (job.processes, job.accelerator, job.accelerators) == (4, "nvidia.com/gpu", 4)
         with monkeypatch.context() as inside:
             inside.delenv("SEGDISTILL_TRAINJOB")
             tasks.main(job.args[0])
