@@ -108,8 +108,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_yaml(text: str, path: str) -> dict[str, Any]:
     """The mapping in a YAML text, which came from ``path``; see :func:`read_yaml`."""
     if unprintable := yaml.reader.Reader.NON_PRINTABLE.search(text):
-        line = text.count("\n", 0, unprintable.start()) + 1
-        raise UserError(f"{path}, line {line}: not valid YAML: the character {unprintable[0]!r} may not stand there")
+        number = text.count("\n", 0, unprintable.start()) + 1
+        raise UserError(f"{path}, line {number}: not valid YAML: the character {unprintable[0]!r} may not stand there")
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
