@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from segdistill.data.settings import AugmentationConfig
 from segdistill.losses import IGNORE_INDEX
 
-BRIGHTEST = 255.0
+WHITE = 255.0
 GREY = (0.299, 0.587, 0.114)  # the shares of red, green and blue in the brightness of a colour (ITU-R BT.601)
 
 Area = tuple[slice, slice]
@@ -65,7 +65,7 @@ class Augmentation:
             device: where the work is done.
 
         Shape:
-            Windows [4, H, W] uint8. Returns [b, 3, h, w] float32 RGB in 0..255 and [b, h, w] uint8.
+            Windows [4, H, W] uint8. Returns [b, 3, h, w] float32 RGB in 0..1 and [b, h, w] uint8.
         """
         size = self.config.crop_size
         images = torch.zeros((len(samples), 3, *size), device=device)
@@ -77,6 +77,8 @@ class Augmentation:
         if self.config.color_jitter:
             colors = torch.tensor([crop.color for _, crop in samples], pin_memory=device.type == "cuda")
             images = jitter(images, colors.to(device, non_blocking=True))
+        else:
+            images.div_(WHITE)
         return images, labels
 
 
@@ -104,14 +106,15 @@ def jitter(images: Tensor, factors: Tensor) -> Tensor:
     anything is cut off at black and white these are linear, and in whatever order they come the result is the same.
 
     Shape:
-        images: [b, 3, h, w] in 0..255; factors: [b, 3] of brightness, contrast and saturation.
+        images: [b, 3, h, w] in 0..255, returned in 0..1; factors: [b, 3] of brightness, contrast and saturation.
     """
     brightness, contrast, saturation = (factor.view(-1, 1, 1, 1) for factor in factors.unbind(1))
+    brightness = brightness / WHITE
     red, green, blue = images.split(1, dim=1)
     grey = (red * GREY[0]).add_(green * GREY[1]).add_(blue * GREY[2])  # [b, 1, h, w]
     constant = brightness * (1 - contrast) * grey.mean((2, 3), keepdim=True)
     grey.mul_(brightness * contrast * (1 - saturation)).add_(constant)
-    return images.mul_(brightness * contrast * saturation).add_(grey).clamp_(0, BRIGHTEST)
+    return images.mul_(brightness * contrast * saturation).add_(grey).clamp_(0, 1)
 
 
 def _along_a_side(length: int, crop: int, factor: float, generator: torch.Generator) -> tuple[slice, slice]:

@@ -119,7 +119,7 @@ def test_image_and_mask_move_together_and_padding_is_void() -> None:
         crop = augmentation.draw(label.shape, seed)
         (scaled,), (mask,) = augmentation([(cut(image, label, crop.window, pinned=False), crop)], torch.device("cpu"))
         valid = mask != 255
-        agreement = ((scaled[0] > 127) == mask.bool())[valid].float().mean()
+        agreement = ((scaled[0] > 0.5) == mask.bool())[valid].float().mean()
         assert agreement > 0.93, seed  # bilinear against nearest: they differ at block borders only
         assert (~valid).any() and (scaled[:, ~valid] == 0).all()
 
