@@ -83,6 +83,8 @@ class Cohort:
         self.members = {
             training.name: Trainer(training, config, seed=seed, processes=processes) for training in trainings
         }
+        if config.compile:  # Dynamo counts by function, and all learners share theirs
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(trainings))
         self.teacher = None
         taught = [name for name, member in self.members.items() if member.learner.needs_teacher]
         if taught:
