@@ -124,11 +124,6 @@ def caption(protocol: Protocol) -> str:
     )
 
 
-def headline(comparison: Comparison) -> str:
-    """The finding in one honest paragraph."""
-    return " ".join(findings(comparison))
-
-
 def findings(comparison: Comparison) -> list[str]:
     """The finding, a sentence for each kind of result."""
     rows = [row for row in comparison.rows if row.gain]
@@ -141,17 +136,16 @@ def findings(comparison: Comparison) -> list[str]:
     worse = [row for row in rows if row.gain and row.gain.is_evidence and row.gain.mean < 0]
     disputed = [row for row in rows if row.gain and row.gain.is_disputed]
     undecided = [row for row in rows if row.gain and not row.gain.excludes_zero]
-    sentences = []
-    if better:
-        sentences.append(f"Better than the same student undistilled: {_listed(better)}.")
-    else:
-        sentences.append("No distilled student is shown to be better than the same student undistilled.")
-    if worse:
-        sentences.append(f"Worse: {_listed(worse)}.")
-    if disputed:
-        sentences.append(f"Open, since the seeds disagree about the sign: {_listed(disputed)}.")
-    if undecided:
-        sentences.append(f"Undecided: {_listed(undecided)}. Differences whose interval includes zero are not evidence.")
+    sentences = [] if better else ["No distilled student is shown to be better than the same student undistilled."]
+    for finding, members in (
+        ("Better than the same student undistilled: {}.", better),
+        ("Worse: {}.", worse),
+        ("Open, since the seeds disagree about the sign: {}.", disputed),
+        ("Undecided: {}. Differences whose interval includes zero are not evidence.", undecided),
+    ):
+        if members:
+            differences = (f"{name(row)} {points(row.gain.mean)} points {interval(row)}" for row in members if row.gain)
+            sentences.append(finding.format("; ".join(differences)))
     return sentences
 
 
@@ -214,8 +208,3 @@ def limits(protocol: Protocol) -> list[str]:
             "Two seeds show whether a difference repeats at all, not how much it varies; use three or more."
         )
     return sentences
-
-
-def _listed(rows: list[Row]) -> str:
-    parts = [f"{name(row)} {points(row.gain.mean)} points {interval(row)}" for row in rows if row.gain]
-    return "; ".join(parts)
