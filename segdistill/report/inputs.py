@@ -161,19 +161,19 @@ def read_settings(models: Sequence[tuple[str, Path]], data: str, teacher: Path) 
     Raises:
         UserError: settings are missing, or one experiment's jobs were trained with different ones.
     """
-    settings: dict[str, tuple[Path, Any]] = {}
+    recorded: dict[str, tuple[Path, Any]] = {}  # by experiment: the first file, and what it says
     teacher_weights = read_sealed_json(teacher, "teacher.json", mend=TRAIN).get("sha256")
     for experiment, model in models:
         path, training = read_training(model)
-        given = {key: _part(training, key, path, TRAIN) for key in ("settings", "config")}
+        settings = {key: _part(training, key, path, TRAIN) for key in ("settings", "config")}
         if training.get("data_content") != data:
             raise UserError(f"{path}: trained on other data than is prepared; {TRAIN}")
         if training.get("teacher_sha256", teacher_weights) != teacher_weights:
             raise UserError(f"{path}: learnt from another teacher than the one in {teacher}; {TRAIN}")
-        first, known = settings.setdefault(experiment, (path, given))
-        if known != given:
+        first, expected = recorded.setdefault(experiment, (path, settings))
+        if settings != expected:
             raise UserError(f"{path}: '{experiment}' was trained with other settings than {first} says; {TRAIN}")
-    return {experiment: known["settings"] for experiment, (_, known) in settings.items()}
+    return {experiment: settings["settings"] for experiment, (_, settings) in recorded.items()}
 
 
 def _part(document: Any, key: str, path: Path, mend: str) -> dict[str, Any]:

@@ -66,14 +66,9 @@ def giga(value: float | None) -> str:
     return NOTHING if value is None else f"{value / 1e9:.3g}"
 
 
-def rate(value: float | None) -> str:
-    """Whole numbers from ten on."""
-    return NOTHING if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
-
-
-def milliseconds(value: float | None) -> str:
-    """One decimal below a hundred."""
-    return NOTHING if value is None else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+def rounded(value: float | None, whole_from: float = 10) -> str:
+    """One decimal, none from ``whole_from`` on."""
+    return NOTHING if value is None else f"{value:.{0 if value >= whole_from else 1}f}"
 
 
 def seconds(value: float | None) -> str:
@@ -83,11 +78,6 @@ def seconds(value: float | None) -> str:
     if value < 120:
         return f"{value:.0f} s"
     return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
-
-
-def times(ratio: float) -> str:
-    """``8.4×``, ``13×``."""
-    return f"{ratio:.1f}×" if ratio < 10 else f"{ratio:.0f}×"
 
 
 def share(value: float) -> str:

@@ -158,7 +158,7 @@ def table(comparison: "Comparison") -> "Table":
             _escape(text.score(row)),
             f"[{style}]{_escape(difference)}[/]" if style else _escape(difference),
             text.millions(row.params),
-            text.rate(row.images_per_second),
+            text.rounded(row.images_per_second),
             end_section=row is comparison.teacher,
         )
     return table
