@@ -6,10 +6,9 @@ from typing import Literal
 from torch import Tensor
 
 from segdistill.config import config
-from segdistill.errors import UserError
 from segdistill.losses import finest, pixel_kl, resize_labels, resize_logits, size_of, valid_mask
 from segdistill.methods.method import MethodConfig, NonNegative, OnlineMethod, Temperature
-from segdistill.models.outputs import ModelInfo, Outputs
+from segdistill.models.outputs import Outputs
 
 
 @config
@@ -29,7 +28,7 @@ class DMLConfig(MethodConfig):
     """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
-class MutualLearning(OnlineMethod):
+class MutualLearning(OnlineMethod[DMLConfig]):
     """Deep mutual learning (DML) of K >= 2 students.
 
     Formula:
@@ -45,21 +44,10 @@ class MutualLearning(OnlineMethod):
         pixels is our reduction of its per-image loss, so weight 1 and T = 1 carry over.
     """
 
-    Config = DMLConfig
     paper = "Zhang et al., CVPR 2018"
     needs = "logits of two or more students"
     evidence = "public code"
-    config: DMLConfig
-
-    def __init__(self, config: DMLConfig, peers: Mapping[str, ModelInfo]) -> None:
-        super().__init__(config, peers)
-        if len(peers) < 2:
-            raise UserError(f"dml needs at least two students that teach each other, not {list(peers)}")
-        self.peers = tuple(peers)
-
-    @property
-    def weights(self) -> dict[str, float]:
-        return {"kl": self.config.weight} if self.config.weight else {}
+    term = "kl"
 
     def forward(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, Tensor]:
         if not self.weights:
