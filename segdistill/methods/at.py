@@ -65,6 +65,11 @@ def attention_distance(
 class AttentionTransfer(OfflineMethod[ATConfig]):
     """Attention transfer (AT), with the activation-based attention map of exponent 2.
 
+    Example:
+        at_deep:
+          students: {cnn: *cnn}
+          methods: [{name: kd}, {name: at, taps: [stage4, last_feature]}]
+
     Formula:
         A = mean over channels of f^2, a = A / |A| over the h x w positions;
         L = sum over taps of mean over images of sum over positions of (a_student - a_teacher)^2.

@@ -66,6 +66,11 @@ def channel_kl(student: Tensor, teacher: Tensor, valid: Tensor | None = None, *,
 class ChannelWise(OfflineMethod[CWDConfig]):
     """Channel-wise knowledge distillation (CWD).
 
+    Example:
+        cwd_feature:
+          students: {cnn: *cnn}
+          methods: [{name: kd}, {name: cwd, logits_weight: 0.0, feature_weight: 50.0, temperature: 1.0}]
+
     Formula:
         L = T^2 / (B C) * sum over images and channels of KL(phi_teacher || phi_student), phi = softmax(x / T) over the
         h x w positions of a channel x. Sum over space, mean over images and channels.

@@ -80,6 +80,11 @@ def intra_distance(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Te
 class Correlation(OfflineMethod[DISTConfig]):
     """DIST: knowledge distillation from a stronger teacher, by correlation instead of divergence.
 
+    Example:
+        dist_soft:
+          students: {cnn: *cnn}
+          methods: [{name: dist, inter_weight: 1.0, intra_weight: 2.0, temperature: 2.0}]
+
     Formula:
         p = softmax(z / T) over classes, rho the Pearson correlation (centre, then cosine, 1e-8 added to the norms):
 

@@ -68,6 +68,11 @@ def non_target_kl(
 class Decoupled(OfflineMethod[DKDConfig]):
     """Decoupled knowledge distillation (DKD), pixel-wise.
 
+    Example:
+        dkd_strong:
+          students: {cnn: *cnn}
+          methods: [{name: dkd, target_weight: 1.0, non_target_weight: 8.0, temperature: 4.0, ramp: 0.083}]
+
     Formula:
         At a valid pixel with label y let b = p_teacher[y] and a = p_student[y], p = softmax(z / T), and let q be p
         without y, renormalised over the K - 1 other classes.

@@ -31,6 +31,11 @@ class DMLConfig(MethodConfig):
 class MutualLearning(OnlineMethod[DMLConfig]):
     """Deep mutual learning (DML) of K >= 2 students.
 
+    Example:
+        dml_soft:
+          students: {cnn: *cnn, vit: *vit}
+          methods: [{name: dml, temperature: 3.0}]
+
     Formula:
         L_k = T^2 / (K - 1) * sum over peers l != k of mean over valid pixels of KL(p_l || p_k), p = softmax(z / T).
         p_l is detached, so L_k trains student k alone. All logits are first resized to the finest student's size.

@@ -132,6 +132,11 @@ def _over_processes(value: Tensor) -> Tensor:
 class FeatureRegression(OfflineMethod[FitNetConfig]):
     """Feature regression (FitNet): the mean squared distance of two features.
 
+    Example:
+        fitnet_kd:
+          students: {cnn: *cnn}
+          methods: [{name: kd}, {name: fitnet, tap: stage4, standardize: true}]
+
     Formula:
         L = mean over images, channels and positions of (R(f_student) - f_teacher)^2,
         R a 1x1 convolution without bias from the student's width to the teacher's, the identity where they are equal;

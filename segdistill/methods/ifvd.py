@@ -72,6 +72,11 @@ def variation_distance(student: Tensor, teacher: Tensor, valid: Tensor, *, keep_
 class IntraClassVariation(OfflineMethod[IFVDConfig]):
     """Intra-class feature variation distillation (IFVD).
 
+    Example:
+        ifvd_kd: # the released code's three terms
+          students: {cnn: *cnn}
+          methods: [{name: kd}, {name: ifvd}, {name: skd, pairwise_weight: 0.0, holistic_weight: 0.001}]
+
     Formula:
         In each image, centre_c = mean of the features f over the pixels labelled c, labels brought to the feature's
         size by nearest neighbour. With s_v = cos(f_v, centre of v's class) for student and teacher:

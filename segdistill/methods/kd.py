@@ -30,6 +30,11 @@ class KDConfig(MethodConfig):
 class PixelWise(OfflineMethod[KDConfig]):
     """Pixel-wise knowledge distillation (KD).
 
+    Example:
+        kd_soft:
+          students: {cnn: *cnn}
+          methods: [{name: kd, temperature: 4.0}]
+
     Formula:
         L = T^2 / M * sum over the M valid pixels of KL(p_teacher || p_student), p = softmax(z / T) over classes.
         Every valid pixel counts the same, whatever its image; without a valid pixel L is 0.

@@ -100,6 +100,11 @@ def linear_weights(logits: Tensor, labels: Tensor, valid: Tensor, *, steps: int)
 class CollaborativeEnsemble(OnlineMethod[KDCLConfig]):
     """Knowledge distillation via collaborative learning (KDCL) of S >= 2 students.
 
+    Example:
+        kdcl_image:
+          students: {cnn: *cnn, vit: *vit}
+          methods: [{name: kdcl, ensemble: naive, naive_per: image}]
+
     Formula:
         L_s = T^2 * mean over valid pixels of KL(p_ensemble || p_s), p = softmax(z / T). The ensemble's logits are
         detached and come from the students' logits z_s, all resized to the finest student's size, and the labels y:

@@ -47,8 +47,8 @@ ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 class Method(nn.Module, Generic[ConfigT]):
     """What frozen-teacher and co-trained methods share.
 
-    The class attributes and the sections of the docstring (Formula, Weights, Masks, Inferred, Reference) are what
-    ``segdistill methods`` prints.
+    The class attributes and the sections of the docstring (Example, Formula, Weights, Masks, Inferred, Reference) are
+    what ``segdistill methods`` prints; the example is an entry of ``experiments`` in params.yaml.
     """
 
     Config: ClassVar[type[MethodConfig]]

@@ -76,6 +76,11 @@ class Generator(nn.Sequential):
 class MaskedGeneration(OfflineMethod[MGDConfig]):
     """Masked generative distillation (MGD).
 
+    Example:
+        mgd_cwd:
+          students: {cnn: *cnn}
+          methods: [{name: mgd, mask_ratio: 0.75}, {name: cwd}]
+
     Formula:
         L = mean over images of the sum over channels and positions of (G(m * R(f_student)) - f_teacher)^2,
         R a 1x1 convolution with bias from the student's width to the teacher's, the identity where they are equal, its

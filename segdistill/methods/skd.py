@@ -159,6 +159,13 @@ def slope_penalty(probabilities: Tensor, critic: nn.Module) -> Tensor:
 class Structured(OfflineMethod[SKDConfig]):
     """Structured knowledge distillation (SKD): pair-wise similarity, and optionally a critic (holistic).
 
+    Example:
+        skd_kd: # CIRKD's port
+          students: {cnn: *cnn}
+          methods:
+            - {name: kd}
+            - {name: skd, grid: stride2, detach_norm: false, block_rows: null, holistic_weight: 0.001}
+
     Formula:
         With q the max-pooled features, each node's vector of unit length, and A = q^T q in each image:
 

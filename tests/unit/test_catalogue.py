@@ -4,8 +4,9 @@ import dataclasses
 import inspect
 import io
 import itertools
+import textwrap
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import pytest
 import yaml
@@ -17,9 +18,11 @@ from segdistill.commands import methods as manual
 from segdistill.commands.catalogue import Entry, Parameter, entries, entry
 from segdistill.config import config, parse, parse_yaml, to_dict
 from segdistill.errors import UserError
-from segdistill.methods import METHODS, build_offline, load, parse_method
+from segdistill.execution import check_params
+from segdistill.methods import METHODS, build_offline, build_online, load, parse_method
 from segdistill.methods.method import Evidence, MethodConfig, OfflineMethod
 from segdistill.models.outputs import ModelInfo
+from segdistill.stages.distill import ExperimentConfig, parse_methods
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = pytest.mark.parametrize("name", METHODS)
@@ -50,7 +53,7 @@ def test_no_entry_has_a_gap(name: str) -> None:
     found = entry(name)
     for field in dataclasses.fields(Entry):
         assert getattr(found, field.name), field.name
-    assert {"Formula", "Reference"} <= set(found.sections)
+    assert {"Example", "Formula", "Reference"} <= set(found.sections)
     assert all(text for text in found.sections.values())
     if found.evidence in ("partly second-hand", "reconstruction"):
         assert "Inferred" in found.sections
@@ -187,9 +190,9 @@ def test_the_table_is_read_at_a_glance_at_100_columns() -> None:
 
 
 @EVERY
-def test_the_page_of_a_method_shows_its_formula_to_the_letter_and_every_parameter(name: str) -> None:
+def test_the_page_of_a_method_shows_example_and_formula_to_the_letter_and_every_parameter(name: str) -> None:
     found, page = entry(name), printed(name)
-    for line in found.sections["Formula"].splitlines():
+    for line in (found.sections["Example"] + "\n" + found.sections["Formula"]).splitlines():
         assert not line or f"  {line}\n" in page
     flat = " ".join(page.split())
     for text in (found.paper, found.evidence, found.needs, found.source, "Inferred"):
@@ -220,6 +223,35 @@ def test_the_example_in_the_document_is_a_working_experiment() -> None:
         configs = [parse_method(data, "methods")[1] for data in experiment["methods"]]
         info = ModelInfo(3, (4, 4, 4, 4), (4, 8, 16, 32), 4, 4, 4, "cnn")
         assert list(build_offline(configs, info, info)) == [data["name"] for data in experiment["methods"]]
+
+
+@pytest.fixture(scope="module")
+def pasted() -> dict[str, Any]:
+    """The project's params.yaml with every method's example at the end of its experiments."""
+    examples = "\n".join(textwrap.indent(found.sections["Example"], "  ") for found in entries())
+    before, after = (ROOT / "params.yaml").read_text(encoding="utf-8").split("\nevaluate:\n")
+    return parse_yaml(f"{before}\n{examples}\n\nevaluate:\n{after}", "params.yaml")
+
+
+def test_the_examples_are_accepted_under_the_experiments_of_the_project(pasted: dict[str, Any]) -> None:
+    check_params(pasted | {"run": list(pasted["experiments"])}, networks=False)
+
+
+@EVERY
+def test_the_example_of_a_method_builds_it_with_what_it_sets(name: str, pasted: dict[str, Any]) -> None:
+    (experiment,) = parse_yaml(entry(name).sections["Example"].replace("*", ""), name)
+    settings = parse(ExperimentConfig, pasted["experiments"][experiment], experiment)
+    kind, parsed = parse_methods(experiment, settings)
+    configs = [config for _, config in parsed]
+    infos = {
+        student: ModelInfo(3, (4, 6, 8, 10), (4, 8, 16, 32), 4, 4, 4, "vit" if student == "vit" else "cnn")
+        for student in settings.students
+    }
+    teacher = ModelInfo(3, (6, 8, 10, 12), (4, 8, 16, 32), 6, 4, 4, "cnn")
+    methods = build_offline(configs, *infos.values(), teacher) if kind == "offline" else build_online(configs, infos)
+    assert isinstance(methods[name], load(name)) and methods[name].weights
+    told = next(data for data in settings.methods if data["name"] == name)
+    assert told.items() <= to_dict(methods[name].config).items()
 
 
 def test_every_level_of_evidence_is_explained() -> None:

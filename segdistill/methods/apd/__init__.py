@@ -74,6 +74,12 @@ class APDConfig(MethodConfig):
 class AdaptivePerspective(OfflineMethod[APDConfig]):
     """Adaptive perspective distillation (APD), complete.
 
+    Example:
+        apd_masked:
+          students: {cnn: *cnn}
+          methods:
+            - {name: apd, hidden_channels: 128, out_channels: 128, mask_ignore_global: true, mask_ignore_local: true}
+
     Formula:
         With F the last features (the student's resized to the teacher's), U = unit(head(F)), p_c = unit(mean of U over
         the pixels labelled c), Q = softmax over the n classes present of cosine_scale * <U, p_c>, P = softmax(logits):

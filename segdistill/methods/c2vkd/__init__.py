@@ -177,6 +177,12 @@ class _ThroughChannels(torch.autograd.Function):
 class CNNToViT(OfflineMethod[C2VKDConfig]):
     """Knowledge distillation from CNNs to vision transformers (C2VKD): visual, linguistic and decoupled pixel terms.
 
+    Example:
+        c2vkd: # as published: a ViT learns, and without cross-entropy
+          students: {vit: *vit}
+          methods: [{name: c2vkd}]
+          supervised: 0.0
+
     Formula:
         With S = resize(project(F_student)) and T = F_teacher, D channels at each of the teacher's locations:
 

@@ -127,6 +127,11 @@ def _relations(*sides: Tensor, **settings: Any) -> Tensor:
 class CrossImageRelations(OfflineMethod[CIRKDConfig]):
     """Cross-image relational knowledge distillation (CIRKD).
 
+    Example:
+        cirkd_kd:
+          students: {cnn: *cnn}
+          methods: [{name: kd}, {name: cirkd, pixel_queue: 2000, region_queue: 200}]
+
     Formula:
         With u = unit(last feature) at every pixel (the student's resized to the teacher's), v = unit(projector(last
         feature)) for the student and v = u for the teacher, and P = softmax of the cosines / temperature:

@@ -76,6 +76,11 @@ class HFDBSDConfig(MethodConfig):
 class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
     """HFD and BSD, CNN-transformer collaborative learning; a re-implementation of what is known of it.
 
+    Example:
+        hfd_bsd_ramp:
+          students: {cnn: *cnn, vit: *vit} # one of each kind
+          methods: [{name: hfd_bsd, ramp: 0.05}]
+
     Formula:
         With C the CNN and V the transformer, sg = no gradient, f1 and fL their features at ``hfd_tap`` and
         ``region_tap``, z their logits at label size, e their cross-entropies per pixel, phi, psi and W projections:
