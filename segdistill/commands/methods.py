@@ -50,10 +50,10 @@ experiments:
 
 What is left out has the default below. The example of each method is an entry of `experiments`, too; `*cnn` and `*vit`
 are the students that `params.yaml` calls so. A term whose weight is 0 is neither built nor computed, so an ablation is
-a change of parameters. Offline methods need one student, online methods two or more; `methods: []` is the student without
-distillation. Networks of any kind and size go together: features and logits (never probabilities) are resized, and
-channels projected, inside the method. A coarser map is interpolated at the places of a finer one, and a finer one is
-averaged over the cells of a coarser one, at every crop size. A pair that a method is not defined for is refused with
+a change of parameters. Offline methods need one student, online methods two or more; `methods: []` is the student
+without distillation. Networks of any kind and size go together: features and logits (never probabilities) are resized,
+and channels projected, inside the method. A coarser map is interpolated at the places of a finer one, and a finer one
+is averaged over the cells of a coarser one, at every crop size. A pair that a method is not defined for is refused with
 the reason.
 
 ## Weights
