@@ -78,8 +78,9 @@ def run(
         UserError: the experiment has no method, or no teacher was trained yet.
     """
     from segdistill.data.shards import ShardDataset, read_dataset_info
+    from segdistill.engine.cohort import Cohort
     from segdistill.engine.distributed import processes as join
-    from segdistill.engine.trainer import Trainer
+    from segdistill.engine.trainer import Diverged, Training
     from segdistill.models.export import load_model
     from segdistill.models.teacher import Teacher
     from segdistill.stages.train_teacher import NAME
@@ -97,13 +98,21 @@ def run(
             frozen = Teacher(load_model(teacher, NAME, classes=[item.name for item in info.classes])[0]).to(
                 processes.device
             )
-        learner = build_learner(experiment, settings, seed=seed, num_classes=info.num_classes, teacher=frozen)
-        train_set = ShardDataset(prepared, "train")
-        Trainer(
-            learner, train_set, None, train, {name: student.optimizer for name, student in settings.students.items()},
-            inference=config.inference, seed=seed, work=Path(work), fingerprint="calibration", trackers=recorders,
-            processes=processes,
-        ).run()  # fmt: skip
+        learner = build_learner(
+            experiment, settings, seed=seed, num_classes=info.num_classes, teacher=frozen.info if frozen else None
+        )
+        optimizers = {name: student.optimizer for name, student in settings.students.items()}
+        training = Training(experiment, learner, optimizers, "calibration", Path(work), recorders)
+        (outcome,) = (
+            Cohort(
+                [training], ShardDataset(prepared, "train"), None, train, inference=config.inference, seed=seed,
+                teacher=frozen, processes=processes,
+            )
+            .run()
+            .values()
+        )  # fmt: skip
+        if isinstance(outcome, Diverged):
+            raise outcome
     found = []
     for name, recorder in recorders.items():
         cross_entropy = recorder.median("train/loss/ce") or float("nan")

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from segdistill.data.shards import DatasetInfo, ShardDataset, read_dataset_info
+from segdistill.engine.cohort import Cohort
 from segdistill.engine.distributed import Processes
 from segdistill.engine.learner import Learner
 from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
 from segdistill.engine.tracker import Tracker
-from segdistill.engine.trainer import CHECKPOINT, Result, Trainer
+from segdistill.engine.trainer import CHECKPOINT, Diverged, Result, Training
 from segdistill.files import new_folder, seal
 from segdistill.identity import Identity
 from segdistill.models.export import count_parameters, save_model
+from segdistill.models.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -38,31 +40,40 @@ def train_and_save(
     facts: Mapping[str, Any],
     trackers: Mapping[str, Tracker],
     processes: Processes,
+    teacher: Teacher | None = None,
     work: Path | None = None,
 ) -> dict[str, float]:
     """Trains, then writes ``output``: weights, ``metrics.json`` and ``curves/<name>.csv``; returns seconds by activity.
 
     The resume checkpoint lies in ``<work>-<identity>``, by default beside the output in ``<output>.work``, until the
     output is complete.
+
+    Raises:
+        UserError: the training diverged.
     """
     info, train_set, val_set = dataset(prepared)
     work = work.with_name(f"{work.name}-{identity.key}") if work else output.with_name(output.name + ".work")
-    trainer = Trainer(
-        learner, train_set, val_set, config, optimizers, inference=inference, seed=identity.seed, work=work,
-        fingerprint=identity.key, trackers=trackers, processes=processes,
+    training = Training(output.name, learner, optimizers, identity.key, work, trackers)
+    cohort = Cohort(
+        [training], train_set, val_set, config, inference=inference, seed=identity.seed, teacher=teacher,
+        processes=processes,
     )  # fmt: skip
-    result = trainer.run()
+    (outcome,) = cohort.run().values()
     if processes.is_main:
-        write(output, trainer.learner, result, info, identity=identity, facts=facts, trackers=trackers)
-        (work / CHECKPOINT).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # something else is there: a checkpoint that was put aside
-            work.rmdir()
+        if isinstance(outcome, Result):
+            write(output, training.learner, outcome, info, identity=identity, facts=facts, trackers=trackers)
+        forget(work)
     processes.barrier()
-    return {
-        "data": result.data_seconds,
-        "training": result.seconds - result.data_seconds,
-        "evaluation": result.evaluation_seconds,
-    }
+    if isinstance(outcome, Diverged):
+        raise outcome
+    return cohort.seconds
+
+
+def forget(work: Path) -> None:
+    """Removes the checkpoint of a training of which all is told, and its folder unless something else is there."""
+    (work / CHECKPOINT).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a checkpoint that was put aside
+        work.rmdir()
 
 
 def write(
@@ -94,10 +105,12 @@ def _fill(
     (folder / "curves").mkdir()
     scores: dict[str, dict[str, float]] = {}
     for name, student in learner.students.items():
-        found = result.evaluations[name]
+        evaluation = result.evaluations[name]
         scores[name] = {
-            "val/miou": found.miou, "val/pixel_accuracy": found.accuracy, "params": count_parameters(student),
-        }  # fmt: skip
+            "val/miou": evaluation.miou,
+            "val/pixel_accuracy": evaluation.accuracy,
+            "params": count_parameters(student),
+        }
         classes = [{"name": item.name, "color": list(item.color)} for item in info.classes]
         document = {"classes": classes, "seed": identity.seed, **identity.facts(), **scores[name]}
         save_model(folder, name, student, document)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from segdistill.engine.distributed import Processes
     from segdistill.engine.learner import Learner
     from segdistill.methods.method import Method
+    from segdistill.models.outputs import ModelInfo
     from segdistill.models.teacher import Teacher
 
 
@@ -91,12 +92,13 @@ def run(
             "supervised": settings.supervised, "auxiliary": settings.auxiliary,
             "inference": to_dict(config.inference), "train": effective(config.train),
         }  # fmt: skip
-        learner = build_learner(experiment, settings, seed=seed, num_classes=info.num_classes, teacher=frozen)
+        teacher_info = frozen.info if frozen else None
+        learner = build_learner(experiment, settings, seed=seed, num_classes=info.num_classes, teacher=teacher_info)
         seconds = train_and_save(
             learner, config.train, {name: student.optimizer for name, student in settings.students.items()},
             prepared=prepared, output=students, inference=config.inference,
             identity=Identity(info.content_hash, weights, seed, decisive), facts=facts, trackers=children,
-            processes=processes, work=work,
+            processes=processes, teacher=frozen, work=work,
         )  # fmt: skip
     for child in children.values():
         child.close()
@@ -109,9 +111,9 @@ def needs_teacher(experiment: str, settings: ExperimentConfig) -> bool:
 
 
 def build_learner(
-    experiment: str, settings: ExperimentConfig, *, seed: int, num_classes: int, teacher: "Teacher | None"
+    experiment: str, settings: ExperimentConfig, *, seed: int, num_classes: int, teacher: "ModelInfo | None"
 ) -> "Learner":
-    """The experiment's students and methods, drawn from the seed, around the teacher if there is one."""
+    """The experiment's students and methods, drawn from the seed; for a teacher of these channels, if for one."""
     import torch
 
     from segdistill.engine.learner import Learner
@@ -125,8 +127,8 @@ def build_learner(
     if teacher is None:
         methods = build_online(configs, infos)
     else:
-        methods = build_offline(configs, infos[next(iter(infos))], teacher.info)
-    return Learner(networks, methods, teacher, supervised=settings.supervised, auxiliary=settings.auxiliary)
+        methods = build_offline(configs, infos[next(iter(infos))], teacher)
+    return Learner(networks, methods, supervised=settings.supervised, auxiliary=settings.auxiliary)
 
 
 def run_name(experiment: str, seed: int, student: str, settings: ExperimentConfig) -> str:

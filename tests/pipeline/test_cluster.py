@@ -446,19 +446,19 @@ def test_a_checkpoint_on_a_volume_also_bears_the_fingerprint_and_goes_with_the_e
 
     seen: list[tuple[Path, str]] = []
 
-    class Trainer:
-        learner = None
-
-        def __init__(self, *rest: Any, work: Path, fingerprint: str, **others: Any) -> None:
-            work.mkdir(parents=True)
-            seen.append((work, fingerprint))
+    class Cohort:
+        def __init__(self, trainings: Any, *rest: Any, **others: Any) -> None:
+            self.seconds: dict[str, float] = {}
+            for training in trainings:
+                training.work.mkdir(parents=True)
+                seen.append((training.work, training.fingerprint))
 
         def run(self) -> Any:
             from segdistill.engine.trainer import Result
 
-            return Result(1, 1.0, 1.0, {}, {})
+            return {"": Result(1, 1.0, 1.0, {}, {})}
 
-    monkeypatch.setattr(_training, "Trainer", Trainer)
+    monkeypatch.setattr(_training, "Cohort", Cohort)
     monkeypatch.setattr(_training, "dataset", lambda prepared: (None, None, None))
     monkeypatch.setattr(_training, "write", lambda output, *rest, **others: output.mkdir())
     section = read_yaml(GOLDEN / "params.yaml")["distill"]
