@@ -124,9 +124,9 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
     evidence = "reconstruction"
 
     def __init__(self, config: HFDBSDConfig, peers: Mapping[str, ModelInfo]) -> None:
-        super().__init__(config, peers)
         if len(peers) != 2:
             raise UserError(f"hfd_bsd is defined for exactly two students, a CNN and a transformer, not {list(peers)}")
+        super().__init__(config, peers)
         self.cnn, self.vit = self.peers
         self._borrowed: tuple[Borrowed, Borrowed] | None = None
         if "hfd" in self.weights and config.hfd != "direct":
