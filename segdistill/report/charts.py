@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from segdistill.report.inputs import Curve
-from segdistill.report.results import Comparison, Row
+from segdistill.report.results import Comparison
 
 # Light values; in the page each becomes its CSS variable, which the dark theme redefines.
 SERIES = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a3aa7", "#e34948")
@@ -64,11 +66,9 @@ class Palette:
         """Matplotlib marker of a student; a star for the teacher."""
         return MARKERS[self.students.index(student) % len(MARKERS)] if student in self.students else "*"
 
-    def label(self, row: Row) -> str:
+    def label(self, experiment: str, student: str) -> str:
         """Short name of a row: the student is named only where there are several."""
-        if len(self.students) < 2 or row.student not in self.students:
-            return row.experiment
-        return f"{row.experiment} · {row.student}"
+        return f"{experiment} · {student}" if len(self.students) > 1 and student in self.students else experiment
 
 
 def gains(comparison: Comparison) -> tuple[Drawing, float] | None:
@@ -92,7 +92,7 @@ def gains(comparison: Comparison) -> tuple[Drawing, float] | None:
             if len(gain.per_seed) > 1:
                 seeds = [100 * value for value in gain.per_seed]
                 axes.scatter(seeds, [position + 0.27] * len(seeds), s=26, marker="|", color=color, linewidth=1.4)
-        axes.set_yticks(range(len(rows)), [palette.label(row) for row in rows])
+        axes.set_yticks(range(len(rows)), [palette.label(row.experiment, row.student) for row in rows])
         axes.tick_params(axis="y", labelcolor=INK)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.margins(x=0.08)
@@ -125,7 +125,7 @@ def cost(comparison: Comparison) -> tuple[Drawing, float]:
                 axes.plot([x, x], [min(scores), max(scores)], color=color, linewidth=1.6, alpha=0.55)
                 size = 130 if row is comparison.teacher else 52
                 axes.scatter([x], [y], s=size, marker=palette.marker(row.student), color=color, zorder=3, linewidth=0)
-                points.append((x, y, palette.label(row)))
+                points.append((x, y, palette.label(row.experiment, row.student)))
             axes.set_xscale("log")
             axes.margins(x=0.32, y=0.12)
             axes.grid()
@@ -200,7 +200,7 @@ def draw_all(comparison: Comparison, measured: Sequence[Curve]) -> dict[str, Any
     return figures
 
 
-def svg(figure: Any, title: str) -> str:
+def svg(figure: Any, title: str) -> Markup:
     """A chart as an inline ``<svg>`` whose colours and font are those of the page."""
     import matplotlib
 
@@ -218,7 +218,7 @@ def svg(figure: Any, title: str) -> str:
     body = re.sub(r'(url\(#|href="#)', rf"\1{prefix}-", body)
     for color, variable in VARIABLES.items():
         body = body.replace(color, variable)
-    return body
+    return Markup(body)
 
 
 def png(figure: Any, path: Path) -> None:
