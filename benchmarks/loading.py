@@ -1,25 +1,51 @@
-"""Samples per second from the shards, against a plain Dataset over the same files. Prints Markdown.
+"""What a training sample costs, step by step, and a training with its data against the same steps without. Markdown.
 
-    python benchmarks/loading.py [--data data] [--prepared artifacts/prepared]
+    python benchmarks/loading.py [--data data --layout folder] [--prepared artifacts/prepared]
 
-Both read the train split in one random order and decode image and label with Pillow; rounds alternate. The shards are
-read a second time without comparing each sample with its hash, which is what that costs.
+On a GPU, at the size that papers use, in some minutes and without a network; the streets are made for it:
+
+    python benchmarks/loading.py --streets 1024 2048 --samples 64 --crop 512 1024 --scale 0.5 2 --workers 8 \
+        --params benchmarks/full_size.yaml --precision bf16 --channels-last
+
+First, the time of a core that each step takes for one sample, beside the steps that it took before: decoding each
+time, and torchvision's transforms, sample by sample. Second, experiments of params.yaml: steps on batches as training
+gets them, against steps on one batch that is there. Rounds of the two sides alternate.
 """
 
 import argparse
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
+import step
+import torch
+from _cost import seconds
+from _streets import make_data
 from _table import machine, markdown
 from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional
 
+from segdistill.config import parse, read_yaml
 from segdistill.data import shards as shards_module
-from segdistill.data.layouts import open_layout
-from segdistill.data.shards import ShardDataset
+from segdistill.data.layouts import IGNORE_INDEX, open_layout
+from segdistill.data.loader import Share, training_batches
+from segdistill.data.memory import Memory
+from segdistill.data.settings import AugmentationConfig
+from segdistill.data.shards import ShardDataset, read_dataset_info
+from segdistill.data.transforms import Augmentation, cut, jitter
+from segdistill.stages.distill import ExperimentConfig
+
+CPU = torch.device("cpu")
 
 
 class Files:
@@ -38,40 +64,186 @@ class Files:
             return np.asarray(image.convert("RGB")), self.label_map[np.asarray(mask)]
 
 
-def rate(read: Callable[[int], object], order: np.ndarray) -> float:
-    started = time.perf_counter()
-    for index in order:
-        read(int(index))
-    return len(order) / (time.perf_counter() - started)
+class RandomScale(v2.Transform):
+    """Resizes image and mask by one random factor."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        factor = self.low + (self.high - self.low) * torch.rand(()).item()
+        return {"size": [max(1, round(side * factor)) for side in v2.query_size(flat_inputs)]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if not isinstance(inpt, tv_tensors.Mask):
+            return functional.resize(inpt, params["size"], antialias=True)
+        exact = InterpolationMode.NEAREST_EXACT
+        return tv_tensors.wrap(functional.resize_image(inpt[None], params["size"], exact)[0], like=inpt)
 
 
-def unverified_rate(read: Callable[[int], object], order: np.ndarray) -> float:
-    """The rate with a hash that costs nothing and always fits."""
-    with mock.patch.object(shards_module, "sample_hash", lambda image, label: mock.ANY):
-        return rate(read, order)
+def by_torchvision(config: AugmentationConfig) -> Callable[[np.ndarray, np.ndarray], Tensor]:
+    """Scale, crop, flip and colour of one sample, as it was done before: the image as floats."""
+    strength, fill = config.color_jitter, {tv_tensors.Image: 0, tv_tensors.Mask: IGNORE_INDEX}
+    transform = v2.Compose(
+        [
+            RandomScale(*config.scale),
+            v2.RandomCrop(config.crop_size, pad_if_needed=True, fill=fill),
+            v2.RandomHorizontalFlip(config.flip),
+            v2.ColorJitter(brightness=strength, contrast=strength, saturation=strength),
+        ]
+    )
+
+    def augment(image: np.ndarray, label: np.ndarray) -> Tensor:
+        pair = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), tv_tensors.Mask(torch.from_numpy(label))
+        return transform(*pair)[0].as_subclass(Tensor).float().div_(255)  # type: ignore[no-any-return]
+
+    return augment
 
 
-def main() -> None:
+def core_seconds(action: Callable[[], object]) -> float:
+    """What a processor core was busy with it: others on the machine cost no time."""
+    started = time.process_time()
+    action()
+    return time.process_time() - started
+
+
+def costs(given: argparse.Namespace, config: AugmentationConfig) -> list[list[str]]:
+    """A row a step: milliseconds a sample, and samples a second."""
+    plain, kept = (ShardDataset(given.prepared, "train", memory) for memory in (None, Memory("auto")))
+    order = np.random.default_rng(0).permutation(len(plain))[: given.reads].tolist()
+    list(kept)  # all are decoded by now
+    pairs = [kept[index] for index in order]
+    augment, before = Augmentation(config), by_torchvision(config)
+    without_colour = Augmentation(parse(AugmentationConfig, vars(config) | {"color_jitter": 0.0}, "augmentation"))
+    crops = [augment.draw(label.shape, seed) for seed, (_, label) in enumerate(pairs)]
+    samples = [(cut(*pair, crop.window, pinned=False), crop) for pair, crop in zip(pairs, crops, strict=True)]
+    batches = [samples[start : start + given.batch] for start in range(0, len(samples), given.batch)]
+    images, factors = augment(batches[0], CPU)[0] * 255, torch.tensor([crop.color for _, crop in batches[0]])
+
+    def read(source: Any) -> None:
+        for index in order:
+            source[index]
+
+    def unverified() -> None:
+        with mock.patch.object(shards_module, "sample_hash", lambda image, label: mock.ANY):
+            read(plain)
+
+    def train_on(source: ShardDataset) -> Callable[[], object]:
+        share = Share(given.batch)
+        batches = training_batches(source, config, seed=0, share=share, first_iteration=0, workers=0)
+        return lambda: list(islice(batches, -(-len(order) // given.batch)))
+
+    actions: dict[str, Callable[[], object]] = {}
+    if given.data.exists():
+        files = Files(given.data, given.layout)
+        assert all(np.array_equal(*both) for both in zip(plain[0], files[0], strict=True)), "they read the same"
+        actions["read and decode: two files"] = lambda: read(files)
+    actions |= {
+        "read and decode: a shard": lambda: read(plain),
+        "the same, not verified": unverified,
+        "read what is kept": lambda: read(kept),
+        "augment: torchvision, sample by sample": lambda: [before(*pair) for pair in pairs],
+        "draw, and cut the window out": lambda: [
+            cut(*pair, augment.draw(pair[1].shape, seed).window, pinned=False) for seed, pair in enumerate(pairs)
+        ],
+        "scale and flip a batch": lambda: [without_colour(batch, CPU) for batch in batches],
+        "its colours": lambda: [jitter(images, factors) for _ in batches],
+        "whole, before": lambda: [before(*plain[index]) for index in order],
+        "whole, nothing kept": train_on(plain),
+        "whole": train_on(kept),
+    }
+    for action in actions.values():
+        action()
+    rounds = [[core_seconds(action) / len(order) for action in actions.values()] for _ in range(given.rounds)]
+    medians = [statistics.median(column) for column in zip(*rounds, strict=True)]
+    earlier = list(actions).index("whole, before")
+    ratios = [statistics.median(row[earlier] / row[number] for row in rounds) for number in range(len(actions))]
+    return [
+        [name, f"{1000 * one:.2f}", f"{1 / one:.0f}", f"{ratio:.2f}" if name.startswith("whole") else ""]
+        for name, one, ratio in zip(actions, medians, ratios, strict=True)
+    ]
+
+
+def end_to_end(given: argparse.Namespace, config: AugmentationConfig, name: str) -> list[str]:
+    """One row: an experiment's steps with their data against the same steps on a batch that is there."""
+    torch.manual_seed(0)
+    params, device = read_yaml(given.params), torch.device(given.device)
+    layout = torch.channels_last if given.channels_last else torch.contiguous_format
+    settings = parse(ExperimentConfig, params["experiments"][name], f"experiments.{name}")
+    learner, teacher = step.build(params, name, settings, read_dataset_info(given.prepared).num_classes)
+    for module in (learner, *([teacher] if teacher else [])):
+        module.to(device, memory_format=layout)  # type: ignore[call-overload]
+    optimizers = step.optimizers_of(learner, settings)
+    source = ShardDataset(given.prepared, "train", Memory(given.cache))
+    loaded = training_batches(
+        source, config, seed=0, share=Share(given.batch), first_iteration=0, workers=given.workers, device=device
+    )
+    there = next(loaded)
+    if given.cache == "auto":
+        list(source)
+
+    def train(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        for images, labels in islice(batches, given.steps):
+            images = images.contiguous(memory_format=layout)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=given.precision == "bf16"):
+                terms = learner(images, labels.long(), None, teacher(images) if teacher else None)
+            learner.total(terms).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+
+    fixed = (there for _ in count())
+    train(loaded), train(fixed)
+    rounds = [
+        [given.batch * given.steps / seconds(lambda side=side: train(side), device) for side in (fixed, loaded)]
+        for _ in range(given.rounds)
+    ]
+    rates = [f"{statistics.median(column):.1f}" for column in zip(*rounds, strict=True)]
+    print(name, *rates, file=sys.stderr, flush=True)
+    return [name, *rates, f"{statistics.median(with_data / without for without, with_data in rounds):.2f}"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--layout", default="folder")
     parser.add_argument("--prepared", type=Path, default=Path("artifacts/prepared"))
+    parser.add_argument("--streets", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="make data of this size")
+    parser.add_argument("--samples", type=int, default=64, help="of the streets that are made")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    parser.add_argument("--experiments", nargs="*", default=["none"])
+    parser.add_argument("--crop", type=int, nargs=2, default=(96, 128), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--scale", type=float, nargs=2, default=(0.8, 1.5), metavar=("LOW", "HIGH"))
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--cache", type=lambda text: text if text == "auto" else float(text), default="auto")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--reads", type=int, default=200, help="samples that each step is timed with")
+    parser.add_argument("--steps", type=int, default=20, help="training steps a round")
     parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
-    shards, files = ShardDataset(given.prepared, "train"), Files(given.data, given.layout)
-    assert len(shards) == len(files)
-    order = np.random.default_rng(0).permutation(len(files))
-    first = shards[0]
-    assert all(np.array_equal(one, other) for one, other in zip(first, files[0], strict=True)), "they read the same"
-    shard, file = shards.__getitem__, files.__getitem__
-    rounds = [(rate(file, order), rate(shard, order), unverified_rate(shard, order)) for _ in range(given.rounds)]
-    rates = [statistics.median(column) for column in zip(*rounds, strict=True)]
-    ratios = [statistics.median(row[number] / row[0] for row in rounds) for number in range(3)]
-    height, width = first[1].shape
-    print(f"{len(files)} samples of {width}x{height}, files in the page cache. {machine(['pyarrow', 'pillow'])}\n")
-    names = ["plain Dataset over the files", "ShardDataset", "ShardDataset, nothing verified"]
-    rows = [[name, f"{one:.0f}", f"{ratio:.2f}"] for name, one, ratio in zip(names, rates, ratios, strict=True)]
-    print(markdown(["source", "samples/s", "ratio"], rows))
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        if given.streets:
+            given.prepared, given.data = make_data(Path(folder), given.streets, given.samples), Path(folder) / "data"
+        strengths = {"flip": 0.5, "color_jitter": 0.2}
+        config = parse(AugmentationConfig, {"crop_size": given.crop, "scale": given.scale, **strengths}, "augmentation")
+        height, width = ShardDataset(given.prepared, "train")[0][1].shape
+        print(
+            f"Samples of {width}x{height}, crops of {given.crop[1]}x{given.crop[0]}, scale {given.scale[0]:g} to "
+            f"{given.scale[1]:g}, flip, jitter; files in the page cache. {machine(['torch', 'pillow'])}\n"
+        )
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        print(markdown(["step", "ms of a core", "samples/s of a core", "ratio to before"], costs(given, config)))
+        torch.set_num_threads(threads)
+        rows = [end_to_end(given, config, name) for name in given.experiments]
+    kept = "all samples kept" if given.cache == "auto" else f"{given.cache:g} GiB of samples kept"
+    print(f"\nTraining on {given.device}, batch {given.batch}, {given.precision}, {given.workers} workers, {kept}.\n")
+    print(markdown(["experiment", "images/s on a fixed batch", "with its data", "ratio (median of rounds)"], rows))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
 from segdistill.config import parse
+from segdistill.data.loader import Share, training_batches
+from segdistill.data.settings import AugmentationConfig
 from segdistill.engine.distributed import Processes
 from segdistill.engine.evaluate import evaluate
 from segdistill.engine.learner import Learner
@@ -210,3 +212,25 @@ def test_the_kernel_of_relations_gives_what_plain_operations_do(
         total.backward()
         found.append((total.detach(), rows.grad))
     torch.testing.assert_close(found[1], found[0], rtol=1e-2 if half else 1e-4, atol=1e-2 if half else 1e-5)
+
+
+def test_batches_are_those_of_a_cpu_within_a_byte_and_nobody_waits_for_them() -> None:
+    config = {"crop_size": (24, 40), "scale": (0.5, 2.0), "flip": 0.5, "color_jitter": 0.3}
+    augmentation = parse(AugmentationConfig, config, "augmentation")
+
+    def batches(here: Processes, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return training_batches(
+            tiny.Blobs(), augmentation, seed=0, share=Share(8), first_iteration=0, workers=workers, device=here.device
+        )
+
+    on_the_gpu = batches(GPU, workers=2)
+    found = [next(on_the_gpu)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found += [next(on_the_gpu) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for (images, labels), (expected, expected_labels) in zip(found, batches(CPU, workers=0), strict=False):
+        # A CPU rounds to bytes after each side, and the jitter may widen that.
+        torch.testing.assert_close(images.cpu(), expected, rtol=0, atol=1.4**3 * 1.01 / 255)
+        assert (labels.cpu() == expected_labels).float().mean() > 0.999

@@ -20,7 +20,7 @@ def benchmark(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-losses, step, dense, cost = (benchmark(name) for name in ("losses", "step", "_dense", "_cost"))
+losses, step, loading, dense, cost = (benchmark(name) for name in ("losses", "step", "loading", "_dense", "_cost"))
 CPU = torch.device("cpu")
 
 
@@ -117,3 +117,16 @@ def test_every_method_has_a_place_between_the_networks_of_params(file: str) -> N
     experiments = step.of_methods(params, ["kd", "c2vkd", "dml"])
     assert [list(one["students"]) for one in experiments.values()] == [["cnn"], ["vit"], ["cnn", "vit"]]
     assert experiments["c2vkd"]["methods"] == [{"name": "c2vkd"}]
+
+
+def test_the_cost_of_samples_is_measured_by_step_and_end_to_end(
+    tiny_prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = ["--params", str(ROOT / "params.yaml"), "--prepared", str(tiny_prepared), "--data", str(tmp_path / "none")]
+    small = ["--crop", "32", "32", "--batch", "2", "--reads", "2", "--steps", "1", "--rounds", "1", "--device", "cpu"]
+    loading.main([*paths, *small, "--experiments", "none", "--cache", "0", "--workers", "1"])
+    printed = capsys.readouterr().out
+    steps, experiments = tables(printed)
+    assert [row[0] for row in steps[-3:]] == ["whole, before", "whole, nothing kept", "whole"]
+    assert "1 workers, 0 GiB of samples kept" in printed and experiments[1][0] == "none"
+    assert all(float(cell) > 0 for cell in experiments[1][1:])
