@@ -144,7 +144,7 @@ def find_training_run(client: "MlflowClient", store: Store, submission: Submissi
     if runs:
         return str(runs[0].info.run_id)
     unknown = "%s knows no finished run with the tags identity '%s' and student '%s': the model gets a run of its own"
-    logger.warning(unknown, store.shown, identity, submission.student)
+    logger.warning(unknown, store.address, identity, submission.student)
     return None
 
 
