@@ -77,6 +77,7 @@ def run(
     Raises:
         UserError: the experiment has no method, or no teacher was trained yet.
     """
+    from segdistill.data.memory import Memory
     from segdistill.data.shards import ShardDataset, read_dataset_info
     from segdistill.engine.cohort import Cohort
     from segdistill.engine.distributed import processes as join
@@ -102,11 +103,12 @@ def run(
             experiment, settings, seed=seed, num_classes=info.num_classes, teacher=frozen.info if frozen else None
         )
         optimizers = {name: student.optimizer for name, student in settings.students.items()}
+        train_set = ShardDataset(prepared, "train", Memory(train.cache_gib))
         training = Training(experiment, learner, optimizers, "calibration", Path(work), recorders)
         (outcome,) = (
             Cohort(
-                [training], ShardDataset(prepared, "train"), None, train, inference=config.inference, seed=seed,
-                teacher=frozen, processes=processes,
+                [training], train_set, None, train, inference=config.inference, seed=seed, teacher=frozen,
+                processes=processes,
             )
             .run()
             .values()

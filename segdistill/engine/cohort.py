@@ -83,6 +83,8 @@ class Cohort:
         self.members = {
             training.name: Trainer(training, config, seed=seed, processes=processes) for training in trainings
         }
+        if config.compile:  # Dynamo counts by function, and all learners share theirs
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(trainings))
         self.teacher = None
         taught = [name for name, member in self.members.items() if member.learner.needs_teacher]
         if taught:
@@ -135,8 +137,10 @@ class Cohort:
                 if iteration != number:  # at first, and where one that was behind the others is no more
                     batches = self._batches(iteration)
                 self._step(batches, list(takers.values()))
-                number = iteration + 1
                 self.seconds["training"] += time.monotonic() - started
+                if number < 0:  # the first step is start-up
+                    self.seconds |= {"data": 0.0, "training": 0.0}
+                number = iteration + 1
                 fraction = next(iter(takers.values())).fraction
                 bar.update(number, fraction, self.seconds["data"] + self.seconds["training"], len(takers))
                 stopping = self._agree(stop, number, takers)  # once: a later signal is heard the next time, by all
@@ -165,6 +169,7 @@ class Cohort:
             share=share,
             first_iteration=iteration,
             workers=config.workers,
+            device=processes.device,
         )
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]], takers: list[Trainer]) -> None:
@@ -178,13 +183,11 @@ class Cohort:
             waited = time.monotonic() - asked
             self.seconds["data"] += waited
             self.seconds["training"] -= waited
-            targets = [target.to(device, non_blocking=True) for _, target in pieces]
-            pixels = self._pixels(targets)
-        for number, (images, _) in enumerate(pieces):
+            pixels = self._pixels([labels for _, labels in pieces])
+        for number, (images, labels) in enumerate(pieces):
             last = number == len(pieces) - 1
             with timed(device, *(member.stopwatch for member in takers)):
-                images = images.to(device, non_blocking=True).float().div_(255).contiguous(memory_format=layout)
-                target = targets[number].long()
+                images, target = images.contiguous(memory_format=layout), labels.long()
             teacher_outputs = None
             if taught:
                 with timed(device, *(member.stopwatch for member in taught)), autocast(config, device):

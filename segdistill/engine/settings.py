@@ -92,7 +92,8 @@ OptimizerConfig = Annotated[SGDConfig | AdamWConfig | AdamConfig, Field(discrimi
 class TrainConfig:
     """One training loop: budget, batch, augmentation, precision, and how often it speaks, validates and saves."""
 
-    # The budget: this many iterations (optimiser steps), or this many seconds of training. One of the two.
+    # The budget: this many iterations (optimiser steps), or this many seconds of training from the end of the first
+    # step on. One of the two.
     iterations: Iterations | None
     seconds: Annotated[float, Field(ge=1e-3, le=1e7)] | None
     # Images an optimiser step, over all processes and accumulation pieces.
@@ -107,8 +108,10 @@ class TrainConfig:
     compile: bool
     # Largest gradient norm; null is off.
     max_grad_norm: Annotated[float, Field(ge=1e-6, le=1e6)] | None
-    # Data loading processes; 0 loads in the training process.
+    # Threads that read, decode and cut samples ahead of the training; 0 does so between its steps.
     workers: Workers
+    # Memory for decoded samples, in GiB; what does not fit is decoded again each time. Auto: half of what is free.
+    cache_gib: Annotated[float, Field(ge=0, le=1e6)] | Literal["auto"]
     # Iterations between two log entries, two validations and two checkpoints.
     log_every: Iterations
     validate_every: Iterations

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from segdistill.data.memory import Memory
 from segdistill.data.shards import DatasetInfo, ShardDataset, read_dataset_info
 from segdistill.engine.cohort import Cohort
 from segdistill.engine.distributed import Processes
@@ -23,9 +24,10 @@ from segdistill.models.teacher import Teacher
 logger = logging.getLogger(__name__)
 
 
-def dataset(prepared: Path) -> tuple[DatasetInfo, ShardDataset, ShardDataset]:
-    """The prepared data set's facts, its train split and its val split."""
-    return read_dataset_info(prepared), ShardDataset(prepared, "train"), ShardDataset(prepared, "val")
+def dataset(prepared: Path, memory: Memory | None = None) -> tuple[DatasetInfo, ShardDataset, ShardDataset]:
+    """The prepared data set's facts, its train split and its val split, whose decoded samples share the memory."""
+    train_set, val_set = (ShardDataset(prepared, split, memory) for split in ("train", "val"))
+    return read_dataset_info(prepared), train_set, val_set
 
 
 def train_and_save(
@@ -51,7 +53,7 @@ def train_and_save(
     Raises:
         UserError: the training diverged.
     """
-    info, train_set, val_set = dataset(prepared)
+    info, train_set, val_set = dataset(prepared, Memory(config.cache_gib))
     work = work.with_name(f"{work.name}-{identity.key}") if work else output.with_name(output.name + ".work")
     training = Training(output.name, learner, optimizers, identity.key, work, trackers)
     cohort = Cohort(
@@ -119,6 +121,7 @@ def _fill(
         "students": scores,
         "iterations": result.iterations,
         "seconds": result.seconds,
+        "startup_seconds": result.startup_seconds,
         "images_per_second": result.images_per_second,
         "seed": identity.seed,
         **identity.facts(),
