@@ -71,15 +71,11 @@ class Folder(Layout):
     def samples(self, split: str) -> Iterator[Sample]:
         images, masks = self.folders(split)
         # A mask of another kind than .png is taken along, so that it can be refused for what it is.
-        best_last = sorted(reversed(list_folder(masks)), key=lambda mask: (mask.suffix == ".png", _is_png(mask)))
-        mask_of = {mask.stem: mask for mask in best_last}
+        best_first = sorted(list_folder(masks), key=lambda mask: (mask.suffix.lower() != ".png", mask.suffix != ".png"))
+        mask_of = {mask.stem: mask for mask in reversed(best_first)}
         for path in list_folder(images):
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 yield Sample(path.stem, split, path, mask_of.get(path.stem, masks / f"{path.stem}.png"))
-
-
-def _is_png(path: Path) -> bool:
-    return path.suffix.lower() == ".png"
 
 
 def _read_classes(path: Path) -> tuple[tuple[ClassInfo, ...], dict[int, int]]:
