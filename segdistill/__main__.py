@@ -21,9 +21,8 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(stage.name, help=stage.help, description=stage.help)
         sub.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (%(default)s)")
         sub.add_argument("--tracker", choices=("auto", "mlflow", "jsonl", "none"), default="auto")
-        if stage.per_job:
-            sub.add_argument("--experiment", required=True, help="a name under experiments in the parameters")
-            sub.add_argument("--seed", type=int, required=True)
+        if stage.per_cohort:
+            sub.add_argument("--cohort", required=True, help="the jobs of one seed: s0 for seed 0")
         if stage.on_device:
             _add_device(sub)
         for name, path in {**stage.inputs, **stage.outputs, **stage.metrics}.items():
