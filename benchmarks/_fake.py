@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from segdistill.losses import IGNORE_INDEX
 from segdistill.methods import build_offline, build_online, parse_method
+from segdistill.methods.hfd_bsd.operators import ConvMLP, PooledAttention
 from segdistill.methods.method import Method
-from segdistill.models.operators import ConvMLP, PooledAttention
 from segdistill.models.outputs import ModelInfo, Outputs
 
 

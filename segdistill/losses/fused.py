@@ -1,10 +1,8 @@
 """Chains of element-wise operations over large maps as one kernel each, on GPUs where Triton works."""
 
 import functools
-import importlib
 import logging
 from collections.abc import Callable
-from types import ModuleType
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -31,7 +29,7 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling() or not _large(*args, *kwargs.values()) or kernels() is None:
+        if torch.compiler.is_compiling() or not _large(*args, *kwargs.values()) or not compiles():
             return function(*args, **kwargs)
         return compiled()(*args, **kwargs)
 
@@ -39,18 +37,14 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @functools.cache
-def kernels() -> ModuleType | None:
-    """Our own Triton kernels, or None without Triton or without what it compiles with."""
+def compiles() -> bool:
+    """Whether functions can be compiled for the GPU; it needs Triton and a C compiler."""
     try:
-        module = importlib.import_module("segdistill.losses.relation_kernel")
-        products, sums = torch.zeros(1, 16, device="cuda"), torch.empty(1, 1, device="cuda")
-        module.divergence_and_slopes(
-            products, products, sums, None, groups=1, counted=None, absent=None, temperature=1.0
-        )
+        torch.compile(lambda maps: maps.exp() + 1)(torch.zeros(1, device="cuda"))
     except Exception as error:  # no Triton, no C compiler, a device too old: each fails in its own way
-        logger.info("losses are computed without kernels of their own, more slowly: %s", error)
-        return None
-    return module
+        logger.info("losses of large maps are not compiled, and slower: %s", error)
+        return False
+    return True
 
 
 def _large(*values: object) -> bool:

@@ -1,4 +1,4 @@
-"""Which pixels count, and the mean over them, without ever asking the device how many there are."""
+"""Which pixels count, which class each has, and the mean over them, without asking the device how many there are."""
 
 import torch
 from torch import Tensor
@@ -10,6 +10,16 @@ IGNORE_INDEX = 255
 def valid_mask(target: Tensor) -> Tensor:
     """True where a pixel has a label; any shape, bool."""
     return target != IGNORE_INDEX
+
+
+def class_members(labels: Tensor, num_classes: int) -> Tensor:
+    """Which pixel belongs to which class, and an ignored pixel to none.
+
+    Shape:
+        labels: [B, h, w]; returns [B, K, h * w] bool.
+    """
+    classes = torch.arange(num_classes, device=labels.device)
+    return labels.flatten(1)[:, None] == classes[:, None]
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:

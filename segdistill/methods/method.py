@@ -1,10 +1,11 @@
 """The contract of a distillation method.
 
-A method is one file: a config with ``name`` and ``weight``, one or more pure functions, and a class that joins the two.
-It returns its terms raw; the learner applies the weights and logs both. Trainable helpers (projections, heads, memory
-banks) are submodules of the method: optimised with the student, wrapped with it by DDP, kept in the resume checkpoint,
-never exported. Adding a method touches its file and the table in ``methods/__init__.py``; its contract
-tests ask for its formula, written a second time, in tests/contracts/formulas.py.
+A method is one file, or a folder where it has parts that no other method uses: a config with ``name`` and ``weight``,
+one or more pure functions, and a class that joins the two. It returns its terms raw; the learner applies the weights
+and logs both. Trainable helpers (projections, heads, memory banks) are submodules of the method: optimised with the
+student, wrapped with it by DDP, kept in the resume checkpoint, never exported. Adding a method touches its file and the
+table in ``methods/__init__.py``; its contract tests ask for its formula, written a second time, in
+tests/contracts/formulas.py.
 """
 
 from collections.abc import Mapping

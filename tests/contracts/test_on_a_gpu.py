@@ -16,8 +16,9 @@ from segdistill.engine.distributed import Processes
 from segdistill.engine.evaluate import evaluate
 from segdistill.engine.learner import Learner
 from segdistill.errors import Interrupted
-from segdistill.losses import fused, relations
+from segdistill.losses import fused
 from segdistill.methods import build_offline, build_online, parse_method
+from segdistill.methods.cirkd import relations
 from segdistill.models.config import ModelConfig
 from segdistill.models.segmenter import build_segmenter
 from segdistill.models.teacher import Teacher
@@ -159,7 +160,7 @@ def test_a_compiled_step_has_the_values_of_the_plain_one_and_is_compiled_once(me
 def test_losses_of_large_maps_are_compiled_to_the_same_values_and_gradients(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert fused.kernels() is not None
+    assert fused.compiles()
     images, target = batch()
     networks, found = learner(method).cuda().eval(), []  # no dropout
     for large in (2**60, 0):
@@ -182,7 +183,7 @@ def test_the_kernel_of_relations_gives_what_plain_operations_do(
     memory: bool, half: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that do not count, columns that do not exist, and widths that are no power of two."""
-    assert fused.kernels() is not None
+    assert relations.kernels() is not None
     generator = torch.Generator().manual_seed(0)
     student, teacher, kept = (
         torch.nn.functional.normalize(torch.randn(rows, 24, generator=generator), dim=1).cuda()
@@ -191,7 +192,7 @@ def test_the_kernel_of_relations_gives_what_plain_operations_do(
     counted = torch.rand(210, generator=generator).cuda() < 0.8 if memory else None
     absent = torch.rand(77, generator=generator).cuda() < 0.3 if memory else None
     found = []
-    for kernels in (lambda: None, fused.kernels):
+    for kernels in (lambda: None, relations.kernels):
         monkeypatch.setattr(relations, "kernels", kernels)
         rows = student.clone().requires_grad_()
         total = relations.relation_kl(

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from segdistill.config import to_dict
 from segdistill.errors import UserError
-from segdistill.losses.pdd import blended_two_way
 from segdistill.methods import parse_method
 from segdistill.methods.c2vkd import CNNToViT, channel_kl, patch_distance
-from segdistill.models.attention_pool import AttentionPool, load_attention_pool
+from segdistill.methods.c2vkd.attention_pool import AttentionPool, load_attention_pool
+from segdistill.methods.c2vkd.decoupling import blended_two_way
 from segdistill.models.outputs import ModelInfo, Outputs
 
 CLASSES, OURS, THEIRS = 5, 6, 8

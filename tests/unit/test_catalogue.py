@@ -1,6 +1,7 @@
 """What ``segdistill methods`` and docs/methods.md say, against the classes and configs themselves."""
 
 import dataclasses
+import inspect
 import io
 import itertools
 import subprocess
@@ -42,7 +43,7 @@ def printed(name: str | None = None, width: int = 100) -> str:
 @EVERY
 def test_an_entry_says_what_its_class_says(name: str) -> None:
     found, method = entry(name), load(name)
-    assert (found.name, found.source) == (name, f"{method.__module__.replace('.', '/')}.py")
+    assert (found.name, ROOT / found.source) == (name, Path(inspect.getfile(method)))
     assert (found.kind, found.paper, found.needs, found.evidence) == (
         method.kind,  # type: ignore[attr-defined]
         method.paper,

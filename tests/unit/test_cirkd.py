@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from segdistill.engine import checkpoint
 from segdistill.errors import UserError
-from segdistill.losses import ClassQueues, class_means, random_members
 from segdistill.methods import cirkd, parse_method
 from segdistill.methods.cirkd import CrossImageRelations, image_pair_kl, memory_kl
+from segdistill.methods.cirkd.memory import ClassQueues, class_means, random_members
 from segdistill.models.outputs import ModelInfo, Outputs
 
 CLASSES = 4

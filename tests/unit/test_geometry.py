@@ -229,7 +229,7 @@ def test_ideal_peers_of_different_strides_agree_as_well_in_an_odd_crop(name: str
 
 
 def test_regions_of_32_pixels_hold_the_same_pixels_in_both_peers_at_an_odd_crop() -> None:
-    from segdistill.losses.selective import region_errors, region_means
+    from segdistill.methods.hfd_bsd.selection import region_errors, region_means
 
     labels, errors = halves((33, 70), 64), torch.zeros(1, 33, 70)
     errors[:, 32:, 64:] = 1.0  # the last region: 1 x 6 pixels, 1 x 2 cells of stride 4

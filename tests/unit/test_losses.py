@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from segdistill import losses
 from segdistill.losses.precision import product
+from segdistill.methods.apd.perspective import Scope, local_perspective, present_classes
 
 IGNORE = losses.IGNORE_INDEX
 
@@ -177,11 +178,11 @@ def test_autocast_is_off_inside_a_loss() -> None:
     features = torch.randn(2, 16, 5, 5)
     members = losses.class_members(torch.randint(3, (2, 5, 5)), 3)
     arguments = {"scope": "batch", "cosine_scale": 10.0, "normalize": True}
-    outside = losses.local_perspective(features, members, **arguments)
+    outside = local_perspective(features, members, **arguments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = losses.local_perspective(features, members, **arguments)
+        inside = local_perspective(features, members, **arguments)
         assert (features.flatten(2) @ features.flatten(2).mT).dtype == torch.bfloat16  # autocast is on out here
-    exact = losses.local_perspective(features.double(), members, **arguments)
+    exact = local_perspective(features.double(), members, **arguments)
     assert torch.equal(outside.logits, inside.logits) and inside.logits.dtype == torch.float32
     torch.testing.assert_close(inside.logits.double(), exact.logits, rtol=1e-5, atol=1e-5)
 
@@ -246,12 +247,12 @@ def test_unit_vectors_have_length_one_and_zero_vectors_no_gradient() -> None:
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(scene=scenes(), scope=st.sampled_from(["batch", "image"]))
-def test_prototypes_equal_the_slow_loop(scene: tuple[Tensor, Tensor, Tensor], scope: losses.Scope) -> None:
+def test_prototypes_equal_the_slow_loop(scene: tuple[Tensor, Tensor, Tensor], scope: Scope) -> None:
     features, _, labels = scene
     classes = 6
     members = losses.class_members(labels, classes)
-    present = losses.present_classes(members, scope)
-    found = losses.local_perspective(features, members, scope=scope, cosine_scale=2.0, normalize=False).prototypes
+    present = present_classes(members, scope)
+    found = local_perspective(features, members, scope=scope, cosine_scale=2.0, normalize=False).prototypes
     groups = [range(len(labels))] if scope == "batch" else [range(b, b + 1) for b in range(len(labels))]
     for group, images in enumerate(groups):
         expected = reference.prototypes(features, labels, images, normalize=False)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from segdistill.config import parse
 from segdistill.errors import UserError
+from segdistill.methods.hfd_bsd.operators import Borrowed, ConvMLP, PooledAttention
 from segdistill.models.config import ModelConfig
-from segdistill.models.operators import Borrowed, ConvMLP, PooledAttention, first_stage_operators
+from segdistill.models.operators import first_stage_operators
 from segdistill.models.segmenter import Segmenter, build_segmenter
 
 SEGFORMER = {"decoder_segmentation_channels": 16}

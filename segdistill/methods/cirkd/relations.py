@@ -6,14 +6,17 @@ difference and two more products: nothing is kept for a backward pass, and nothi
 """
 
 import functools
+import logging
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from segdistill.losses.fused import kernels
 from segdistill.losses.precision import add_product, product
+
+logger = logging.getLogger(__name__)
 
 # The logit of a column that does not exist. Finite, because 0 * inf is not 0; exp of it is exactly 0.
 ABSENT = -1e9
@@ -149,6 +152,22 @@ def _fused(like: Tensor, width: int) -> Callable[..., tuple[Tensor, Tensor]] | N
     if not like.is_cuda or like.dtype != torch.float32 or not (kernel := kernels()) or width > kernel.WIDEST:
         return None
     return functools.partial(_by_kernel, kernel.divergence_and_slopes)
+
+
+@functools.cache
+def kernels() -> ModuleType | None:
+    """Our own Triton kernel's module, or None without Triton or without what it compiles with."""
+    try:
+        from segdistill.methods.cirkd import kernel
+
+        products, sums = torch.zeros(1, 16, device="cuda"), torch.empty(1, 1, device="cuda")
+        kernel.divergence_and_slopes(
+            products, products, sums, None, groups=1, counted=None, absent=None, temperature=1.0
+        )
+    except Exception as error:  # no Triton, no C compiler, a device too old: each fails in its own way
+        logger.info("cirkd computes relations without a kernel of its own, more slowly: %s", error)
+        return None
+    return kernel
 
 
 def _by_kernel(

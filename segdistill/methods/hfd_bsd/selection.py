@@ -7,10 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segdistill.geometry import Size, average, size_of
+from segdistill.losses import IGNORE_INDEX, in_float32, masked_mean, unit, valid_mask
 from segdistill.losses.fused import fused
-from segdistill.losses.masks import IGNORE_INDEX, masked_mean, valid_mask
-from segdistill.losses.precision import in_float32
-from segdistill.losses.prototypes import unit
 
 FeatureDistance = Literal["cosine", "mse", "l2", "kl"]
 

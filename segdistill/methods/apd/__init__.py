@@ -2,35 +2,26 @@
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from segdistill.config import Beta, LearningRate, config
 from segdistill.errors import UserError
 from segdistill.losses import (
     Projection,
-    Scope,
     class_members,
     cross_entropy,
-    in_float32,
-    local_perspective,
-    masked_mean,
     pixel_kl,
-    present_classes,
     resize_features,
     resize_labels,
     resize_logits,
     size_of,
     valid_mask,
 )
-from segdistill.losses.fused import fused
+from segdistill.methods.apd.perspective import Scope, local_kl, local_perspective, present_classes, prototype_distance
 from segdistill.methods.method import Channels, MethodConfig, NonNegative, OfflineMethod, Positive, Temperature
 from segdistill.models.outputs import ModelInfo, Outputs
 
 Head = Literal["mlp", "identity"]
-
-# The logit of a class without prototype. Finite, because 0 * inf is not 0; exp of it is exactly 0.
-ABSENT = -1e9
 
 
 @config
@@ -78,40 +69,6 @@ class APDConfig(MethodConfig):
     """Constant learning rate of the teacher head's Adam."""
     teacher_head_betas: tuple[Beta, Beta] = (0.9, 0.99)
     """Betas of the teacher head's Adam."""
-
-
-@fused
-@in_float32
-def local_kl(
-    student_logits: Tensor, teacher_logits: Tensor, present: Tensor, valid: Tensor | None, *, element_mean: bool
-) -> Tensor:
-    """Mean over pixels of KL(teacher || student) among the n present classes, divided by n for ``element_mean``.
-
-    With prototypes per image, each image has its own n, and images without any label are left out.
-
-    Shape:
-        student_logits, teacher_logits: [B, K, h, w]; present: [G, K] bool; valid: [B, h, w] bool.
-    """
-    absent = ~present[:, :, None, None]
-    student = student_logits.masked_fill(absent, ABSENT).log_softmax(1)
-    teacher = teacher_logits.detach().masked_fill(absent, ABSENT).log_softmax(1)
-    divergence = (teacher.exp() * (teacher - student)).sum(1)  # [B, h, w]
-    count = present.sum(1)[:, None, None]  # [G, 1, 1]
-    if element_mean:
-        divergence = divergence / count.clamp_min(1)
-    return masked_mean(divergence, (count > 0).expand_as(divergence) if valid is None else valid)
-
-
-@in_float32
-def prototype_distance(student: Tensor, teacher: Tensor, present: Tensor) -> Tensor:
-    """0.5 * mean over present classes of 1 - <p_student, p_teacher>; per image, then averaged, if they are per image.
-
-    Shape:
-        student, teacher: [G, K, C], unit vectors if the distance is to be one; present: [G, K] bool.
-    """
-    distance = torch.where(present, 1 - (student * teacher.detach()).sum(-1), 0.0)  # [G, K]
-    count = present.sum(1)
-    return 0.5 * masked_mean(distance.sum(1) / count.clamp_min(1), count > 0)
 
 
 class AdaptivePerspective(OfflineMethod):

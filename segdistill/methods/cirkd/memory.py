@@ -4,8 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from segdistill.losses.precision import in_float32
-from segdistill.losses.prototypes import class_members, unit
+from segdistill.losses import class_members, in_float32, unit
 
 
 class ClassQueues(nn.Module):

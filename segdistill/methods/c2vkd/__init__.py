@@ -20,11 +20,11 @@ from segdistill.losses import (
     unit,
 )
 from segdistill.losses.fused import fused
-from segdistill.losses.pdd import blended_two_way
 from segdistill.losses.precision import add_product, is_half, product
+from segdistill.methods.c2vkd.attention_pool import AttentionPool, load_attention_pool
+from segdistill.methods.c2vkd.decoupling import blended_two_way
 from segdistill.methods.dkd import non_target_kl, target_kl
 from segdistill.methods.method import Channels, Count, MethodConfig, NonNegative, OfflineMethod, Temperature
-from segdistill.models.attention_pool import AttentionPool, load_attention_pool
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
 
 Direction = Literal["teacher_to_student", "student_to_teacher"]

@@ -1,14 +1,17 @@
-"""Class prototypes: the mean feature of each class under the labels, and the cosine classifier they make."""
+"""Class prototypes: the mean feature of each class under the labels, and the cosine classifier that they make."""
 
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from segdistill.losses import in_float32, masked_mean, unit
 from segdistill.losses.fused import fused
-from segdistill.losses.precision import in_float32
 
 Scope = Literal["batch", "image"]
+
+# The logit of a class without prototype. Finite, because 0 * inf is not 0; exp of it is exactly 0.
+ABSENT = -1e9
 
 
 class Perspective(NamedTuple):
@@ -16,22 +19,6 @@ class Perspective(NamedTuple):
 
     logits: Tensor  # [B, K, h, w], 0 for a class without pixels
     prototypes: Tensor  # [G, K, C], 0 for a class without pixels; G = 1 (batch) or B (image)
-
-
-def unit(vectors: Tensor, dim: int) -> Tensor:
-    """Vectors of length one; a zero vector stays zero and gets no gradient (division by eps would blow it up)."""
-    length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
-    return vectors / torch.where(length > 1e-12, length, torch.inf)
-
-
-def class_members(labels: Tensor, num_classes: int) -> Tensor:
-    """Which pixel belongs to which class, and an ignored pixel to none.
-
-    Shape:
-        labels: [B, h, w]; returns [B, K, h * w] bool.
-    """
-    classes = torch.arange(num_classes, device=labels.device)
-    return labels.flatten(1)[:, None] == classes[:, None]
 
 
 def present_classes(members: Tensor, scope: Scope) -> Tensor:
@@ -66,3 +53,37 @@ def local_perspective(
     shared = prototypes.expand(len(vectors), -1, -1)
     logits = cosine_scale * torch.einsum("bkc,bcp->bkp", shared, vectors)
     return Perspective(logits.unflatten(-1, features.shape[-2:]), prototypes)
+
+
+@fused
+@in_float32
+def local_kl(
+    student_logits: Tensor, teacher_logits: Tensor, present: Tensor, valid: Tensor | None, *, element_mean: bool
+) -> Tensor:
+    """Mean over pixels of KL(teacher || student) among the n present classes, divided by n for ``element_mean``.
+
+    With prototypes per image, each image has its own n, and images without any label are left out.
+
+    Shape:
+        student_logits, teacher_logits: [B, K, h, w]; present: [G, K] bool; valid: [B, h, w] bool.
+    """
+    absent = ~present[:, :, None, None]
+    student = student_logits.masked_fill(absent, ABSENT).log_softmax(1)
+    teacher = teacher_logits.detach().masked_fill(absent, ABSENT).log_softmax(1)
+    divergence = (teacher.exp() * (teacher - student)).sum(1)  # [B, h, w]
+    count = present.sum(1)[:, None, None]  # [G, 1, 1]
+    if element_mean:
+        divergence = divergence / count.clamp_min(1)
+    return masked_mean(divergence, (count > 0).expand_as(divergence) if valid is None else valid)
+
+
+@in_float32
+def prototype_distance(student: Tensor, teacher: Tensor, present: Tensor) -> Tensor:
+    """0.5 * mean over present classes of 1 - <p_student, p_teacher>; per image, then averaged, if they are per image.
+
+    Shape:
+        student, teacher: [G, K, C], unit vectors if the distance is to be one; present: [G, K] bool.
+    """
+    distance = torch.where(present, 1 - (student * teacher.detach()).sum(-1), 0.0)  # [G, K]
+    count = present.sum(1)
+    return 0.5 * masked_mean(distance.sum(1) / count.clamp_min(1), count > 0)

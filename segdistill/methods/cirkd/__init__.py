@@ -9,12 +9,8 @@ from torch.nn import functional as F
 from segdistill.config import config
 from segdistill.errors import UserError
 from segdistill.losses import (
-    ClassQueues,
     Projection,
-    class_means,
-    gather_batches,
     in_float32,
-    random_members,
     resize_features,
     resize_labels,
     size_of,
@@ -22,7 +18,8 @@ from segdistill.losses import (
     valid_mask,
 )
 from segdistill.losses.precision import is_half
-from segdistill.losses.relations import relation_kl
+from segdistill.methods.cirkd.memory import ClassQueues, class_means, gather_batches, random_members
+from segdistill.methods.cirkd.relations import relation_kl
 from segdistill.methods.method import Count, MethodConfig, NonNegative, OfflineMethod, Positive, Temperature
 from segdistill.models.batch_norm import allow_single_values
 from segdistill.models.outputs import ModelInfo, Outputs

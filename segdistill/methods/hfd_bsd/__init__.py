@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from segdistill.config import config
 from segdistill.errors import UserError
 from segdistill.losses import finest, projection, resize_features, resize_labels, resize_logits, size_of, valid_mask
-from segdistill.losses.selective import (
+from segdistill.methods.hfd_bsd.operators import Borrowed, ConvMLP, PooledAttention
+from segdistill.methods.hfd_bsd.selection import (
     feature_distances,
     labelled_regions,
     learners,
@@ -20,7 +21,6 @@ from segdistill.losses.selective import (
     selected_mean,
 )
 from segdistill.methods.method import Channels, Count, MethodConfig, NonNegative, OnlineMethod, Temperature
-from segdistill.models.operators import Borrowed, ConvMLP, PooledAttention
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
 
 REGION = 32  # image pixels a side of a region unless told otherwise: a cell of the stride-32 feature

@@ -1,8 +1,8 @@
 """Softmax, divergence and gradient of two sides' products in one pass over them, as a Triton kernel.
 
-What it gives is what :mod:`segdistill.losses.relations` computes with torch's own operations, in a dozen passes. Only
-:func:`segdistill.losses.fused.kernels` imports this module, where Triton works: it comes with torch for CUDA and
-compiles on first use.
+What it gives is what :mod:`segdistill.methods.cirkd.relations` computes with torch's own operations, in a dozen passes.
+Only its :func:`~segdistill.methods.cirkd.relations.kernels` imports this module, where Triton works: it comes with
+torch for CUDA and compiles on first use.
 """
 
 import torch

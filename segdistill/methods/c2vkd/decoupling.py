@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from segdistill.losses import in_float32, masked_mean, valid_mask
 from segdistill.losses.fused import fused
-from segdistill.losses.masks import masked_mean, valid_mask
-from segdistill.losses.precision import in_float32
 
 
 @fused
