@@ -1,5 +1,6 @@
 """What train_teacher and distill share: from what a training left to a folder of weights, scores and curves."""
 
+import contextlib
 import csv
 import json
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any
 from segdistill.data.shards import DatasetInfo, ShardDataset, read_dataset_info
 from segdistill.engine.learner import Learner
 from segdistill.engine.tracker import Tracker
-from segdistill.engine.trainer import Result
+from segdistill.engine.trainer import CHECKPOINT, Result
 from segdistill.files import new_folder, seal
 from segdistill.identity import Identity
 from segdistill.models.export import count_parameters, save_model
@@ -35,6 +36,14 @@ def write(
         _fill(partial, learner, result, info, identity, facts)
     for name, student in learner.students.items():
         trackers[name].metrics({"perf/params": count_parameters(student)})
+
+
+def finish(work: Path) -> None:
+    """Removes checkpoints that are of no more use, and the folders that they leave empty."""
+    for folder in (*work.glob("*/"), work):
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else is there: a checkpoint that was put aside
+            folder.rmdir()
 
 
 def _fill(

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -97,7 +96,7 @@ def run(
         Seconds by activity.
     """
     from segdistill.engine.distributed import processes as join
-    from segdistill.stages._training import dataset
+    from segdistill.stages._training import dataset, finish
 
     cohort: CohortPlan = read_plan(CohortPlan, plan)
     protocol, work = cohort.protocol, work or students.with_name(students.name + ".work")
@@ -121,7 +120,7 @@ def run(
                 spent = {activity: spent[activity] + seconds[activity] for activity in spent}
         if processes.is_main:
             write_record(students, [member.planned.job for member in members])
-            shutil.rmtree(work, ignore_errors=True)
+            finish(work)
         processes.barrier()
     return spent
 

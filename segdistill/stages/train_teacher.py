@@ -1,6 +1,5 @@
 """Trains the teacher, or imports one, and records the validation score that every distillation checks."""
 
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,7 +64,7 @@ def _train(
 ) -> dict[str, float]:  # fmt: skip
     from segdistill.engine.building import build_learner
     from segdistill.engine.cohort import Cohort, Diverged, Training
-    from segdistill.stages._training import dataset, write
+    from segdistill.stages._training import dataset, finish, write
 
     info, train_set, val_set = dataset(prepared)
     work = work or teacher.with_name(teacher.name + ".work")
@@ -85,7 +84,7 @@ def _train(
         write(
             teacher, training.learner, outcome, info, identity=identity, facts=facts, trackers=training.trackers
         )  # fmt: skip
-        shutil.rmtree(work, ignore_errors=True)
+        finish(work)
     processes.barrier()
     tracker.close()
     return cohort.seconds
