@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (%(default)s)")
         sub.add_argument("--tracker", choices=("auto", "mlflow", "jsonl", "none"), default="auto")
         if stage.per_cohort:
-            sub.add_argument("--cohort", required=True, help="the jobs of one seed: s0 for seed 0")
+            sub.add_argument("--seed", type=int, required=True, help="whose jobs: every experiment under run")
         if stage.on_device:
             _add_device(sub)
         for name, path in {**stage.inputs, **stage.outputs, **stage.metrics}.items():

@@ -7,7 +7,7 @@ of the code that uses them. So an edit of params.yaml or of code concerns those 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -78,7 +78,7 @@ class ExperimentConfig:
     auxiliary: Annotated[float, Field(ge=0, le=1e6)] = 0.4
 
 
-@config_class
+@dataclass(frozen=True)
 class Job:
     """One cell of the matrix."""
 
@@ -102,7 +102,7 @@ class PlannedJob:
     @property
     def job(self) -> Job:
         """The cell of the matrix."""
-        return Job(experiment=self.experiment, seed=self.seed)
+        return Job(self.experiment, self.seed)
 
 
 @config_class
@@ -139,7 +139,7 @@ def jobs(run: Any, seeds: Any) -> list[Job]:
         raise UserError(f"run: '{TEACHER}' is the teacher's own name in a report; give the experiment another one")
     if len(run) * len(seeds) > MOST_JOBS:
         raise UserError(f"run, seeds: {len(run)} x {len(seeds)} jobs; at most {MOST_JOBS} are one matrix")
-    return [Job(experiment=experiment, seed=seed) for experiment in run for seed in seeds]
+    return [Job(experiment, seed) for experiment in run for seed in seeds]
 
 
 def cohorts(run: Any, seeds: Any, size: int | None = None) -> dict[str, list[Job]]:

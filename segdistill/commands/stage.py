@@ -8,7 +8,7 @@ from typing import Any
 
 from segdistill import execution
 from segdistill.config import read_yaml, to_dict
-from segdistill.errors import UserError, nearest
+from segdistill.errors import UserError
 from segdistill.files import read_json
 from segdistill.plan import cohort_plan, cohorts, teacher_plan
 from segdistill.stages import BY_NAME
@@ -20,10 +20,10 @@ def command(arguments: argparse.Namespace) -> None:
     params = read_yaml(arguments.params)
     # What begins a run builds every network in outline; later stages build their own at once.
     execution.check_params(params, networks=stage.name in ("validate", "prepare", "plan"), here=True)
-    cohort = arguments.cohort if stage.per_cohort else None
-    known = cohorts(params["run"], params["seeds"])
-    if cohort is not None and cohort not in known:
-        raise UserError(f"--cohort: '{cohort}' is unknown{nearest(cohort, known)}")
+    cohort = f"s{arguments.seed}" if stage.per_cohort else None
+    if cohort is not None and cohort not in cohorts(params["run"], params["seeds"]):
+        known = ", ".join(map(str, params["seeds"]))
+        raise UserError(f"--seed: {arguments.seed} is not under seeds; these are: {known}")
     paths = {
         key.removeprefix("path_"): path for key, path in vars(arguments).items() if key.startswith("path_") and path
     }

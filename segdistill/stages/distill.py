@@ -253,7 +253,7 @@ def _verified_teacher(
 
 def highlights(paths: Mapping[str, Any]) -> Highlights:
     """The validation scores of all students."""
-    networks = {}
+    networks: dict[str, Any] = {}
     for job, folder in job_folders(paths["students"], AGAIN).items():
         if not diverged(folder):
             scores = read_sealed_json(folder, "metrics.json", mend=AGAIN)["students"]
