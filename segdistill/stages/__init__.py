@@ -24,7 +24,7 @@ class Stage:
 
     name: str
     module: str  # below segdistill.stages
-    image: str  # which container image: "data" (no torch) or "train"
+    image: str | None  # which container image: "data" (no torch) or "train"; None: on a cluster, who submits runs it
     params: tuple[str, ...]  # sections of params.yaml, which are also what DVC watches
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
@@ -32,7 +32,7 @@ class Stage:
     metrics: Mapping[str, str] = field(default_factory=dict)  # outputs that are small, readable and kept in git
     per_cohort: bool = False
     on_device: bool = False  # it trains or evaluates networks, on a GPU where there is one
-    shows: tuple[str, ...] = ()  # its highlights (stages/highlights.py), which Kubeflow's pages show
+    shows: tuple[str, ...] = ()  # its highlights (report/highlights.py), which Kubeflow's pages show
     help: str = ""
 
     @property
@@ -68,7 +68,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="plan",
         module="plan",
-        image="train",
+        image=None,
         params=("train_teacher", "distill", "experiments", "run", "seeds"),
         inputs={},
         outputs={"plan": "artifacts/plan"},

@@ -14,12 +14,14 @@ import yaml
 from compiled import Graphs
 
 from segdistill.config import read_yaml
-from segdistill.stages import BY_NAME, STAGES, Stage
+from segdistill.stages import STAGES, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 
 DVC: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+TASKS = [stage for stage in STAGES if stage.image]  # on a cluster
 every_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+every_task = pytest.mark.parametrize("stage", TASKS, ids=lambda stage: stage.name)
 
 
 def as_template(text: str) -> str:
@@ -152,22 +154,24 @@ def read_component(stage: Stage) -> Any:
         sys.path.insert(0, str(ROOT))
     import components
 
-    assert sorted(components.__all__) == sorted({*BY_NAME, "fetch", "finish"})
+    assert sorted(components.__all__) == sorted({*(stage.name for stage in TASKS), "fetch", "finish"})
     return getattr(components, stage.name)
 
 
-@every_stage
+@every_task
 def test_a_component_takes_and_gives_what_the_table_says(stage: Stage) -> None:
     component = read_component(stage)
     spec = component.component_spec
-    parameters = {"params": "String"} | ({"experiment": "String", "seed": "Integer"} if stage.per_job else {})
-    parameters |= {"accelerator": "String", "accelerators": "String"} if stage.name in TRAINING else {}
-    found = {name: item.type for name, item in spec.inputs.items() if name not in stage.inputs}
-    assert found == parameters
-    artifacts = {name: item for name, item in spec.inputs.items() if name in stage.inputs}
-    assert set(artifacts) == set(stage.inputs)
+    names = ["params"] * bool(stage.params) + ["plan"] * ("plan" in stage.inputs) + ["cohort"] * stage.per_cohort
+    names += ["accelerator", "accelerators"] * (stage.name in TRAINING)
+    folders = set(stage.inputs) - {"plan"}
+    assert {name: item.type for name, item in spec.inputs.items() if name not in folders} == dict.fromkeys(
+        names, "String"
+    )
+    artifacts = {name: item for name, item in spec.inputs.items() if name in folders}
+    assert set(artifacts) == folders
     for name, item in artifacts.items():
-        assert item.is_artifact_list == stage.inputs[name].endswith("{job}"), name
+        assert item.is_artifact_list == (name in stage.lists), name
     shown = {name: SHOWN[name] for name in stage.shows}
     files = {name: item.type for name, item in spec.outputs.items() if name not in shown and name != "Output"}
     assert set(files) == {*stage.outputs, *stage.metrics}
@@ -175,13 +179,13 @@ def test_a_component_takes_and_gives_what_the_table_says(stage: Stage) -> None:
     assert "Output" not in spec.outputs, "what a stage found out is in the folders that it makes"
 
 
-@every_stage
+@every_task
 def test_a_component_runs_in_the_image_of_its_stage(stage: Stage) -> None:
     image = read_component(stage).component_spec.implementation.container.image
     assert image.rpartition("/")[2].startswith(f"segdistill-{stage.image}")
 
 
-@every_stage
+@every_task
 def test_a_component_calls_the_library_once_for_its_stage_with_every_path(stage: Stage) -> None:
     tree = ast.parse(inspect.getsource(read_component(stage).python_func))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
@@ -193,11 +197,12 @@ def test_a_component_calls_the_library_once_for_its_stage_with_every_path(stage:
         {ast.literal_eval(k): ast.unparse(v) for k, v in zip(t.keys, t.values, strict=True)} for t in tables
     ]
     assert shown == ([{name: name for name in stage.shows}] if stage.shows else [])
-    expected = {name: f"{name}.path" for name in (*stage.inputs, *stage.outputs, *stage.metrics)}
-    lists = {name for name, path in stage.inputs.items() if path.endswith("{job}")}
-    assert paths == expected | {name: f"[folder.path for folder in {name}]" for name in lists}
+    folders = [name for name in stage.inputs if name != "plan"]
+    expected = {name: f"{name}.path" for name in (*folders, *stage.outputs, *stage.metrics)}
+    assert paths == expected | {name: f"[folder.path for folder in {name}]" for name in stage.lists}
     passed = {item.arg: ast.unparse(item.value) for item in call.keywords if item.arg not in ("paths", "shown")}
-    own = ["experiment", "seed"] * stage.per_job + ["accelerator", "accelerators"] * (stage.name in TRAINING)
+    own = ["plan"] * ("plan" in stage.inputs) + ["cohort"] * stage.per_cohort
+    own += ["accelerator", "accelerators"] * (stage.name in TRAINING)
     assert passed == {name: name for name in own}
 
 
@@ -220,46 +225,44 @@ def task_name(stage: Stage) -> str:
     return stage.name.replace("_", "-")
 
 
-def test_the_pipeline_has_the_stages_of_the_table_the_jobs_in_a_loop(graphs: Graphs) -> None:
-    assert set(graphs.leaves) == {task_name(stage) for stage in STAGES} | AROUND
+def test_the_pipeline_has_the_stages_of_the_table_the_cohorts_in_a_loop(graphs: Graphs) -> None:
+    assert set(graphs.leaves) == {task_name(stage) for stage in TASKS} | AROUND
     in_loop = {name for name in graphs.leaves if graphs.inside(name, graphs.loop)}
-    assert in_loop == {task_name(stage) for stage in STAGES if stage.per_job}
+    assert in_loop == {task_name(stage) for stage in TASKS if stage.per_cohort}
 
 
-@every_stage
+@every_task
 def test_the_pipeline_joins_outputs_to_inputs_as_the_table_does(stage: Stage, graphs: Graphs) -> None:
-    makers = {path: (task_name(one), name) for one in STAGES for name, path in (one.outputs | one.metrics).items()}
+    makers = {path: (task_name(one), name) for one in TASKS for name, path in (one.outputs | one.metrics).items()}
     makers["data"] = ("fetch", "data")
     name = task_name(stage)
     inputs = graphs.tasks[name]["inputs"]["artifacts"]
     found = {key: graphs.origin(name, source, "Artifact") for key, source in inputs.items()}
-    assert found == {key: makers[path.replace("{job}", JOB)] for key, path in stage.inputs.items()}
+    assert found == {key: makers[path] for key, path in stage.inputs.items() if key != "plan"}
 
 
-@every_stage
+@pytest.mark.parametrize("stage", [stage for stage in TASKS if stage.params], ids=lambda stage: stage.name)
 def test_the_pipeline_gives_a_stage_the_sections_that_the_table_declares(stage: Stage, graphs: Graphs) -> None:
     defaults = graphs.spec["root"]["inputDefinitions"]["parameters"]
     given = graphs.tasks[task_name(stage)]["inputs"]["parameters"]["params"]
-    task, parameter = graphs.origin(task_name(stage), given, "Parameter")
-    if stage.name == "distill":
-        assert (task, parameter) == (graphs.loop, "pipelinechannel--jobs-loop-item")
-        assert given["parameterExpressionSelector"].endswith('["params"]')
-        values = [(job["experiment"], job["params"]) for job in defaults["jobs"]["defaultValue"]]
-    else:
-        assert (task, parameter) == ("root", f"{stage.params[0]}_params")
-        values = [("", defaults[parameter]["defaultValue"])]
-    for experiment, value in values:
-        assert list(json.loads(value)) == [key.format(experiment=experiment) for key in stage.params]
+    assert graphs.origin(task_name(stage), given, "Parameter") == ("root", f"{stage.params[0]}_params")
+    assert list(json.loads(defaults[f"{stage.params[0]}_params"]["defaultValue"])) == list(stage.params)
 
 
-def test_the_pipeline_runs_the_jobs_of_params_yaml(graphs: Graphs) -> None:
+def test_the_pipeline_gives_each_training_its_plan(graphs: Graphs) -> None:
     params = read_yaml(ROOT / "params.yaml")
-    found = graphs.spec["root"]["inputDefinitions"]["parameters"]["jobs"]["defaultValue"]
-    assert [(job["experiment"], job["seed"]) for job in found] == [(job.experiment, job.seed) for job in jobs(params)]
-    for job in found:
-        settings = json.loads(job["params"])
-        assert settings["distill"] == params["distill"]
-        assert settings[f"experiments.{job['experiment']}"] == params["experiments"][job["experiment"]]
+    defaults = graphs.spec["root"]["inputDefinitions"]["parameters"]
+    given = graphs.tasks["train-teacher"]["inputs"]["parameters"]["plan"]
+    assert graphs.origin("train-teacher", given, "Parameter") == ("root", "teacher_plan")
+    assert json.loads(defaults["teacher_plan"]["defaultValue"]) == to_dict(teacher_plan(params["train_teacher"]))
+    given = graphs.tasks["distill"]["inputs"]["parameters"]["plan"]
+    assert graphs.origin("distill", given, "Parameter") == (graphs.loop, "pipelinechannel--cohorts-loop-item")
+    assert given["parameterExpressionSelector"].endswith('["plan"]')
+    planned = {item["cohort"]: json.loads(item["plan"]) for item in defaults["cohorts"]["defaultValue"]}
+    members = [job for plan in planned.values() for job in plan["jobs"]]
+    assert sorted((job["experiment"], job["seed"]) for job in members) == sorted(
+        (job.experiment, job.seed) for job in jobs(params["run"], params["seeds"])
+    )
 
 
 def test_compare_and_register_stand_beside_the_loop_and_the_run_is_always_closed(graphs: Graphs) -> None:
