@@ -13,7 +13,8 @@ import pytest
 import yaml
 from compiled import Graphs
 
-from segdistill.config import read_yaml
+from segdistill.config import read_yaml, to_dict
+from segdistill.plan import jobs, teacher_plan
 from segdistill.stages import STAGES, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
