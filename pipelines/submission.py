@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from segdistill.errors import UserError
+from segdistill.patience import Patience
 
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
-PATIENCE = 30  # failed questions in a row after which waiting ends
+PATIENCE_SECONDS = 300.0  # with a server that is away while we wait for a run
 # Of Kubeflow Pipelines: the first release that brings a task every artifact of a list and tells an exit handler how the
 # run ended, and the first that heeds the user and group of ``cluster.yaml``. Read in its source: 2.5.0, the release
 # before, and 2.14.4 to 2.15.0 differ there.
@@ -205,57 +206,60 @@ def wait(client: Any, to: Server, run: str, seconds: float = 10) -> str:
     Raises:
         UserError: the server no longer answers us. The run goes on without us.
     """
+    known: dict[str, str] = {}
+    patience = Patience(to.host, PATIENCE_SECONDS)
+    while True:
+        try:
+            answer = patience.ask(lambda: client.get_run(run), lambda error: _outage(to, error))
+        except (UserError, *_errors_of_a_server()) as error:
+            reason = str(error) if isinstance(error, UserError) else f"{to.host}: {_reason(to, error)}"
+            raise UserError(f"{reason}; the run goes on: {to.page(run)}") from None
+        for task in (answer.run_details.task_details if answer.run_details else None) or []:
+            if task.state and known.get(task.task_id) != task.state:
+                known[task.task_id] = task.state
+                _say(f"{time.strftime('%H:%M:%S')} {task.display_name}: {task.state.lower()}")
+        if answer.state in ENDED:
+            if answer.error and answer.error.message:
+                _say(answer.error.message)
+            return str(answer.state)
+        time.sleep(seconds)
+
+
+def _errors_of_a_server() -> tuple[type[Exception], ...]:
     import kfp_server_api
     import urllib3
 
-    known: dict[str, str] = {}
-    missed = 0
-    while True:
-        try:
-            found = client.get_run(run)
-            missed = 0
-        except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
-            missed += 1
-            status = getattr(error, "status", None) or 0
-            if missed >= PATIENCE or status in (401, 403, 404):
-                raise UserError(f"{_reason(to, error)}; the run goes on: {to.page(run)}") from None
-        else:
-            for task in (found.run_details.task_details if found.run_details else None) or []:
-                if task.state and known.get(task.task_id) != task.state:
-                    known[task.task_id] = task.state
-                    _say(f"{time.strftime('%H:%M:%S')} {task.display_name}: {task.state.lower()}")
-            if found.state in ENDED:
-                if found.error and found.error.message:
-                    _say(found.error.message)
-                return str(found.state)
-        time.sleep(seconds)
+    return kfp_server_api.ApiException, urllib3.exceptions.HTTPError
+
+
+def _outage(to: Server, error: Exception) -> str | None:
+    """Why waiting may help, or None where it cannot."""
+    final = not isinstance(error, _errors_of_a_server()) or getattr(error, "status", None) in (401, 403, 404)
+    return None if final else _reason(to, error)
 
 
 @contextlib.contextmanager
 def _in_one_sentence(to: Server) -> Iterator[None]:
     """Keeps the client's prints and log to itself; an error is a UserError."""
-    import kfp_server_api
-    import urllib3
-
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError, TimeoutError) as error:
-        raise UserError(_reason(to, error)) from None
+    except (*_errors_of_a_server(), TimeoutError) as error:
+        raise UserError(f"{to.host}: {_reason(to, error)}") from None
     finally:
         logging.disable(before)
 
 
-def _reason(to: Server, error: Exception) -> str:
+def _reason(to: Server, error: Any) -> str:
     status = getattr(error, "status", None)
     if status in (401, 403):
-        return f"{to.host}: refused us ({status} {error.reason}); authentication: {to.authentication}"  # type: ignore[attr-defined]
+        return f"refused us ({status} {error.reason}); authentication: {to.authentication}"
     if status:
-        return f"{to.host}: {status} {error.reason}: {_message(error)}"  # type: ignore[attr-defined]
-    return f"{to.host}: no answer: {str(getattr(error, 'reason', error)).rpartition('>: ')[2]}"
+        return f"{status} {error.reason}: {_message(error)}"
+    return f"no answer: {str(getattr(error, 'reason', error)).rpartition('>: ')[2]}"
 
 
 def _message(error: Any) -> str:

@@ -5,7 +5,6 @@ values. An unknown or mistyped key is a :class:`UserError` with the dotted path 
 converted on the way: ``true`` is no number, and ``"8"`` is none either. Every number has a least and a greatest value.
 """
 
-import dataclasses
 import functools
 import json
 import math
@@ -20,6 +19,7 @@ import pydantic
 import yaml
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import to_jsonable_python
 
 from segdistill.errors import UserError, brief, nearest
 from segdistill.files import MIB, read_text
@@ -107,7 +107,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def parse_yaml(text: str, path: str) -> dict[str, Any]:
     """The mapping in a YAML text, which came from ``path``; see :func:`read_yaml`."""
-    loader = _Loader(_printable(path, text))
+    if unprintable := yaml.reader.Reader.NON_PRINTABLE.search(text):
+        number = text.count("\n", 0, unprintable.start()) + 1
+        raise UserError(f"{path}, line {number}: not valid YAML: the character {unprintable[0]!r} may not stand there")
+    loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is not None:
@@ -125,13 +128,6 @@ def parse_yaml(text: str, path: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
     return data
-
-
-def _printable(path: str, text: str) -> str:
-    if found := yaml.reader.Reader.NON_PRINTABLE.search(text):
-        line = text.count("\n", 0, found.start()) + 1
-        raise UserError(f"{path}, line {line}: not valid YAML: the character {found.group()!r} may not stand there")
-    return text
 
 
 def _require_plain(node: yaml.Node, sizes: dict[int, tuple[int, int]]) -> tuple[int, int]:
@@ -221,13 +217,7 @@ def _plain(data: Any, where: str) -> Any:
 
 def to_dict(value: Any) -> Any:
     """Plain data (dict, list, str, number) of a config, the inverse of :func:`parse`."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): to_dict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_dict(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return to_jsonable_python(value, serialize_as_any=True)  # all fields of what is there, not only its type's
 
 
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
@@ -251,8 +241,7 @@ def _sentence(errors: list[Any], cls: Any, where: str) -> str:
     location, owner = _walk(cls, error["loc"])
     path = _dotted(where, *location)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        names = [field.name for field in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
-        return f"{path}: unknown key{nearest(location[-1], names)}"
+        return f"{path}: unknown key{nearest(location[-1], _fields(owner))}"
     if error["type"] == "missing":
         return f"{path}: missing; it has no default"
     if error["type"] == "union_tag_invalid":
@@ -264,8 +253,8 @@ def _sentence(errors: list[Any], cls: Any, where: str) -> str:
         allowed = error["ctx"]["expected"]
         return f"{path}: {_value(error['input'])} is not allowed; allowed: {allowed}"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    shown = "" if error["type"] == "value_error" else f", not {_value(error['input'])}"
-    return f"{path}{': ' if path else ''}{message[0].lower()}{message[1:]}{shown}"
+    given = "" if error["type"] == "value_error" else f", not {_value(error['input'])}"
+    return f"{path}{': ' if path else ''}{message[0].lower()}{message[1:]}{given}"
 
 
 def _value(value: Any) -> str:
@@ -285,33 +274,31 @@ def _walk(cls: Any, location: tuple[Any, ...]) -> tuple[list[str], Any]:
         if step == "[key]":  # what is wrong is the key itself
             continue
         members = _members(current)
-        fields: dict[str, Any] = {}
-        for member in members:
-            if dataclasses.is_dataclass(member):
-                hints = typing.get_type_hints(member)
-                fields.update({field.name: hints[field.name] for field in dataclasses.fields(member)})
-        tagged = [member for member in members if step in (_tag(member), getattr(member, "__name__", None))]
-        if step not in fields and tagged:
-            current = owner = tagged[0]
+        fields = {name: annotation for member in members for name, annotation in _fields(member).items()}
+        tagged = (member for member in members if step in (_tag(member), getattr(member, "__name__", None)))
+        if step not in fields and (member := next(tagged, None)):
+            current = owner = member
             continue
         parts.append(str(step))
-        owner = next((member for member in members if dataclasses.is_dataclass(member)), current)
+        owner = next((member for member in members if _fields(member)), current)
         inner = [arg for member in members for arg in typing.get_args(member) if arg is not Ellipsis]
         current = fields.get(step, inner[-1] if inner else Any)
     return parts, owner
 
 
 def _members(annotation: Any) -> list[Any]:
-    origin = typing.get_origin(annotation)
-    if origin is typing.Annotated:
-        return _members(typing.get_args(annotation)[0])
-    if origin in (typing.Union, types.UnionType):
+    """The types of a union; of any other type itself."""
+    if typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return [member for arg in typing.get_args(annotation) for member in _members(arg)]
     return [annotation]
 
 
-def _tag(member: Any) -> Any:
-    if not dataclasses.is_dataclass(member):
-        return None
-    literal = typing.get_type_hints(member).get("name")
-    return typing.get_args(literal)[0] if typing.get_origin(literal) is typing.Literal else None
+def _fields(cls: Any) -> dict[str, Any]:
+    """The annotations of a ``@config`` class; none of any other type."""
+    return {name: field.annotation for name, field in getattr(cls, "__pydantic_fields__", {}).items()}
+
+
+def _tag(cls: Any) -> Any:
+    return next(iter(typing.get_args(_fields(cls).get("name"))), None)

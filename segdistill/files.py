@@ -230,6 +230,13 @@ def folder_place(folder: Path) -> Path:
     return place
 
 
+def require_free(folder: Path) -> None:
+    """Raises a UserError where a folder that somebody asks for has content already, which is his."""
+    place = folder_place(folder)
+    if place.is_dir() and any(place.iterdir()):
+        raise UserError(f"{folder}: exists and is not an empty folder; remove it first, or choose another one")
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Gives an empty sibling to fill, which takes the place of ``folder`` at the end, or vanishes on any error.

@@ -6,12 +6,12 @@ import json
 import logging
 import re
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from segdistill.errors import Interrupted, UserError
+from segdistill.errors import UserError
+from segdistill.patience import Patience
 
 try:
     from kubernetes import client, config
@@ -27,7 +27,6 @@ NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 KIND = ("trainer.kubeflow.org", "v1alpha1")
 PLURAL = "trainjobs"
 TIMEOUTS = (10, 60)  # of one request: seconds to connect, and to be answered
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 10.0
 BUSY = 429
 
 
@@ -58,9 +57,8 @@ class TrainJobs:
                 ) from None
         configuration.retries = False  # ours wait for longer, and say so
         self.namespace = namespace or NAMESPACE_FILE.read_text().strip()
-        self.patience = patience
-        self._stop, self._away = stop, False
         self._host = configuration.host
+        self.patience = Patience(self._host, patience, stop)
         connection = client.ApiClient(configuration)
         self._custom, self._core = client.CustomObjectsApi(connection), client.CoreV1Api(connection)
         self._silent: set[str] = set()  # what we may not do, and have said so
@@ -132,15 +130,6 @@ class TrainJobs:
         )  # fmt: skip
         return found.decode(errors="replace").splitlines() if found else []
 
-    def pause(self, seconds: float) -> None:
-        """Waits.
-
-        Raises:
-            Interrupted: we were told to stop.
-        """
-        if self._stop.wait(seconds):
-            raise Interrupted("told to stop")
-
     def _look(self, verb: str, resource: str, act: Callable[[], bytes]) -> bytes | None:
         """What helps to understand, and is not needed."""
         try:
@@ -153,30 +142,12 @@ class TrainJobs:
 
     def _ask(self, verb: str, resource: str, act: Callable[[], T], *, none_if: str) -> T | None:
         """The answer; None if the API refuses for one of the reasons ``none_if``."""
-        deadline, pause = None, FIRST_PAUSE_SECONDS
-        while True:
-            try:
-                answer: T | None = act()
-            except (client.ApiException, HTTPError) as error:
-                reason = _outage(error)
-                if reason is not None:
-                    deadline = deadline or time.monotonic() + self.patience
-                    if time.monotonic() >= deadline:
-                        sentence = f"{self._host}: {reason}; gave up after trying for {self.patience:g} seconds"
-                        raise UserError(sentence) from None
-                    if not self._away:
-                        self._away = True
-                        logger.warning("%s: %s; trying for up to %g seconds", self._host, reason, self.patience)
-                    self.pause(min(pause, max(0.0, deadline - time.monotonic())))
-                    pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-                    continue
-                if _status(error).get("reason") not in none_if.split():
-                    raise self._sentence(verb, resource, error) from None
-                answer = None
-            if self._away:
-                self._away = False
-                logger.info("%s: answers again", self._host)
-            return answer
+        try:
+            return self.patience.ask(act, _outage)
+        except (client.ApiException, HTTPError) as error:
+            if _status(error).get("reason") in none_if.split():
+                return None
+            raise self._sentence(verb, resource, error) from None
 
     def _sentence(self, verb: str, resource: str, error: Exception) -> UserError:
         """What a failure that no waiting mends means for the user."""
@@ -201,7 +172,7 @@ def _outage(error: Exception) -> str | None:
     """Why waiting may help, or None where it cannot."""
     if isinstance(error, client.ApiException):
         return f"answers {error.status} ({_message(error)})" if error.status >= 500 or error.status == BUSY else None
-    return f"the Kubernetes API cannot be reached ({type(error).__name__})"
+    return f"the Kubernetes API cannot be reached ({type(error).__name__})" if isinstance(error, HTTPError) else None
 
 
 def _status(error: Exception) -> dict[str, Any]:

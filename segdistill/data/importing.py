@@ -12,7 +12,7 @@ from segdistill.data.decoding import BadFile, encode_png, image_format
 from segdistill.data.layouts import IGNORE_INDEX, SPLITS, Legend, Sample, open_layout
 from segdistill.data.parallel import ordered_map, progress
 from segdistill.errors import UserError
-from segdistill.files import new_folder
+from segdistill.files import new_folder, require_free
 
 
 def import_dataset(layout: str, source: Path, out: Path, *, workers: int = 0) -> dict[str, int]:
@@ -32,8 +32,7 @@ def import_dataset(layout: str, source: Path, out: Path, *, workers: int = 0) ->
     Raises:
         UserError: ``out`` has content, or a file of the source is missing or broken.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not empty; remove it first or choose another folder")
+    require_free(out)
     dataset = open_layout(layout, source)
     samples = [sample for split in SPLITS for sample in dataset.samples(split)]
     if not samples:

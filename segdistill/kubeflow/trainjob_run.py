@@ -52,86 +52,96 @@ def run(
     from segdistill.adapters.kubernetes_api import TrainJobs
 
     with stop_on_sigterm() as stop:
-        jobs = TrainJobs(job.namespace, configuration, stop=stop, patience=patience)
-        shown = f"TrainJob {jobs.namespace}/{job.name}"
-        uid = _begin(jobs, job, shown, poll)
+        attempt = _Attempt(TrainJobs(job.namespace, configuration, stop=stop, patience=patience), job, poll)
+        uid = attempt.begin()
         try:
-            _wait(jobs, job, shown, uid, poll)
+            attempt.wait(uid)
         except TrainJobFailed:
-            _clean_up(jobs, job, shown, uid)
+            attempt.clean_up(uid)
             raise
         except (UserError, Interrupted) as error:
-            raise type(error)(f"{error}; {shown} goes on, and the next attempt takes it over") from None
-        _clean_up(jobs, job, shown, uid)
+            raise type(error)(f"{error}; {attempt.title} goes on, and the next attempt takes it over") from None
+        attempt.clean_up(uid)
 
 
-def _begin(jobs: "TrainJobs", job: TrainJob, shown: str, poll: float) -> str:
-    """Makes the job, or takes over the one that is there; returns its uid."""
-    while True:
-        made = jobs.create(manifest(job))
-        if made is not None:
-            logger.info("%s: created, %d nodes with %d processes each", shown, job.nodes, job.processes)
-            return str(made["metadata"]["uid"])
-        there = jobs.read(job.name)
-        if there is None:
-            continue
-        uid = str(there["metadata"]["uid"])
-        state, why = _state(there)
-        if "deletionTimestamp" not in there["metadata"]:
-            if state != "Failed":
-                logger.info("%s: taken over from an earlier attempt", shown)
-                return uid
-            logger.info("%s: an earlier attempt's failed (%s); it is replaced", shown, why)
-            jobs.delete(job.name, uid)
-        _wait_until_gone(jobs, job, shown, uid, poll)
+class _Attempt:
+    """One attempt at having a job run."""
+
+    def __init__(self, jobs: "TrainJobs", job: TrainJob, poll: float) -> None:
+        self.jobs, self.job, self.poll = jobs, job, poll
+        self.title = f"TrainJob {jobs.namespace}/{job.name}"
+
+    def begin(self) -> str:
+        """Makes the job, or takes over the one that is there; returns its uid."""
+        while True:
+            made = self.jobs.create(manifest(self.job))
+            if made is not None:
+                nodes, processes = self.job.nodes, self.job.processes
+                logger.info("%s: created, %d nodes with %d processes each", self.title, nodes, processes)
+                return str(made["metadata"]["uid"])
+            there = self.jobs.read(self.job.name)
+            if there is None:
+                continue
+            uid = str(there["metadata"]["uid"])
+            state, why = _state(there)
+            if "deletionTimestamp" not in there["metadata"]:
+                if state != "Failed":
+                    logger.info("%s: taken over from an earlier attempt", self.title)
+                    return uid
+                logger.info("%s: an earlier attempt's failed (%s); it is replaced", self.title, why)
+                self.jobs.delete(self.job.name, uid)
+            self._wait_until_gone(uid)
+
+    def _wait_until_gone(self, uid: str) -> None:
+        # Its pods go before it does. Were they still there, they and the next ones would write to the same checkpoint.
+        patience = self.jobs.patience
+        deadline = time.monotonic() + patience.seconds
+        while (there := self.jobs.read(self.job.name)) is not None and there["metadata"]["uid"] == uid:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{self.title}: deleted, but still there after {patience.seconds:g} seconds; one of its pods may "
+                    "be on a node that is lost"
+                )
+            patience.pause(self.poll)
+
+    def wait(self, uid: str) -> None:
+        """Waits for the job's end, and tells how its pods fare."""
+        observer = _Observer(self.jobs, self.job, self.title)
+        deadline = self._deadline()
+        while True:
+            there = self.jobs.read(self.job.name)
+            if there is None or there["metadata"]["uid"] != uid or "deletionTimestamp" in there["metadata"]:
+                words = observer.last_words()
+                raise TrainJobFailed(f"{self.title}: deleted by somebody else while we waited for it{words}")
+            state, why = _state(there)
+            observer.look(state)
+            if state == "Complete":
+                return
+            if state == "Failed":
+                raise TrainJobFailed(f"{self.title}: failed: {why}{observer.last_words()}")
+            if state == "Suspended":
+                deadline = self._deadline()
+            elif time.monotonic() > deadline:
+                raise TrainJobFailed(
+                    f"{self.title}: not at its end {GRACE_SECONDS:g} seconds after its timeout of "
+                    f"{self.job.timeout_seconds}; is the controller of Kubeflow Trainer running?{observer.last_words()}"
+                )
+            self.jobs.patience.pause(self.poll)
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.job.timeout_seconds + GRACE_SECONDS
+
+    def clean_up(self, uid: str) -> None:
+        """The training's result stands; a job that cannot be deleted must not change it."""
+        try:
+            self.jobs.delete(self.job.name, uid)
+        except (UserError, Interrupted) as error:
+            logger.warning("%s: not deleted: %s", self.title, error)
 
 
-def _wait_until_gone(jobs: "TrainJobs", job: TrainJob, shown: str, uid: str, poll: float) -> None:
-    # Its pods go before it does. Were they still there, they and the next ones would write to the same checkpoint.
-    deadline = time.monotonic() + jobs.patience
-    while (there := jobs.read(job.name)) is not None and there["metadata"]["uid"] == uid:
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{shown}: deleted, but still there after {jobs.patience:g} seconds; one of its pods may be on a node "
-                "that is lost"
-            )
-        jobs.pause(poll)
-
-
-def _wait(jobs: "TrainJobs", job: TrainJob, shown: str, uid: str, poll: float) -> None:
-    observer = _Observer(jobs, job, shown)
-    deadline = time.monotonic() + job.timeout_seconds + GRACE_SECONDS
-    while True:
-        found = jobs.read(job.name)
-        if found is None or found["metadata"]["uid"] != uid or "deletionTimestamp" in found["metadata"]:
-            raise TrainJobFailed(f"{shown}: deleted by somebody else while we waited for it{observer.last_words()}")
-        state, why = _state(found)
-        observer.look(state)
-        if state == "Complete":
-            return
-        if state == "Failed":
-            raise TrainJobFailed(f"{shown}: failed: {why}{observer.last_words()}")
-        if state == "Suspended":
-            deadline = time.monotonic() + job.timeout_seconds + GRACE_SECONDS
-        elif time.monotonic() > deadline:
-            raise TrainJobFailed(
-                f"{shown}: not at its end {GRACE_SECONDS:g} seconds after its timeout of {job.timeout_seconds}; is the "
-                f"controller of Kubeflow Trainer running?{observer.last_words()}"
-            )
-        jobs.pause(poll)
-
-
-def _clean_up(jobs: "TrainJobs", job: TrainJob, shown: str, uid: str) -> None:
-    """The training's result stands; a job that cannot be deleted must not change it."""
-    try:
-        jobs.delete(job.name, uid)
-    except (UserError, Interrupted) as error:
-        logger.warning("%s: not deleted: %s", shown, error)
-
-
-def _state(found: dict[str, Any]) -> tuple[str, str]:
+def _state(job: dict[str, Any]) -> tuple[str, str]:
     """The condition that holds, and why; both are empty until the job is suspended or at its end."""
-    conditions = {one["type"]: one for one in found.get("status", {}).get("conditions", []) if one["status"] == "True"}
+    conditions = {one["type"]: one for one in job.get("status", {}).get("conditions", []) if one["status"] == "True"}
     for name in ("Complete", "Failed", "Suspended"):
         if name in conditions:
             said = (conditions[name].get("reason"), conditions[name].get("message"))
@@ -155,8 +165,8 @@ class _Observer:
     container is started anew in its pod a few times, and then the pod is deleted.
     """
 
-    def __init__(self, jobs: "TrainJobs", job: TrainJob, shown: str) -> None:
-        self.jobs, self.job, self.shown = jobs, job, shown
+    def __init__(self, jobs: "TrainJobs", job: TrainJob, title: str) -> None:
+        self.jobs, self.job, self.title = jobs, job, title
         self.told = ""
         self.failures: dict[tuple[int, str], _Failure] = {}
 
@@ -169,7 +179,7 @@ class _Observer:
         now = ", ".join([*([state.lower()] if state else []), *parts])
         if now != self.told:
             self.told = now
-            logger.info("%s %s: %s", time.strftime("%H:%M:%S"), self.shown, now)
+            logger.info("%s %s: %s", time.strftime("%H:%M:%S"), self.title, now)
 
     def _keep_failure(self, pod: dict[str, Any]) -> None:
         name, rank = pod["metadata"]["name"], int(pod["metadata"]["labels"].get(RANK_LABEL, "0"))

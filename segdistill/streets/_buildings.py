@@ -1,32 +1,25 @@
 """Houses, blocks, garden walls and fences: what lines the street."""
 
 from dataclasses import dataclass
+from functools import partial
 
-from segdistill.streets._canvas import RGB, Canvas, Dice, Label, Surface, shade
-from segdistill.streets._panels import Front, Panel, Wall
+from segdistill.streets._canvas import RGB, Canvas, Dice, Label, Surface
+from segdistill.streets._panels import Front, Paint, Panel, Wall
 from segdistill.streets._people import person
-from segdistill.streets._textures import (
-    DARKS,
-    EARTHS,
-    FACADES,
-    GREENS,
-    GREYS,
-    PALES,
-    VIVIDS,
-    Texture,
-)
+from segdistill.streets._textures import DARKS, EARTHS, FACADES, GREENS, GREYS, PALES, VIVIDS, Texture
 
 SMALLEST = 3.0  # canvas pixels; smaller windows are left out
+OF_A_HOUSE, OF_A_FENCE, OF_A_SIGN = (partial(Paint, label) for label in (Label.BUILDING, Label.FENCE, Label.SIGN))
+WALLS = (Texture.BRICKS, Texture.ROUGH, Texture.SMOOTH, Texture.SLABS, Texture.PATCHY, Texture.PLANKS)
 
 
 @dataclass(frozen=True)
 class Facade:
     """What the walls of one building share."""
 
-    colour: RGB
-    texture: int
+    wall: Paint
     panes: tuple[RGB, ...]
-    frame: RGB
+    frame: Paint
     floor: float  # height of a storey, metres
     bay: float  # distance from window to window, metres
     pane: float  # share of a bay that is window
@@ -38,12 +31,9 @@ def facade(dice: Dice, *, night: bool, shops: float) -> Facade:
     """A random kind of facade."""
     tall_glass = dice.chance(0.12)
     return Facade(
-        colour=dice.colour(GREYS + DARKS) if tall_glass else dice.colour((*FACADES, GREENS[4])),
-        texture=dice.pick(
-            (Texture.BRICKS, Texture.ROUGH, Texture.SMOOTH, Texture.SLABS, Texture.PATCHY, Texture.PLANKS)
-        ),
+        wall=OF_A_HOUSE(dice.colour(GREYS + DARKS if tall_glass else (*FACADES, GREENS[4])), dice.pick(WALLS)),
         panes=(dice.colour(DARKS), dice.colour(DARKS), (136.0, 152.0, 172.0), dice.colour(GREYS + GREENS)),
-        frame=dice.colour(PALES + DARKS),
+        frame=OF_A_HOUSE(dice.colour(PALES + DARKS)),
         floor=dice.between(2.7, 3.5),
         bay=dice.between(1.6, 3.6),
         pane=0.85 if tall_glass else dice.between(0.35, 0.6),
@@ -69,45 +59,34 @@ def building(
         _chimney(canvas, dice, x + side * dice.between(1.0, 4.0), z1, ridge if pitched else height)
     if pitched:
         peak, eaves = (x + side * depth / 2, ridge), (x - side * 0.3, height - 0.1)
-        slope = [
-            canvas.camera.see(*eaves, z0),
-            canvas.camera.see(*peak, z0),
-            canvas.camera.see(*peak, z1),
-            canvas.camera.see(*eaves, z1),
-        ]
+        slope = [canvas.camera.see(*edge, z) for edge, z in ((eaves, z0), (peak, z0), (peak, z1), (eaves, z1))]
         canvas.fill(slope, Surface(Label.BUILDING, roof, Texture.TILES, long.facing, (0.0, 0.0, 2.0 / (z0 + z1))))
-        end.fill(
-            [(0, height), (side * depth / 2, ridge), (side * depth, height)],
-            Label.BUILDING,
-            style.colour,
-            style.texture,
-        )
-    end.fill(
-        [(0, 0), (side * depth, 0), (side * depth, height), (0, height)], Label.BUILDING, style.colour, style.texture
-    )
+        end.fill([(0, height), (side * depth / 2, ridge), (side * depth, height)], style.wall)
+    end.box(0, 0, side * depth, height, style.wall)
     if exposed:
         _windows(end, dice, style, 0.0, side * depth, 0.0, height)
-    long.box(0, 0, z1 - z0, height, Label.BUILDING, style.colour, style.texture)
+    long.box(0, 0, z1 - z0, height, style.wall)
     if not pitched and dice.chance(0.6):
-        long.box(0, height - 0.4, z1 - z0, height, Label.BUILDING, shade(style.colour, dice.between(0.6, 1.25)))
-    ground_floor = style.floor if style.shop else 0.0
-    _windows(long, dice, style, 0.0, z1 - z0, ground_floor, height)
+        parapet = style.wall.shaded(dice.between(0.6, 1.25))._replace(texture=Texture.SMOOTH)
+        long.box(0, height - 0.4, z1 - z0, height, parapet)
+    _windows(long, dice, style, 0.0, z1 - z0, style.floor if style.shop else 0.0, height)
     if style.shop:
         _shop(long, dice, z1 - z0, style)
     else:
-        _door(long, dice, dice.between(0.3, max(z1 - z0 - 1.5, 0.4)))
+        door = dice.between(0.3, max(z1 - z0 - 1.5, 0.4))
+        paint = OF_A_HOUSE(dice.colour(VIVIDS + DARKS + EARTHS + GREENS), Texture.PLANKS)
+        long.box(door, 0.0, door + 1.1, 2.2, paint)
     if dice.chance(0.3):
         _mural(long, dice, z1 - z0, height)
     if dice.chance(0.15):  # a drainpipe is part of the building, though it looks like a pole
         at = dice.between(0.0, z1 - z0)
-        long.box(at, 0, at + 0.2, height, Label.BUILDING, dice.colour(GREYS + DARKS))
+        long.box(at, 0, at + 0.2, height, OF_A_HOUSE(dice.colour(GREYS + DARKS)))
 
 
 def _chimney(canvas: Canvas, dice: Dice, x: float, z: float, top: float) -> None:
-    width = dice.between(0.6, 1.0)
-    Front(canvas, x, z).box(
-        0, top - 3.0, width, top + dice.between(0.8, 1.8), Label.BUILDING, dice.colour(EARTHS + GREYS), Texture.BRICKS
-    )
+    width, height = dice.between(0.6, 1.0), dice.between(0.8, 1.8)
+    bricks = OF_A_HOUSE(dice.colour(EARTHS + GREYS), Texture.BRICKS)
+    Front(canvas, x, z).box(0, top - 3.0, width, top + height, bricks)
 
 
 def _windows(panel: Panel, dice: Dice, style: Facade, u0: float, u1: float, v0: float, v1: float) -> None:
@@ -125,16 +104,10 @@ def _windows(panel: Panel, dice: Dice, style: Facade, u0: float, u1: float, v0: 
         for floor in range(floors):
             bottom = v0 + style.floor * floor + (style.floor - tall) * 0.6
             if abs(x1 - x0) > 6 * SMALLEST:
-                panel.box(
-                    left - 0.1, bottom - 0.1, left + width + 0.1, bottom + tall + 0.1, Label.BUILDING, style.frame
-                )
+                panel.box(left - 0.1, bottom - 0.1, left + width + 0.1, bottom + tall + 0.1, style.frame)
             lit = style.lit > 0 and dice.chance(style.lit)
             pane = (236.0, 196.0, 120.0) if lit else dice.pick(style.panes)
-            panel.box(left, bottom, left + width, bottom + tall, Label.BUILDING, pane, glow=lit)
-
-
-def _door(panel: Panel, dice: Dice, u: float) -> None:
-    panel.box(u, 0.0, u + 1.1, 2.2, Label.BUILDING, dice.colour(VIVIDS + DARKS + EARTHS + GREENS), Texture.PLANKS)
+            panel.box(left, bottom, left + width, bottom + tall, OF_A_HOUSE(pane, glow=lit))
 
 
 def _shop(panel: Panel, dice: Dice, length: float, style: Facade) -> None:
@@ -144,7 +117,7 @@ def _shop(panel: Panel, dice: Dice, length: float, style: Facade) -> None:
         width = min(dice.between(2.4, 5.0), length - u - 0.2)
         lit = style.lit > 0 and dice.chance(0.6)
         pane = (230.0, 200.0, 140.0) if lit else dice.pick(style.panes)
-        panel.box(u, 0.4, u + width, 2.3, Label.BUILDING, pane, glow=lit)
+        panel.box(u, 0.4, u + width, 2.3, OF_A_HOUSE(pane, glow=lit))
         panel.label = Label.BUILDING
         for _ in range(dice.count(0, 2)):
             person(panel, dice, dice.between(u + 0.4, u + width - 0.4), 0.35, dice.between(1.4, 1.7))
@@ -153,19 +126,18 @@ def _shop(panel: Panel, dice: Dice, length: float, style: Facade) -> None:
         if dice.chance(0.5):
             _lettered(panel, dice, u, 2.4, u + width, top, band)
         elif dice.chance(0.7):
-            panel.box(u, 2.35, u + width, top, Label.BUILDING, band)
+            panel.box(u, 2.35, u + width, top, OF_A_HOUSE(band))
         u += width + dice.between(0.2, 1.5)
 
 
 def _lettered(panel: Panel, dice: Dice, u0: float, v0: float, u1: float, v1: float, colour: RGB) -> None:
     """A board with marks like letters."""
-    panel.box(u0, v0, u1, v1, Label.SIGN, colour)
-    bright = colour[0] + colour[1] + colour[2] > 380
-    ink = dice.colour(DARKS if bright else PALES)
+    panel.box(u0, v0, u1, v1, OF_A_SIGN(colour))
+    ink = OF_A_SIGN(dice.colour(DARKS if sum(colour) > 380 else PALES))
     u, middle, tall = u0 + 0.15 * (u1 - u0), (v0 + v1) / 2, (v1 - v0) * 0.28
     while u < u0 + 0.85 * (u1 - u0):
         width = dice.between(0.1, 0.35)
-        panel.box(u, middle - tall, u + width, middle + tall * dice.between(0.2, 1.0), Label.SIGN, ink)
+        panel.box(u, middle - tall, u + width, middle + tall * dice.between(0.2, 1.0), ink)
         u += width + dice.between(0.12, 0.3)
 
 
@@ -175,24 +147,17 @@ def _mural(panel: Panel, dice: Dice, length: float, height: float) -> None:
     panel.label = Label.BUILDING
     kind = dice.count(0, 2)
     if kind == 0:
-        panel.box(u - 0.6, v, u + 0.8, v + 2.0, Label.BUILDING, dice.colour(PALES + VIVIDS + GREYS))
+        panel.box(u - 0.6, v, u + 0.8, v + 2.0, OF_A_HOUSE(dice.colour(PALES + VIVIDS + GREYS)))
         person(panel, dice, u + 0.1, v + 0.1, 1.7)
     elif kind == 1:
-        colour = dice.colour(GREENS)
+        leaves = OF_A_HOUSE(dice.colour(GREENS), Texture.LEAVES)
         for _ in range(5):
-            panel.disc(
-                u + dice.between(0, 3),
-                dice.between(0.5, height),
-                dice.between(0.5, 1.6),
-                dice.between(0.5, 1.6),
-                Label.BUILDING,
-                colour,
-                Texture.LEAVES,
-            )
+            middle = u + dice.between(0, 3), dice.between(0.5, height)
+            panel.disc(*middle, dice.between(0.5, 1.6), dice.between(0.5, 1.6), leaves)
     else:
         v = dice.between(1.5, max(height - 2.0, 1.6))
-        panel.disc(u, v, 0.5, 0.5, Label.BUILDING, dice.colour(VIVIDS))
-        panel.disc(u, v, 0.3, 0.3, Label.BUILDING, dice.colour(PALES))
+        panel.disc(u, v, 0.5, 0.5, OF_A_HOUSE(dice.colour(VIVIDS)))
+        panel.disc(u, v, 0.3, 0.3, OF_A_HOUSE(dice.colour(PALES)))
     panel.label = None
 
 
@@ -201,15 +166,13 @@ def barrier(canvas: Canvas, dice: Dice, x: float, z0: float, z1: float) -> None:
     panel, length = Wall(canvas, x, z0), z1 - z0
     height, kind = dice.between(0.9, 2.0), dice.roll()
     if kind < 0.2:
-        colour = dice.colour(EARTHS + GREYS)
-        panel.box(
-            0, 0, length, height, Label.BUILDING, colour, dice.pick((Texture.BRICKS, Texture.ROUGH, Texture.SLABS))
-        )
-        panel.box(0, height - 0.15, length, height, Label.BUILDING, shade(colour, 1.2))
+        wall = OF_A_HOUSE(dice.colour(EARTHS + GREYS), dice.pick((Texture.BRICKS, Texture.ROUGH, Texture.SLABS)))
+        panel.box(0, 0, length, height, wall)
+        panel.box(0, height - 0.15, length, height, wall.shaded(1.2)._replace(texture=Texture.SMOOTH))
     elif kind < 0.4:
-        panel.box(0, 0, length, height, Label.TREE, dice.colour(GREENS), Texture.LEAVES)
+        panel.box(0, 0, length, height, Paint(Label.TREE, dice.colour(GREENS), Texture.LEAVES))
     elif kind < 0.65:
-        panel.box(0, 0, length, height, Label.FENCE, dice.colour(EARTHS + GREYS + PALES + GREENS), Texture.PLANKS)
+        panel.box(0, 0, length, height, OF_A_FENCE(dice.colour(EARTHS + GREYS + PALES + GREENS), Texture.PLANKS))
     elif kind < 0.85:
         _railing(panel, dice, length, min(height, 1.3))
     else:
@@ -217,20 +180,21 @@ def barrier(canvas: Canvas, dice: Dice, x: float, z0: float, z1: float) -> None:
 
 
 def _railing(panel: Panel, dice: Dice, length: float, height: float) -> None:
-    back, bar = dice.colour(GREYS + GREENS + EARTHS), dice.colour(DARKS + PALES + GREYS)
-    panel.box(0, 0, length, height, Label.FENCE, back, Texture.PATCHY)
+    back = OF_A_FENCE(dice.colour(GREYS + GREENS + EARTHS), Texture.PATCHY)
+    bar = OF_A_FENCE(dice.colour(DARKS + PALES + GREYS))
+    panel.box(0, 0, length, height, back)
     u, step = 0.0, dice.between(0.25, 0.6)
     while u < length:
-        panel.box(u, 0, u + step * 0.35, height, Label.FENCE, bar)
+        panel.box(u, 0, u + step * 0.35, height, bar)
         u += step
-    panel.box(0, height - 0.12, length, height, Label.FENCE, bar)
+    panel.box(0, height - 0.12, length, height, bar)
 
 
 def _guard_rail(panel: Panel, dice: Dice, length: float) -> None:
-    colour = dice.colour(GREYS + PALES)
-    panel.box(0, 0.35, length, 0.85, Label.FENCE, colour)
-    panel.box(0, 0.55, length, 0.63, Label.FENCE, shade(colour, 0.6))
+    metal = OF_A_FENCE(dice.colour(GREYS + PALES))
+    panel.box(0, 0.35, length, 0.85, metal)
+    panel.box(0, 0.55, length, 0.63, metal.shaded(0.6))
     u = 0.0
     while u < length:
-        panel.box(u, 0, u + 0.2, 0.9, Label.FENCE, shade(colour, 0.7))
+        panel.box(u, 0, u + 0.2, 0.9, metal.shaded(0.7))
         u += 2.0

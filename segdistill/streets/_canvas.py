@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw
 
 T = TypeVar("T")
 RGB = tuple[float, float, float]
-Points = Sequence[tuple[float, float]]
+Point = tuple[float, float]
+Points = Sequence[Point]
 
 SUPERSAMPLE = 2  # canvas pixels per picture pixel, along each side
 NEAR, FAR = 0.8, 260.0  # metres; nothing is drawn nearer, and depth is clipped to both
@@ -111,7 +112,7 @@ class Camera:
     eye: float  # height above the ground
     bend: float  # of the road: how far the street drifts sideways, per square metre ahead
 
-    def see(self, x: float, y: float, z: float) -> tuple[float, float]:
+    def see(self, x: float, y: float, z: float) -> Point:
         """Where the point x metres right, y above the ground and z ahead is in the picture."""
         scale = self.focal / z
         return self.centre + scale * x + self.focal * self.bend * z, self.horizon + scale * (self.eye - y)

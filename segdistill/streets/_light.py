@@ -40,10 +40,8 @@ def weather(dice: Dice) -> Weather:
         zenith, skyline = (14.0, 16.0, 28.0), (44.0, 42.0, 52.0)
     elif dusk:
         level, sun, tint = dice.between(0.4, 0.65), dice.between(0.1, 0.35), (1.12, 0.95, 0.88)
-        zenith, skyline = (
-            (90.0, 100.0, 140.0),
-            dice.pick(((222.0, 160.0, 118.0), (196.0, 150.0, 150.0), (150.0, 150.0, 165.0))),
-        )
+        zenith = (90.0, 100.0, 140.0)
+        skyline = dice.pick(((222.0, 160.0, 118.0), (196.0, 150.0, 150.0), (150.0, 150.0, 165.0)))
     elif grey:
         level, tint = dice.between(0.6, 0.95), (0.98, 1.0, 1.03)
         zenith, skyline = dice.pick(
@@ -53,13 +51,8 @@ def weather(dice: Dice) -> Weather:
         level, sun, tint = dice.between(0.55, 0.75), dice.between(0.35, 0.75), (1.04, 1.0, 0.95)
         zenith, skyline = (92.0, 140.0, 204.0), (206.0, 220.0, 232.0)
     light = [(1.0, 1.0, 1.0)] * len(Facing)
-    falls = {
-        Facing.UP: 0.8,
-        Facing.CAMERA: dice.between(0.0, 0.9),
-        Facing.RIGHT: max(sun_side, 0.0),
-        Facing.LEFT: max(-sun_side, 0.0),
-    }
-    for facing, share in falls.items():
+    shares = (0.8, dice.between(0.0, 0.9), max(sun_side, 0.0), max(-sun_side, 0.0))
+    for facing, share in zip((Facing.UP, Facing.CAMERA, Facing.RIGHT, Facing.LEFT), shares, strict=True):
         strength = level + sun * share
         light[facing] = (strength * tint[0], strength * tint[1], strength * tint[2])
     rain = dice.chance(0.14)
@@ -91,13 +84,8 @@ def labels(canvas: Canvas, dice: Dice, ragged: float) -> Array:
     height, width = mask.shape
     mixed &= value_noise(dice, width, height, max(height // 6, 1)) < ragged
     thin = np.zeros_like(mixed)
-    for label in (
-        Label.FENCE,
-        Label.PEDESTRIAN,
-        Label.BICYCLIST,
-        Label.SIGN,
-        Label.POLE,
-    ):  # two samples of four suffice
+    # Of these two samples of four suffice.
+    for label in (Label.FENCE, Label.PEDESTRIAN, Label.BICYCLIST, Label.SIGN, Label.POLE):
         votes = (a == label).astype(np.uint8) + (b == label) + (c == label) + (d == label)
         mask = np.where(votes >= 2, np.uint8(label), mask)
         thin |= (votes >= 1) & (label in (Label.SIGN, Label.POLE, Label.BICYCLIST))
@@ -171,9 +159,8 @@ def _sky(canvas: Canvas, dice: Dice, sky: Weather) -> Array:
 
 def _mirror(canvas: Canvas, dice: Dice, sky: Weather, picture: Array, ground: Array) -> Array:
     """Wet ground shows what stands above the horizon, upside down."""
-    strength = np.where(
-        ground, np.maximum(np.asarray(canvas.wet) * np.float32(0.55 / 255.0), np.float32(sky.wet)), np.float32(0.0)
-    )
+    mirror = np.maximum(np.asarray(canvas.wet) * np.float32(0.55 / 255.0), np.float32(sky.wet))
+    strength = np.where(ground, mirror, np.float32(0.0))
     if not strength.any():
         return picture
     height = picture.shape[0]
@@ -226,8 +213,5 @@ def _smooth(picture: Array, axis: int) -> Array:
     """A 1-2-1 blur along one axis; edges keep their value."""
     last = picture.shape[axis] - 1
     place = np.arange(last + 1)
-    before, after = (
-        np.take(picture, np.maximum(place - 1, 0), axis),
-        np.take(picture, np.minimum(place + 1, last), axis),
-    )
+    before, after = (np.take(picture, np.clip(place + step, 0, last), axis) for step in (-1, 1))
     return (before + picture * 2.0 + after) * 0.25

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from segdistill.streets._canvas import Camera, Dice
 
+SIDES = ((0, -1.0), (1, 1.0))  # left and right, and the sign of x there
+
 
 @dataclass(frozen=True)
 class Street:
@@ -34,7 +36,7 @@ def street(dice: Dice, *, night: bool) -> Street:
     """A random street: town, suburb or park road."""
     town = dice.roll()
     lane = dice.between(2.7, 3.5)
-    mine = dice.pick((-1.0, 1.0))  # which side one drives on
+    keeps = dice.pick((-1.0, 1.0))  # the side one drives on
     beside, across = lane * dice.between(0.5, 0.7), lane * dice.between(1.3, 1.9)
     wide = dice.between(0.0, 2.2) if dice.chance(0.5) else 0.0  # room to park
     pavements = (dice.between(1.3, 3.4), dice.between(1.3, 3.4))
@@ -45,8 +47,8 @@ def street(dice: Dice, *, night: bool) -> Street:
     else:
         setbacks, density = (dice.between(1, 8), dice.between(0, 5)), (dice.between(0.0, 0.4), dice.between(0.1, 0.9))
     return Street(
-        left=-(across if mine > 0 else beside) - wide,
-        right=(beside if mine > 0 else across) + wide,
+        left=-(across if keeps > 0 else beside) - wide,
+        right=(beside if keeps > 0 else across) + wide,
         pavements=pavements,
         setbacks=setbacks,
         density=density,

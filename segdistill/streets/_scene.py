@@ -2,24 +2,13 @@
 
 import numpy as np
 
+from segdistill.data.layouts import camvid
 from segdistill.streets._canvas import SUPERSAMPLE, Canvas, Dice, Label
 from segdistill.streets._light import labels, photograph, weather
 from segdistill.streets._plan import camera, street
 from segdistill.streets._street import paint
 
-CLASSES: tuple[tuple[str, tuple[int, int, int]], ...] = (
-    ("sky", (128, 128, 128)),
-    ("building", (128, 0, 0)),
-    ("pole", (192, 192, 128)),
-    ("road", (128, 64, 128)),
-    ("pavement", (60, 40, 222)),
-    ("tree", (128, 128, 0)),
-    ("sign_symbol", (192, 128, 128)),
-    ("fence", (64, 64, 128)),
-    ("car", (64, 0, 128)),
-    ("pedestrian", (64, 64, 0)),
-    ("bicyclist", (0, 128, 192)),
-)
+CLASSES = tuple((entry.name, entry.color) for entry in camvid.CLASSES)  # in the order of Label
 IGNORE_INDEX = int(Label.VOID)
 
 

@@ -6,20 +6,41 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
+from segdistill.config import Seed, config, parse
 from segdistill.data import parallel
-from segdistill.errors import UserError, nearest
-from segdistill.files import new_folder
+from segdistill.files import new_folder, require_free
 from segdistill.streets._scene import CLASSES, IGNORE_INDEX, scene
 
 DEFAULT_SAMPLES: Mapping[str, int] = {"train": 480, "val": 80, "test": 120}
 FIRST_INDEX: Mapping[str, int] = {"train": 0, "val": 10_000_000, "test": 20_000_000}  # so no scene is in two splits
-MOST_SAMPLES = 10_000_000
-SIDES = (16, 4096)  # smallest and largest side of a picture, pixels
 CHUNK = 16  # scenes that a worker draws in one go
+
+Side = Annotated[int, Field(ge=16, le=4096)]  # of a picture, pixels
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+
+
+@config
+class Samples:
+    """How many scenes each split gets."""
+
+    train: Count
+    val: Count
+    test: Count
+
+
+@config
+class Arguments:
+    """What decides the bytes of a data set."""
+
+    seed: Seed
+    size: tuple[Side, Side]
+    samples: Samples
 
 
 def write(
@@ -44,7 +65,8 @@ def write(
     Raises:
         UserError: ``out`` holds something already, a bad argument, or the disk is full. Nothing is left behind.
     """
-    _check(out, seed, size, samples)
+    require_free(out)
+    parse(Arguments, {"seed": seed, "size": size, "samples": samples}, "")
     chunks = [
         (split, range(first, min(first + CHUNK, count)))
         for split, count in samples.items()
@@ -60,34 +82,6 @@ def write(
         for _ in drawn:
             pass
         _describe(folder, seed, size, samples)
-
-
-def _check(out: Path, seed: int, size: tuple[int, int], samples: Mapping[str, int]) -> None:
-    for parent in out.absolute().parents:
-        if parent.exists() and not parent.is_dir():
-            raise UserError(f"{out}: cannot be made, since {parent} is not a folder")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an empty folder; remove it or name another one")
-    if not _is_whole(seed) or seed < 0:
-        raise UserError(f"seed: {seed!r} is not allowed; it must be a whole number from 0 on")
-    if len(size) != 2 or not all(_is_whole(side) and SIDES[0] <= side <= SIDES[1] for side in size):
-        raise UserError(
-            f"size: {size!r} is not allowed; it must be width and height, each from {SIDES[0]} to {SIDES[1]}"
-        )
-    for split, count in samples.items():
-        if split not in FIRST_INDEX:
-            raise UserError(f"samples: unknown split '{split}'{nearest(split, FIRST_INDEX)}")
-        if not _is_whole(count) or not 1 <= count <= MOST_SAMPLES:
-            raise UserError(
-                f"samples.{split}: {count!r} is not allowed; it must be a whole number from 1 to {MOST_SAMPLES}"
-            )
-    for split in FIRST_INDEX:
-        if split not in samples:
-            raise UserError(f"samples.{split}: missing; a data set needs {', '.join(FIRST_INDEX)}")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _draw(folder: Path, seed: int, size: tuple[int, int], chunk: tuple[str, range]) -> int:

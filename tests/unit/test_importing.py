@@ -53,7 +53,7 @@ def test_a_folder_with_content_is_never_written_to(tmp_path: Path) -> None:
     source, out = make_folder(tmp_path / "source"), tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match="exists and is not empty"):
+    with pytest.raises(UserError, match="exists and is not an empty folder"):
         import_dataset("folder", source, out, workers=1)
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
 

@@ -196,8 +196,8 @@ def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": (128, 8)}, "size: "),
-        ({"size": (128.0, 96)}, "size: "),
+        ({"size": (128, 8)}, "size.1: "),
+        ({"size": (128.0, 96)}, "size.0: "),
         ({"seed": -1}, "seed: "),
         ({"samples": {"train": 0, "val": 1, "test": 1}}, "samples.train: "),
         ({"samples": {"train": 1, "val": True, "test": 1}}, "samples.val: "),
@@ -229,5 +229,5 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
 
 def test_a_place_where_no_folder_can_be_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="exists and is no folder"):
         streets.write(tmp_path / "file" / "data", samples=TINY, workers=1)
