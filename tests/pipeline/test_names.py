@@ -24,7 +24,7 @@ def commands(folder: Path, seed: int | str) -> list[str]:
 
 
 def test_dvc_runs_a_cohort_by_its_seed(tmp_path: Path) -> None:
-    start = "python -m segdistill --warm"
+    start = "python -m segdistill"
     assert commands(tmp_path, 7) == [f"{start} {stage} --seed 7" for stage in ("distill", "evaluate")]
 
 
