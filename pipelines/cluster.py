@@ -5,21 +5,30 @@ those it has the defaults.
 """
 
 import json
-import re
-from collections.abc import Collection
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from kfp import dsl, kubernetes
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from components.images import TRAIN
 from segdistill import environment
-from segdistill.adapters.kubernetes_values import DataKey, Key, LabelValue, ObjectName, Variable
+from segdistill.adapters.kubernetes_values import Key, LabelValue, ObjectName
 from segdistill.config import config, parse, read_yaml
-from segdistill.errors import UserError, brief
-from segdistill.kubeflow.trainjob import Certificates, Queue
+from segdistill.errors import UserError
+from segdistill.kubeflow.settings import (
+    Certificates,
+    Id,
+    Memory,
+    Queue,
+    Reference,
+    Resources,
+    Seconds,
+    Toleration,
+    Volume,
+    amount,
+)
 
 DEFAULT = Path(__file__).with_name("cluster.yaml")
 # By default KFP tries nothing again once an hour has passed since the first attempt began. Training takes longer; what
@@ -31,32 +40,7 @@ SOONER = 600  # seconds
 OF_THE_PLUGIN = (
     *environment.OF_KFP, "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD",
 )  # fmt: skip
-UNITS = {"": 1.0, "m": 1e-3} | {
-    letter + suffix: base**power
-    for power, letter in enumerate("KMGT", 1)
-    for suffix, base in (("", 1e3), ("i", 2.0**10))
-}
 
-
-def _amount(text: str) -> float:
-    number, unit = re.fullmatch(r"([0-9.]*)(\w*)", text).groups()  # type: ignore[union-attr]
-    return float(number) * UNITS[unit]
-
-
-def _checked(pattern: str, examples: str, most: float) -> AfterValidator:
-    def check(text: str) -> str:
-        if len(text) > 20 or not re.fullmatch(pattern, text, re.ASCII) or not 0 < _amount(text) <= most:
-            raise ValueError(f"'{brief(text)}' is not an amount; write it like {examples}")
-        return text
-
-    return AfterValidator(check)
-
-
-AsText = BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)  # YAML reads 4 as a number
-Cpu = Annotated[str, AsText, _checked(r"\d+m|\d+(\.\d+)?", "4, 0.5 or 500m", 10_000)]
-Memory = Annotated[str, AsText, _checked(r"\d+(\.\d+)?([KMGT]i?)?", "512Mi or 16Gi", 2**50)]
-Seconds = Annotated[int, Field(gt=0, le=10**8)]
-Id = Annotated[int, Field(gt=0, le=2**31 - 1)]  # 0 is root
 Kind = Literal["data", "train", "report"]  # of task
 
 
@@ -69,40 +53,19 @@ class Security:
 
 
 @config
-class Resources:
+class Task(Resources):
     """What one kind of task asks of a node."""
 
-    cpu_request: Cpu
-    cpu_limit: Cpu
-    memory_request: Memory
-    memory_limit: Memory
     timeout_seconds: Seconds  # of one attempt
-
-    @model_validator(mode="after")
-    def _requests_within_limits(self) -> "Resources":
-        for name in ("cpu", "memory"):
-            request, limit = getattr(self, f"{name}_request"), getattr(self, f"{name}_limit")
-            if _amount(request) > _amount(limit):
-                raise ValueError(f"{name}_request {request} is above {name}_limit {limit}")
-        return self
 
 
 @config
 class Tasks:
     """The kinds of tasks."""
 
-    data: Resources
-    train: Resources
-    report: Resources
-
-
-@config
-class Toleration:
-    """A taint that a task bears."""
-
-    key: Key
-    value: LabelValue | None
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"]
+    data: Task
+    train: Task
+    report: Task
 
 
 @config
@@ -127,18 +90,10 @@ class Retries:
 
 
 @config
-class Reference:
-    """Keys of a config map or a secret that become environment variables."""
+class TaskReference(Reference):
+    """A reference for some kinds of tasks."""
 
-    name: ObjectName
-    optional: bool
     tasks: Annotated[list[Kind], Field(min_length=1)]
-    keys: Annotated[dict[DataKey, Variable], Field(min_length=1)]
-
-    def without(self, variables: Collection[str]) -> "Reference | None":
-        """What is left of it; None if nothing is."""
-        keys = {key: variable for key, variable in self.keys.items() if variable not in variables}
-        return replace(self, keys=keys) if keys else None
 
 
 @config
@@ -149,11 +104,9 @@ class KueueQueue(Queue):
 
 
 @config
-class Workspace:
-    """A persistent volume, by its claim, and where a container sees it."""
+class Workspace(Volume):
+    """A volume, and whether the data set lies there, too."""
 
-    claim: ObjectName
-    path: Annotated[str, Field(pattern="^/.")]
     share_data: bool
 
 
@@ -173,8 +126,8 @@ class Cluster:
     annotations: dict[Key, str]
     queue: KueueQueue | None
     mlflow: Literal["config-map", "injected"]
-    config_maps: list[Reference]
-    secrets: list[Reference]
+    config_maps: list[TaskReference]
+    secrets: list[TaskReference]
     certificates: Certificates | None
     workspace: Workspace | None
 
@@ -183,7 +136,7 @@ class Cluster:
         """Whether training runs on several nodes."""
         return self.accelerator is not None and self.accelerator.nodes > 1
 
-    def referred(self, references: list[Reference], kind: Kind) -> list[Reference]:
+    def referred(self, references: list[TaskReference], kind: Kind) -> list[TaskReference]:
         """The config maps or secrets whose keys a container of this kind of task gets, and those keys."""
         left_out = OF_THE_PLUGIN if self.mlflow == "injected" else ()
         parts = [one.without(left_out) for one in references if kind in one.tasks]
@@ -210,7 +163,7 @@ class Cluster:
 
     @model_validator(mode="after")
     def _shared_memory_fits(self) -> "Cluster":
-        if _amount(self.shared_memory) >= _amount(self.tasks.train.memory_limit):
+        if amount(self.shared_memory) >= amount(self.tasks.train.memory_limit):
             limit = self.tasks.train.memory_limit
             raise ValueError(f"shared_memory {self.shared_memory} leaves nothing of tasks.train.memory_limit {limit}")
         return self
@@ -276,8 +229,7 @@ class Placement:
             for label, value in asked.accelerator.node_selector.items():
                 kubernetes.add_node_selector(task, label, value)
             for taint in asked.accelerator.tolerations:
-                operator: Literal["Equal", "Exists"] = "Exists" if taint.value is None else "Equal"
-                kubernetes.add_toleration(task, taint.key, operator, taint.value, taint.effect)
+                kubernetes.add_toleration(task, taint.key, taint.operator, taint.value, taint.effect)
         task.set_accelerator_type(task.inputs["accelerator"]).set_accelerator_limit(task.inputs["accelerators"])
         kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=asked.shared_memory)
         if asked.workspace is not None:
@@ -285,7 +237,7 @@ class Placement:
         return self._place(task, asked, "train")
 
     def _place(
-        self, task: dsl.PipelineTask, asked: Cluster, kind: Kind, resources: Resources | None = None
+        self, task: dsl.PipelineTask, asked: Cluster, kind: Kind, resources: Task | None = None
     ) -> dsl.PipelineTask:
         resources = resources or getattr(asked.tasks, kind)
         task.set_cpu_request(resources.cpu_request).set_cpu_limit(resources.cpu_limit)
@@ -332,9 +284,6 @@ def _trainjob(asked: Cluster) -> dict[str, Any]:
     accelerator, train, workspace = asked.accelerator, asked.tasks.train, asked.workspace
     assert accelerator is not None and workspace is not None  # or it would not be on nodes
 
-    def given(references: list[Reference]) -> list[dict[str, Any]]:
-        return [{"name": one.name, "keys": one.keys, "optional": one.optional} for one in references]
-
     # KFP's plugin gives its variables to the pods of KFP. The waiting one hands them on, but for a name and a password.
     left_out = environment.OF_KFP if asked.mlflow == "injected" else ()
     secrets = [part for one in asked.secrets if "train" in one.tasks and (part := one.without(left_out))]
@@ -344,21 +293,16 @@ def _trainjob(asked: Cluster) -> dict[str, Any]:
         "runtime": accelerator.runtime,
         "image": TRAIN,
         "nodes": accelerator.nodes,
-        "resources": {
-            "cpu_request": train.cpu_request,
-            "cpu_limit": train.cpu_limit,
-            "memory_request": train.memory_request,
-            "memory_limit": train.memory_limit,
-        },
+        "resources": _as(Resources, train),
         "env": {"SEGDISTILL_WORK": f"{workspace.path}/work"},
-        "secrets": given(secrets),
-        "config_maps": given(asked.referred(asked.config_maps, "train")),
+        "secrets": [_as(Reference, one) for one in secrets],
+        "config_maps": [_as(Reference, one) for one in asked.referred(asked.config_maps, "train")],
         "certificates": asdict(asked.certificates) if asked.certificates else None,
         "image_pull_secrets": asked.image_pull_secrets,
         "labels": asked.labels,
         "annotations": asked.annotations,
-        "queue": {"name": queue.name, "priority_class": queue.priority_class} if queue else None,
-        "volume": {"claim": workspace.claim, "path": workspace.path},
+        "queue": _as(Queue, queue) if queue else None,
+        "volume": _as(Volume, workspace),
         "shared_memory": asked.shared_memory,
         "node_selector": accelerator.node_selector,
         "tolerations": [asdict(taint) for taint in accelerator.tolerations],
@@ -366,3 +310,8 @@ def _trainjob(asked: Cluster) -> dict[str, Any]:
         "group": asked.security.group,
         "timeout_seconds": max(1, train.timeout_seconds - SOONER),  # so that the job ends before its attempt does
     }
+
+
+def _as(kind: type, settings: Any) -> dict[str, Any]:
+    """The fields that settings have as a ``kind``, without those of their own."""
+    return {one.name: getattr(settings, one.name) for one in fields(kind)}

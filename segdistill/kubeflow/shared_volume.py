@@ -4,61 +4,42 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
 from segdistill.files import COMPLETED, disk_errors, new_folder
 
-
-@dataclass(frozen=True)
-class Shared:
-    """Where the folders of a task are."""
-
-    inputs: dict[str, Path]  # by name, on the volume
-    outputs: dict[str, Path]  # by name, on the volume
-    targets: Mapping[str, Path]  # by name, where the outputs belong
-
-    @property
-    def completed(self) -> bool:
-        """Whether an earlier attempt has made all outputs, and was lost before it could bring them back."""
-        return all((place / COMPLETED).is_file() for place in self.outputs.values())
-
-    def bring_back(self) -> None:
-        """Moves the outputs to where they belong; each is there as a whole, or not at all.
-
-        Raises:
-            UserError: the disk is full, or may not be written.
-        """
-        for name, place in self.outputs.items():
-            with new_folder(self.targets[name]) as partial:
-                shutil.copytree(place, partial, dirs_exist_ok=True)
-        for place in self.outputs.values():
-            shutil.rmtree(place)
+INPUTS, OUTPUTS = "inputs", "outputs"  # folders of the volume
 
 
-def shared(inputs: Mapping[str, Path], outputs: Mapping[str, Path], *, volume: Path, task: str) -> Shared:
-    """Copies the inputs to the volume, each once, however many tasks and attempts read it.
+def copy_input(source: Path, volume: Path) -> Path:
+    """Copies an input to the volume, once, however many tasks and attempts read it; returns where it is there.
 
     A copy is known by the path that it was made from, the completion mark in it, and the names and sizes of its files.
     It grows file by file under another name, and gets its own when it is complete: what an attempt has copied, the next
     one need not, and several may work on one copy at a time. Copies stay on the volume, for its owner to remove.
 
     Args:
-        inputs: folders of this pod, by name.
-        outputs: where the folders that the task makes belong, by name.
+        source: a folder of this pod.
         volume: a folder on the volume, by the path at which every pod mounts it.
-        task: what every attempt of this task is called, and no other task.
 
     Raises:
         UserError: the volume is full, or may not be written.
     """
     with disk_errors(volume, "what has been copied is kept, and the next attempt continues"):
-        copies = {name: _copy(path.absolute(), volume / "inputs") for name, path in inputs.items()}
-        places = {name: volume / "outputs" / task / name for name in outputs}
-        (volume / "outputs" / task).mkdir(parents=True, exist_ok=True)
-    return Shared(copies, places, dict(outputs))
+        return _copy(source.absolute(), volume / INPUTS)
+
+
+def bring_back(place: Path, target: Path) -> None:
+    """Moves an output from the volume to where it belongs; it is there as a whole, or not at all.
+
+    Raises:
+        UserError: the disk is full, or may not be written.
+    """
+    with new_folder(target) as partial:
+        shutil.copytree(place, partial, dirs_exist_ok=True)
+    shutil.rmtree(place)
 
 
 def _copy(source: Path, folder: Path) -> Path:

@@ -1,28 +1,23 @@
 """Stages as tasks of Kubeflow Pipelines: what the body of a component calls.
 
-KFP names the folders of a task's inputs and outputs, and promises little about them. So a task writes a mark last into
-each folder that it makes, which also carries the version of the data set from task to task; a folder without its mark
-is refused, whatever a runner says of the task that was to make it.
+A task reads the marks of its inputs (``marks.py``), which carry the version of the data set from task to task, runs its
+stage in this process, in several (``processes.py``) or on other nodes (``nodes.py``), and marks its outputs.
 
 What is not a matter of the pipeline, the environment says: ``environment.py``.
 """
 
-import contextlib
 import json
 import logging
-import os
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from segdistill import environment
-from segdistill.config import parse
-from segdistill.errors import Interrupted, UserError, brief, exit_codes
+from segdistill.errors import UserError, brief, exit_codes
 from segdistill.execution import (
     TRACKING,
     context,
@@ -32,13 +27,13 @@ from segdistill.execution import (
     run_stage,
     stage_module,
 )
-from segdistill.files import COMPLETED, lock, parse_json, read_json
+from segdistill.files import COMPLETED, parse_json, read_json
+from segdistill.kubeflow.marks import content_of, in_order, in_turn, point_to, read_mark, write_mark
+from segdistill.kubeflow.processes import run_together
 from segdistill.report.highlights import Highlights
-from segdistill.stages import BY_NAME, Job, Stage, matrix
+from segdistill.stages import BY_NAME, Job, Stage
 
 logger = logging.getLogger(__name__)
-
-ELSEWHERE = ".elsewhere"  # in place of an output's content: the folder of a volume that has it
 
 # How the pipeline ended, in the words that released servers take from ML Metadata, and in those of KFP's local runner.
 ENDS = {"COMPLETE": "FINISHED", "CACHED": "FINISHED", "SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELED": "KILLED"}
@@ -108,16 +103,18 @@ def run_component(
         task = Task(name, params, paths, experiment, seed, accelerator, _count(accelerator, accelerators))
         places, count = _places(task), environment.processes(default=max(1, task.accelerators))
         nodes = environment.trainjob()
-        with _in_turn(places.shared.values(), f"segdistill {name}"):
+        with in_turn(places.shared.values(), f"segdistill {name}"):
             if places.shared and all(folder.is_dir() for folder in places.shared.values()):
                 logger.info("%s: is on the volume already", ", ".join(map(str, places.shared.values())))
                 _complete(task, places)
             elif nodes is not None:
-                _run_on_nodes(task, nodes, count)
+                from segdistill.kubeflow.nodes import run_on_nodes
+
+                run_on_nodes(task, __name__, nodes, count)
             else:
                 _require_accelerators(task)
                 if count > 1:
-                    _run_together(task, count)
+                    run_together(name, asdict(task), __name__, count)
                 else:
                     _execute(task, places)
         if task.stage.shows:
@@ -143,12 +140,12 @@ def run_fetch(repository: str, revision: str, *, data: str) -> dict[str, str]:
         output, volume = Path(data), environment.shared_volume()
         (output / COMPLETED).unlink(missing_ok=True)  # of an earlier attempt
         where = volume / "data" / find(repository, revision).md5 if volume else output
-        with _in_turn([where] if volume else [], "segdistill fetch"):
+        with in_turn([where] if volume else [], "segdistill fetch"):
             version = fetch(repository, revision, where)
         facts = {"data_md5": version.md5, "data_commit": version.commit}
         if volume:
-            _point(output, where)
-        _mark(output, {"stage": "fetch", "job": None, **facts})
+            point_to(output, where)
+        write_mark(output, {"stage": "fetch", "job": None, **facts})
     return facts
 
 
@@ -180,10 +177,10 @@ def _places(task: Task) -> Places:
             paths[name] = Path(str(given))
             continue
         folders = [Path(given)] if isinstance(given, str) else list(map(Path, given))
-        marks = [_read_mark(stage, folder) for folder in folders]
+        marks = [read_mark(stage, folder) for folder in folders]
         data = next(({key: mark[key] for key in mark if key.startswith("data_")} for mark in marks), {}) or data
-        real = [_real(folder) for folder in folders]
-        paths[name] = real[0] if isinstance(given, str) else _in_order(stage, marks, real, chosen)
+        real = [content_of(folder) for folder in folders]
+        paths[name] = real[0] if isinstance(given, str) else in_order(stage, marks, real, chosen)
     shared = _on_volume(task, chosen, data)
     return Places(chosen, {**paths, **shared}, data, shared)
 
@@ -197,37 +194,6 @@ def _read_sections(task: Task) -> dict[str, Any]:
     return chosen
 
 
-def _read_mark(stage: Stage, folder: Path) -> dict[str, Any]:
-    mark = folder / COMPLETED
-    if not mark.is_file():
-        raise UserError(f"{folder}: {stage.name} needs it, but the task that makes it did not complete")
-    return dict(read_json(mark, mend="run the task that makes it again"))
-
-
-def _in_order(
-    stage: Stage, marks: Sequence[Mapping[str, Any]], folders: Sequence[Path], chosen: Mapping[str, Any]
-) -> list[Path]:
-    """The folders in the order of the matrix, by what they say of themselves: no orchestrator promises an order."""
-    made = {mark["job"]: folder for mark, folder in zip(marks, folders, strict=True)}
-    wanted = [str(cell) for cell in matrix(chosen)]
-    if sorted(made) != sorted(wanted) or len(folders) != len(wanted):
-        raise UserError(
-            f"{stage.name}: its parameters name the jobs {', '.join(wanted)}, the pipeline ran {', '.join(made)}"
-        )
-    return [made[cell] for cell in wanted]
-
-
-def _real(folder: Path) -> Path:
-    """An input's content, which may lie on a volume."""
-    pointer = folder / ELSEWHERE
-    if not pointer.is_file():
-        return folder
-    real = Path(read_json(pointer)["folder"])
-    if not real.is_dir():
-        raise UserError(f"{real}: no longer on the volume; run the pipeline again with --no-cache")
-    return real
-
-
 def _on_volume(task: Task, chosen: Mapping[str, Any], data: Mapping[str, str]) -> dict[str, Path]:
     """Where large outputs go if there is a volume for them: a folder that every run with the same cause shares."""
     volume = environment.shared_volume()
@@ -238,32 +204,13 @@ def _on_volume(task: Task, chosen: Mapping[str, Any], data: Mapping[str, str]) -
     return {output: volume / name / output for output in task.stage.large}
 
 
-@contextlib.contextmanager
-def _in_turn(folders: Iterable[Path], what: str) -> Iterator[None]:
-    """Waits while another run makes one of these folders of a volume, which then is there at our turn."""
-    with contextlib.ExitStack() as held:
-        for folder in folders:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(lock(folder, what, file=folder.with_name(f".{folder.name}.lock")))
-        yield
-
-
-def _point(output: Path, real: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    (output / ELSEWHERE).write_text(json.dumps({"folder": str(real)}) + "\n")
-
-
-def _mark(output: Path, facts: Mapping[str, Any]) -> None:
-    (output / COMPLETED).write_text(json.dumps(facts) + "\n")
-
-
 def _complete(task: Task, places: Places) -> None:
     facts = {"stage": task.name, "job": str(task.job) if task.job else None, **places.data}
     for output in task.stage.outputs:
         folder = Path(str(task.paths[output]))
         if output in places.shared:
-            _point(folder, places.shared[output])
-        _mark(folder, facts)
+            point_to(folder, places.shared[output])
+        write_mark(folder, facts)
 
 
 # Running
@@ -307,65 +254,6 @@ def _require_accelerators(task: Task) -> None:
         from segdistill.engine.device import require_gpus
 
         require_gpus(task.accelerators, f"accelerators: {task.accelerators} of {task.accelerator} were asked for")
-
-
-def _run_together(task: Task, count: int) -> None:
-    """Runs the stage in several processes of this machine, as torchrun does."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the stage has said what was wrong
-    environment.set_defaults({"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))})
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "task.json"
-        file.write_text(json.dumps(asdict(task)))
-        launch = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=count, max_restarts=0,
-            rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=task.name,
-        )  # fmt: skip
-        try:
-            elastic_launch(launch, sys.executable)("-m", __name__, str(file))
-        except ChildFailedError as error:
-            codes = {failure.exitcode for failure in error.failures.values()}
-            raise SystemExit(next((code for code in (2, 75) if code in codes), 1)) from None
-        except SignalException:
-            raise Interrupted("stopped; the checkpoint is written, and the next attempt goes on from it") from None
-
-
-def _run_on_nodes(task: Task, template: Mapping[str, Any], count: int) -> None:
-    """Runs the stage as a TrainJob, which reads and writes on a volume, and brings its outputs here.
-
-    Args:
-        task: what to run.
-        template: the fields of the job that the pipeline fixed when it was compiled.
-        count: of processes on each node.
-    """
-    from segdistill.kubeflow.shared_volume import shared
-    from segdistill.kubeflow.trainjob import LAUNCH, TrainJob, job_name
-    from segdistill.kubeflow.trainjob_run import run
-
-    run_id, volume, stage = context().pipeline_run, Path(template["volume"]["path"]), task.stage
-    name = job_name(run_id, task.name, str(task.job) if task.job else None, task.params)
-    given = {key: Path(str(task.paths[key])) for key in task.paths}
-    placed = shared(
-        {key: given[key] for key in stage.inputs}, {key: given[key] for key in stage.outputs}, volume=volume, task=name
-    )
-    if not placed.completed:
-        there = replace(task, paths={key: str(path) for key, path in (placed.inputs | placed.outputs).items()})
-        file = volume / "outputs" / name / "task.json"
-        file.write_text(json.dumps(asdict(there)))
-        on = {"accelerator": task.accelerator, "accelerators": task.accelerators} if task.accelerators else {}
-        own = {
-            "name": name,
-            "command": [*LAUNCH, __name__],
-            "args": [str(file)],
-            "processes": count,
-            "resources": {**template["resources"], **on},  # without any: the CPU
-            "env": {**template.get("env", {}), **environment.injected(), "SEGDISTILL_PIPELINE_RUN": run_id},
-        }
-        run(parse(TrainJob, {**template, **own}, "SEGDISTILL_TRAINJOB"))
-    placed.bring_back()
 
 
 def _show(found: Highlights, shown: Mapping[str, Any]) -> None:

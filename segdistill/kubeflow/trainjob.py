@@ -6,14 +6,26 @@ does not know: by default it drops it, and on an older Trainer the job would run
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import field
 from hashlib import sha256
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from segdistill.adapters.kubernetes_values import DataKey, Key, LabelValue, ObjectName, Variable
+from segdistill.adapters.kubernetes_values import Key, LabelValue, ObjectName, Variable
 from segdistill.config import config
+from segdistill.kubeflow.settings import (
+    Certificates,
+    Id,
+    Memory,
+    Queue,
+    Reference,
+    Resources,
+    Seconds,
+    Toleration,
+    Volume,
+)
 
 # JobSet refuses a job whose pods' names would be longer than 63: <name>-node-0-<999 at most>-<5 random characters>.
 LONGEST_NAME = 63 - len("-node-0-999-abcde")
@@ -21,7 +33,6 @@ MOST_NODES = 1000
 NODE = "node"  # Trainer's word for its replicated job, and for the container in it, that runs the training
 OURS = {"app.kubernetes.io/managed-by": "segdistill"}
 MANAGER = "pipelines.segdistill/task"  # Trainer's webhook asks for a domain and a path, which the CRD does not say
-QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"  # labels that Kueue reads
 # The controller's own variables, which the webhook refuses among ours.
 RESERVED = ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
 
@@ -29,74 +40,7 @@ RESERVED = ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADD
 # them where the command line does not.
 LAUNCH = ("python", "-m", "torch.distributed.run", "-m")
 
-Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(gt=0)]
-
-
-@config
-class Resources:
-    """What one node asks for, in the units of Kubernetes."""
-
-    cpu_request: Text
-    cpu_limit: Text
-    memory_request: Text
-    memory_limit: Text
-    accelerator: Key | None = None  # as in nvidia.com/gpu
-    accelerators: Count = 1
-
-
-@config
-class Reference:
-    """Keys of a secret or a config map, and the environment variables that they become."""
-
-    name: ObjectName
-    keys: dict[DataKey, Variable]
-    optional: bool = False
-
-
-@config
-class Certificates:
-    """Those of private authorities: a config map that containers see as a folder, and what libraries are told of it."""
-
-    config_map: ObjectName
-    key: DataKey  # of the config map, and so the file's name
-    path: Annotated[str, Field(pattern="^/.*[^/]$")]  # the folder
-    variables: Annotated[list[Variable], Field(min_length=1)]  # that name the file
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The variables with their value."""
-        return dict.fromkeys(self.variables, f"{self.path}/{self.key}")
-
-
-@config
-class Queue:
-    """Where Kueue has it wait, and before whom."""
-
-    name: LabelValue
-    priority_class: LabelValue | None  # a WorkloadPriorityClass
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """What Kueue reads."""
-        return {QUEUE: self.name} | ({PRIORITY: self.priority_class} if self.priority_class else {})
-
-
-@config
-class Volume:
-    """A claim that every node can write to (ReadWriteMany), and where containers see it."""
-
-    claim: ObjectName
-    path: Annotated[str, Field(pattern="^/.")]
-
-
-@config
-class Toleration:
-    """A taint that the pods bear; without a value, any."""
-
-    key: Key
-    value: LabelValue | None = None
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"]
 
 
 @config
@@ -112,22 +56,24 @@ class TrainJob:
     args: list[str] = field(default_factory=list)
     nodes: Annotated[int, Field(gt=0, le=MOST_NODES)]
     processes: Count  # on each node
-    resources: Resources
+    resources: Resources  # of one node
+    accelerator: Key | None = None  # as in nvidia.com/gpu
+    accelerators: Count = 1
     env: dict[Variable, str] = field(default_factory=dict)  # literal values; never a secret
     secrets: list[Reference] = field(default_factory=list)
     config_maps: list[Reference] = field(default_factory=list)
-    volume: Volume
-    shared_memory: Text | None = None  # the size of /dev/shm, which counts as memory of the pod
+    volume: Volume  # that every node can write to (ReadWriteMany)
+    shared_memory: Memory | None = None  # the size of /dev/shm, which counts as memory of the pod
     certificates: Certificates | None = None
     image_pull_secrets: list[ObjectName] = field(default_factory=list)
     node_selector: dict[Key, LabelValue] = field(default_factory=dict)
     tolerations: list[Toleration] = field(default_factory=list)
-    user: Count
-    group: Count
+    user: Id
+    group: Id
     queue: Queue | None = None  # Kueue's
     labels: dict[Key, LabelValue] = field(default_factory=dict)  # of the job and of its pods
     annotations: dict[Key, str] = field(default_factory=dict)  # likewise
-    timeout_seconds: Count  # the time it may run; waiting in Kueue's queue does not count
+    timeout_seconds: Seconds  # the time it may run; waiting in Kueue's queue does not count
 
     @model_validator(mode="after")
     def _each_variable_once(self) -> "TrainJob":
@@ -158,7 +104,7 @@ def job_name(pipeline_run: str, stage: str, job: str | None, parameters: str) ->
 def manifest(job: TrainJob) -> dict[str, Any]:
     """The job as the API takes it."""
     asked = job.resources
-    accelerators = {asked.accelerator: str(asked.accelerators)} if asked.accelerator else {}
+    accelerators = {job.accelerator: str(job.accelerators)} if job.accelerator else {}
     trainer = {
         "image": job.image,
         "command": job.command,
@@ -170,11 +116,7 @@ def manifest(job: TrainJob) -> dict[str, Any]:
         },
     }
     trainer |= {key: value for key, value in (("args", job.args), ("env", _environment(job))) if value}
-    metadata: dict[str, Any] = {
-        "name": job.name, "labels": {**job.labels, **(job.queue.labels if job.queue else {}), **OURS},
-    }  # fmt: skip
-    if job.annotations:
-        metadata["annotations"] = job.annotations
+    metadata = {"name": job.name, **_metadata(job, job.queue.labels if job.queue else {})}
     patch = {"replicatedJobs": [{"name": NODE, "template": {"spec": {"template": _pod(job)}}}]}
     return {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
@@ -188,6 +130,12 @@ def manifest(job: TrainJob) -> dict[str, Any]:
             "activeDeadlineSeconds": job.timeout_seconds,
         },
     }
+
+
+def _metadata(job: TrainJob, labels: Mapping[str, str]) -> dict[str, Any]:
+    """Of the job or of its pods, with labels of its own."""
+    metadata: dict[str, Any] = {"labels": {**job.labels, **labels, **OURS}}
+    return metadata | ({"annotations": job.annotations} if job.annotations else {})
 
 
 def _environment(job: TrainJob) -> list[dict[str, Any]]:
@@ -236,13 +184,9 @@ def _pod(job: TrainJob) -> dict[str, Any]:
         spec["nodeSelector"] = job.node_selector
     if job.tolerations:
         spec["tolerations"] = [
-            {"key": taint.key, "operator": "Exists", "effect": taint.effect}
-            if taint.value is None
-            else {"key": taint.key, "operator": "Equal", "value": taint.value, "effect": taint.effect}
+            {"key": taint.key, "operator": taint.operator, "effect": taint.effect}
+            | ({} if taint.value is None else {"value": taint.value})
             for taint in job.tolerations
         ]
     # A mesh's proxy would stand between the processes, and never end.
-    metadata: dict[str, Any] = {"labels": {**job.labels, **OURS, "sidecar.istio.io/inject": "false"}}
-    if job.annotations:
-        metadata["annotations"] = job.annotations
-    return {"metadata": metadata, "spec": spec}
+    return {"metadata": _metadata(job, {"sidecar.istio.io/inject": "false"}), "spec": spec}

@@ -9,7 +9,7 @@ import pytest
 
 from segdistill.errors import UserError
 from segdistill.kubeflow import shared_volume
-from segdistill.kubeflow.shared_volume import Shared, shared
+from segdistill.kubeflow.shared_volume import bring_back, copy_input
 
 
 def folder(path: Path, **files: str) -> Path:
@@ -24,9 +24,8 @@ def content(path: Path) -> dict[str, str]:
     return {str(file.relative_to(path)): file.read_text() for file in path.rglob("*") if file.is_file()}
 
 
-def share(tmp_path: Path, task: str = "task") -> Shared:
-    inputs = {"prepared": tmp_path / "prepared"}
-    return shared(inputs, {"students": tmp_path / "here/students"}, volume=tmp_path / "volume", task=task)
+def share(tmp_path: Path) -> Path:
+    return copy_input(tmp_path / "prepared", tmp_path / "volume")
 
 
 def test_an_input_is_copied_once_for_all_tasks_and_again_when_it_is_another(
@@ -34,16 +33,15 @@ def test_an_input_is_copied_once_for_all_tasks_and_again_when_it_is_another(
 ) -> None:
     source = folder(tmp_path / "prepared", a="1", b__c="22", **{".completed": '{"stage": "prepare"}'})
     first = share(tmp_path)
-    assert content(first.inputs["prepared"]) == content(source)
+    assert content(first) == content(source)
     copies: list[Any] = []
     monkeypatch.setattr(shared_volume.shutil, "copyfile", lambda *paths: copies.append(paths))
-    again = share(tmp_path, "another")
-    assert again.inputs == first.inputs and again.outputs != first.outputs and not copies
+    assert share(tmp_path) == first and not copies
     monkeypatch.undo()
     for change in ({".completed": '{"stage": "PREPARE"}'}, {"a": "333"}):
         folder(source, **change)
         fresh = share(tmp_path)
-        assert fresh.inputs != first.inputs and content(fresh.inputs["prepared"]) == content(source)
+        assert fresh != first and content(fresh) == content(source)
         first = fresh
 
 
@@ -64,7 +62,7 @@ def test_a_copy_that_was_stopped_is_not_taken_for_whole_and_is_continued(
     with pytest.raises(KeyboardInterrupt):
         share(tmp_path)
     assert not [path for path in (tmp_path / "volume/inputs").iterdir() if not path.name.startswith(".")]
-    copy_of = share(tmp_path).inputs["prepared"]
+    copy_of = share(tmp_path)
     assert content(copy_of) == content(source) and copied == ["a", "b", "b", "c"]
     assert list((tmp_path / "volume/inputs").iterdir()) == [copy_of]
 
@@ -74,13 +72,13 @@ def test_tasks_that_copy_the_same_input_at_the_same_time_end_with_one_copy(tmp_p
     found: list[Path] = []
     errors: list[BaseException] = []
 
-    def copy_it(number: int) -> None:
+    def copy_it() -> None:
         try:
-            found.append(share(tmp_path, f"task-{number}").inputs["prepared"])
+            found.append(share(tmp_path))
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=copy_it, args=(number,)) for number in range(4)]
+    threads = [threading.Thread(target=copy_it) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -90,17 +88,12 @@ def test_tasks_that_copy_the_same_input_at_the_same_time_end_with_one_copy(tmp_p
     assert list((tmp_path / "volume/inputs").iterdir()) == [found[0]]
 
 
-def test_the_outputs_come_back_whole(tmp_path: Path) -> None:
-    folder(tmp_path / "prepared", a="1")
-    places = share(tmp_path)
-    folder(places.outputs["students"], student__weights="w")
-    assert not places.completed
-    folder(places.outputs["students"], **{".completed": "{}"})
-    assert share(tmp_path).completed  # a later attempt sees it
+def test_an_output_comes_back_whole(tmp_path: Path) -> None:
+    place = folder(tmp_path / "volume/students", student__weights="w", **{".completed": "{}"})
     folder(tmp_path / "here/students", old="of an earlier attempt")
-    places.bring_back()
+    bring_back(place, tmp_path / "here/students")
     assert content(tmp_path / "here/students") == {"student/weights": "w", ".completed": "{}"}
-    assert not places.outputs["students"].exists()
+    assert not place.exists()
 
 
 def test_a_full_volume_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ from segdistill.config import read_yaml
 from segdistill.errors import UserError
 from segdistill.execution import sections
 from segdistill.kubeflow import tasks
-from segdistill.kubeflow.tasks import COMPLETED, ELSEWHERE, run_component
+from segdistill.kubeflow.marks import COMPLETED, ELSEWHERE
+from segdistill.kubeflow.tasks import run_component
 from segdistill.stages import BY_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -330,7 +331,7 @@ def test_a_task_whose_accelerators_torch_does_not_see_ends_before_anything_runs(
     monkeypatch.setattr(device, "usable_gpus", lambda: seen)
     monkeypatch.setattr(torch.cuda, "init", init)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(tasks, "_run_together", lambda *given: pytest.fail("nothing is to run"))
+    monkeypatch.setattr(tasks, "run_together", lambda *given: pytest.fail("nothing is to run"))
     monkeypatch.setattr(tasks, "_execute", lambda *given: pytest.fail("nothing is to run"))
     task = teacher_task(tiny_prepared, tmp_path)
     with pytest.raises(SystemExit) as ended:
@@ -416,7 +417,7 @@ def test_on_several_nodes_the_stage_runs_on_the_volume_and_its_outputs_come_back
     def run_here(job: Any) -> None:
         commands.append([*job.command, *job.args])
         assert job.env["SEGDISTILL_PIPELINE_RUN"] == "run-7" and job.nodes == 2
-        assert (job.processes, job.resources.accelerator, job.resources.accelerators) == (4, "nvidia.com/gpu", 4)
+        assert (job.processes, job.accelerator, job.accelerators) == (4, "nvidia.com/gpu", 4)
         with monkeypatch.context() as inside:
             inside.delenv("SEGDISTILL_TRAINJOB")
             tasks.main(job.args[0])

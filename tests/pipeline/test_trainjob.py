@@ -46,14 +46,15 @@ EVERYTHING = LEAST | {
     "runtime": "torch-of-the-team",
     "runtime_kind": "TrainingRuntime",
     "args": ["/workspace/task.json"],
-    "resources": LEAST["resources"] | {"accelerator": "nvidia.com/gpu", "accelerators": 4},
+    "accelerator": "nvidia.com/gpu",
+    "accelerators": 4,
     "env": {"SEGDISTILL_PIPELINE_RUN": "run-7"},
-    "config_maps": [{"name": "segdistill", "keys": {"mlflow_tracking_uri": "MLFLOW_TRACKING_URI"}}],
+    "config_maps": [{"name": "segdistill", "keys": {"mlflow_tracking_uri": "MLFLOW_TRACKING_URI"}, "optional": False}],
     "secrets": [{"name": "segdistill-s3", "keys": {"access_key_id": "AWS_ACCESS_KEY_ID"}, "optional": True}],
     "shared_memory": "8Gi",
     "node_selector": {"pool": "gpu"},
     "tolerations": [
-        {"key": "nvidia.com/gpu", "effect": "NoSchedule"},
+        {"key": "nvidia.com/gpu", "value": None, "effect": "NoSchedule"},
         {"key": "team", "value": "vision", "effect": "NoExecute"},
     ],
     "certificates": {
@@ -252,7 +253,7 @@ def test_a_manager_that_is_no_path_with_a_domain_would_be_refused(manager: str) 
         ({"env": {"A-B": "x"}}, "job.env.A-B: 'A-B' is no environment variable"),
         ({"env": {"PET_NNODES": "3"}}, "job: the environment variable PET_NNODES is Trainer's own"),
         (
-            {"env": {"X": "3"}, "secrets": [{"name": "s", "keys": {"k": "X"}}]},
+            {"env": {"X": "3"}, "secrets": [{"name": "s", "keys": {"k": "X"}, "optional": True}]},
             "job: the environment variable X is given twice",
         ),
         ({"image": "i" * 501}, "job.image: string should have at most 500 characters"),
