@@ -1,7 +1,6 @@
 """One cohort of the matrix: students that learn from the frozen teacher, or from each other, on the same batches."""
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from segdistill.engine.distributed import Processes
     from segdistill.engine.trainer import Training
     from segdistill.models.teacher import Teacher
-
-logger = logging.getLogger(__name__)
 
 AGAIN = "run the stage 'distill' again"
 
@@ -216,7 +213,6 @@ def learner_of(planned: PlannedJob, num_classes: int, teacher: "Teacher | None")
 
 
 def _record_divergence(output: Path, member: Member, iteration: int, reason: str) -> None:
-    logger.warning("%s: diverged at iteration %d: %s", member.planned.job, iteration, reason)
     record = {
         **member.facts, "students": list(member.planned.settings.students), "iteration": iteration, "reason": reason,
     }  # fmt: skip
