@@ -92,6 +92,7 @@ def run(
     Returns:
         Seconds by activity.
     """
+    from segdistill.data.memory import Memory
     from segdistill.engine.distributed import processes as join
     from segdistill.stages._training import dataset, forget
 
@@ -99,7 +100,7 @@ def run(
     protocol, work = cohort.protocol, work or students.with_name(students.name + ".work")
     spent = {"data": 0.0, "training": 0.0, "evaluation": 0.0}
     with join(device) as processes:
-        info, train_set, val_set = dataset(prepared)
+        info, train_set, val_set = dataset(prepared, Memory(protocol.train.cache_gib))
         members = _members(cohort, info, teacher)
         waiting = [member for member in members if not _is_there(students, member)]
         processes.barrier()  # all have seen what is there
