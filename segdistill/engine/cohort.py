@@ -95,7 +95,6 @@ class Cohort:
             if config.compile:
                 self.teacher.compile()
         self.outcomes: dict[str, Result | Diverged] = {}
-        self.starting = True
         # What the cohort as a whole took of this process's time after its first step, by activity.
         self.seconds = {"data": 0.0, "training": 0.0, "evaluation": 0.0}
 
@@ -138,11 +137,10 @@ class Cohort:
                 if iteration != number:  # at first, and where one that was behind the others has diverged
                     batches = self._batches(iteration)
                 self._step(batches, list(takers.values()))
-                number = iteration + 1
                 self.seconds["training"] += time.monotonic() - started
-                if self.starting:  # what is loaded and compiled once is start-up, and no part of training
+                if number < 0:  # the first step is start-up
                     self.seconds |= {"data": 0.0, "training": 0.0}
-                    self.starting = False
+                number = iteration + 1
                 fraction = next(iter(takers.values())).fraction
                 bar.update(number, fraction, self.seconds["data"] + self.seconds["training"], len(takers))
                 stopping = self._agree(stop, number, takers)  # once: a later signal is heard the next time, by all

@@ -52,14 +52,14 @@ class TrainingBar:
         Args:
             iteration: how many are done.
             fraction: the part of the budget that is used, 0..1.
-            seconds: what training has taken up to now; 0 after the first step, which is start-up.
+            seconds: what training has taken up to now, without its first step.
             takers: how many trainings took the last batch; their images are counted one by one.
         """
         if self.bar.disable:
             return
         self.images += takers * self.config.batch_size if seconds else 0
         of = f" of {self.config.iterations}" if self.config.iterations else ""
-        speed = f"{self.images / seconds:.1f} img/s " if seconds else ""
+        speed = f"{self.images / max(seconds, 1e-9):.1f} img/s "
         self.bar.update(
             self.task, completed=fraction, description=f"{self.title}: iteration {iteration}{of}", text=speed
         )

@@ -66,10 +66,11 @@ class Result:
     """What a training leaves besides the weights, which are in the learner's students."""
 
     iterations: int
-    seconds: float  # of its steps, and of the data and the teacher that it shares: what it takes alone after start-up
+    seconds: float  # of its own steps, and of the data and the teacher that it shares: what it would take alone
     images_per_second: float
     evaluations: dict[str, Evaluation]
     curves: dict[str, list[dict[str, float]]]
+    startup_seconds: float = 0.0  # of first steps, which wait for compilers, caches and the first data
 
 
 class Diverged(UserError):
@@ -93,8 +94,9 @@ class Progress:
     """The counters of a training; all of them are in the checkpoint."""
 
     iteration: int = 0
-    seconds: float = 0.0  # of the timed steps, without validation and saving
-    timed: int = 0  # steps: all but the first of each process
+    seconds: float = 0.0  # of training, without validation, saving and start-up
+    startup_seconds: float = 0.0
+    starts: int = 0  # steps that were the first of a process
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)  # validation mIoU of the kept weights, by student
     sums: dict[str, Tensor] = field(default_factory=dict)  # of each term since the last log entry
@@ -126,7 +128,7 @@ class Trainer:
             curves={name: [] for name in self.learner.students}, skipped=torch.zeros((), device=device)
         )
         self.kept: dict[str, dict[str, Tensor]] = {}
-        self.stopwatch, self.starting = Stopwatch(), True
+        self.stopwatch, self.started = Stopwatch(), False
         torch.manual_seed(seed + processes.rank)
         self.random_state = self._global_random_state()
 
@@ -163,15 +165,15 @@ class Trainer:
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def look_at_the_clock(self) -> None:
-        """Takes over what the stopwatch knows of a step: between two looks the clock stands still.
-
-        The first step of a process loads and compiles; it is start-up and does not count.
-        """
-        if self.starting:
-            self.stopwatch, self.starting = Stopwatch(), False
-        else:
+        """Takes over what the stopwatch knows: between two looks the clock stands still, until the first step's end."""
+        if self.started:
             self.progress.seconds += self.stopwatch.take()
-            self.progress.timed += 1
+            return
+        self.started = True
+        if self.processes.device.type == "cuda":
+            torch.cuda.synchronize(self.processes.device)  # this once: the step's time is known when it is done
+        self.progress.startup_seconds += self.stopwatch.take()
+        self.progress.starts += 1
 
     @property
     def fraction(self) -> float:
@@ -252,8 +254,9 @@ class Trainer:
 
     @property
     def speed(self) -> float:
-        """Images a second."""
-        return self.progress.timed * self.config.batch_size / max(self.progress.seconds, 1e-9)
+        """Images a second, start-up not counted."""
+        steps = self.progress.iteration - self.progress.starts
+        return steps * self.config.batch_size / max(self.progress.seconds, 1e-9)
 
     def log(self, *, finished: bool) -> None:
         """Mean terms since the last entry; the only part of a step that waits for the device.
@@ -353,8 +356,11 @@ class Trainer:
 
     def result(self, evaluations: dict[str, Evaluation]) -> Result:
         """What it comes to, with the scores of the weights that it ends with."""
-        self.progress.seconds += self.stopwatch.take()  # all is done by now, on a GPU too
-        return Result(self.progress.iteration, self.progress.seconds, self.speed, evaluations, self.progress.curves)
+        progress = self.progress
+        progress.seconds += self.stopwatch.take()  # all is done by now, on a GPU too
+        return Result(
+            progress.iteration, progress.seconds, self.speed, evaluations, progress.curves, progress.startup_seconds
+        )
 
     def save(self) -> None:
         """Writes the checkpoint.

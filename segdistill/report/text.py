@@ -66,14 +66,9 @@ def giga(value: float | None) -> str:
     return NOTHING if value is None else f"{value / 1e9:.3g}"
 
 
-def rate(value: float | None) -> str:
-    """Whole numbers from ten on."""
-    return NOTHING if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
-
-
-def milliseconds(value: float | None) -> str:
-    """One decimal below a hundred."""
-    return NOTHING if value is None else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+def rounded(value: float | None, whole_from: float = 10) -> str:
+    """One decimal, none from ``whole_from`` on."""
+    return NOTHING if value is None else f"{value:.{0 if value >= whole_from else 1}f}"
 
 
 def seconds(value: float | None) -> str:
@@ -83,11 +78,6 @@ def seconds(value: float | None) -> str:
     if value < 120:
         return f"{value:.0f} s"
     return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
-
-
-def times(ratio: float) -> str:
-    """``8.4×``, ``13×``."""
-    return f"{ratio:.1f}×" if ratio < 10 else f"{ratio:.0f}×"
 
 
 def share(value: float) -> str:
@@ -124,11 +114,6 @@ def caption(protocol: Protocol) -> str:
     )
 
 
-def headline(comparison: Comparison) -> str:
-    """The finding in one honest paragraph."""
-    return " ".join(findings(comparison))
-
-
 def findings(comparison: Comparison) -> list[str]:
     """The finding, a sentence for each kind of result."""
     rows = [row for row in comparison.rows if row.gain]
@@ -141,17 +126,16 @@ def findings(comparison: Comparison) -> list[str]:
     worse = [row for row in rows if row.gain and row.gain.is_evidence and row.gain.mean < 0]
     disputed = [row for row in rows if row.gain and row.gain.is_disputed]
     undecided = [row for row in rows if row.gain and not row.gain.excludes_zero]
-    sentences = []
-    if better:
-        sentences.append(f"Better than the same student undistilled: {_listed(better)}.")
-    else:
-        sentences.append("No distilled student is shown to be better than the same student undistilled.")
-    if worse:
-        sentences.append(f"Worse: {_listed(worse)}.")
-    if disputed:
-        sentences.append(f"Open, since the seeds disagree about the sign: {_listed(disputed)}.")
-    if undecided:
-        sentences.append(f"Undecided: {_listed(undecided)}. Differences whose interval includes zero are not evidence.")
+    sentences = [] if better else ["No distilled student is shown to be better than the same student undistilled."]
+    for finding, members in (
+        ("Better than the same student undistilled: {}.", better),
+        ("Worse: {}.", worse),
+        ("Open, since the seeds disagree about the sign: {}.", disputed),
+        ("Undecided: {}. Differences whose interval includes zero are not evidence.", undecided),
+    ):
+        if members:
+            differences = (f"{name(row)} {points(row.gain.mean)} points {interval(row)}" for row in members if row.gain)
+            sentences.append(finding.format("; ".join(differences)))
     return sentences
 
 
@@ -214,8 +198,3 @@ def limits(protocol: Protocol) -> list[str]:
             "Two seeds show whether a difference repeats at all, not how much it varies; use three or more."
         )
     return sentences
-
-
-def _listed(rows: list[Row]) -> str:
-    parts = [f"{name(row)} {points(row.gain.mean)} points {interval(row)}" for row in rows if row.gain]
-    return "; ".join(parts)

@@ -459,7 +459,7 @@ def test_a_checkpoint_on_a_volume_also_bears_the_fingerprint_and_goes_with_the_e
             return {"": Result(1, 1.0, 1.0, {}, {})}
 
     monkeypatch.setattr(_training, "Cohort", Cohort)
-    monkeypatch.setattr(_training, "dataset", lambda prepared: (None, None, None))
+    monkeypatch.setattr(_training, "dataset", lambda *_: (None, None, None))
     monkeypatch.setattr(_training, "write", lambda output, *rest, **others: output.mkdir())
     section = read_yaml(GOLDEN / "params.yaml")["distill"]
     config = parse(TrainConfig, section["train"], "train")
