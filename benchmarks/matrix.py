@@ -34,6 +34,7 @@ from _table import machine, markdown
 from segdistill import streets
 from segdistill.config import parse
 from segdistill.data.shards import ShardDataset, read_dataset_info
+from segdistill.engine.building import build_learner
 from segdistill.engine.cohort import Cohort
 from segdistill.engine.distributed import Processes
 from segdistill.engine.settings import InferenceConfig, TrainConfig
@@ -43,8 +44,8 @@ from segdistill.models.config import ModelConfig
 from segdistill.models.export import count_parameters
 from segdistill.models.segmenter import build_segmenter
 from segdistill.models.teacher import Teacher
+from segdistill.plan import ExperimentConfig, parse_methods
 from segdistill.stages import prepare
-from segdistill.stages.distill import ExperimentConfig, build_learner
 
 STUDENT = {
     "model": {
@@ -98,8 +99,15 @@ class Side:
         method = {"name": methods[number % len(methods)], "weight": 1 / (1 + number // len(methods))}
         entry = {"students": {"student": STUDENT}, "methods": [method]}
         settings: ExperimentConfig = parse(ExperimentConfig, entry, "experiment")
-        learner = build_learner(str(number), settings, seed=0, num_classes=num_classes, teacher=teacher.info)
-        optimizers = {"student": settings.students["student"].optimizer}
+        student, (_, configs) = settings.students["student"], parse_methods("experiment", settings)
+        learner = build_learner(
+            {"student": student.model},
+            [one for _, one in configs],
+            seed=0,
+            num_classes=num_classes,
+            teacher=teacher.info,
+        )
+        optimizers = {"student": student.optimizer}
         return Training(str(number), learner, optimizers, "", work / str(number), {"student": NullTracker()})
 
     def train(self, trainings: Sequence[Training], teacher: Teacher, *, iterations: int) -> float:
