@@ -41,7 +41,7 @@ from segdistill.methods import METHODS, build_offline, build_online, load
 from segdistill.models.config import ModelConfig
 from segdistill.models.segmenter import build_segmenter
 from segdistill.models.teacher import Teacher
-from segdistill.stages.distill import ExperimentConfig, parse_methods
+from segdistill.plan import ExperimentConfig, parse_methods
 
 FOR_A_VIT = ("c2vkd",)  # a CNN teaches a ViT
 

@@ -14,7 +14,9 @@ from segdistill.config import config as config_class
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.files import disk_errors, new_folder, read_sealed, seal, write_file
+from segdistill.plan import TEACHER, jobs
 from segdistill.report.highlights import Highlights, scores_of
+from segdistill.stages._cohort import folders_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from segdistill.report.inputs import Measured
     from segdistill.report.results import Comparison, Protocol, Row
 
-TEACHER = "teacher"
 PAGE_LIMIT = 2**30  # bytes; the page holds its pictures
 
 
@@ -61,14 +62,14 @@ def run(
 
     Args:
         config: section ``compare``.
-        run: the experiments; with ``seeds`` the list of jobs, seed fastest. No other folder is looked at.
+        run: the experiments; with ``seeds`` the matrix. No other job is looked at.
         seeds: the seeds.
         prepared: the prepared data set.
         teacher: the teacher's folder.
         teacher_evaluation: the teacher's evaluation.
-        students: each job's trained students; their metrics.json tells the experiment's settings, and by them each
+        students: each cohort's trained students; their metrics.json tells the experiment's settings, and by them each
             student's reference.
-        evaluations: each job's evaluation.
+        evaluations: each cohort's evaluations.
         report: results.json, report.md, report.html and plots/ for DVC.
         metrics: flat numbers for ``dvc metrics``.
         tracker: of the pipeline's run.
@@ -78,24 +79,23 @@ def run(
     from segdistill.report.results import compare_runs
 
     started = time.monotonic()
-    jobs = [(experiment, seed) for experiment in run for seed in seeds]
-    if not len(jobs) == len(students) == len(evaluations):
-        raise UserError(f"compare: {len(jobs)} jobs, but {len(students)} students and {len(evaluations)} evaluations")
-    if TEACHER in run:
-        raise UserError(f"run: '{TEACHER}' is the teacher's own name in a report; give the experiment another one")
+    matrix = jobs(run, seeds)
+    models = folders_of(matrix, students, "run the stage 'distill' again")
+    counts = folders_of(matrix, evaluations, "run the stage 'evaluate' again")
     info = read_dataset_info(prepared)
     names = [item.name for item in info.classes]
     (taught,) = read_networks(teacher, teacher_evaluation, TEACHER, None, [TEACHER], names)
-    folders = [(experiment, model) for (experiment, _), model in zip(jobs, students, strict=True)]
+    folders = [(job.experiment, model) for job, model in models.items()]
     experiments = read_settings(folders, info.content_hash, teacher)
     measured: list[Measured] = []
     diverged: list[Diverged] = []
-    for (experiment, seed), model, evaluation in zip(jobs, students, evaluations, strict=True):
-        job = read_job(model, evaluation, experiment, seed, list(experiments[experiment]["students"]), names)
-        if isinstance(job, Diverged):
-            diverged.append(job)
+    for job, model in models.items():
+        expected = list(experiments[job.experiment]["students"])
+        networks = read_job(model, counts[job], job.experiment, job.seed, expected, names)
+        if isinstance(networks, Diverged):
+            diverged.append(networks)
         else:
-            measured += job
+            measured += networks
     if not measured:
         raise UserError(f"{students[0]}: every job diverged, and nothing is left to compare; {diverged[0].reason}")
     check_same_images([taught, *measured])

@@ -18,7 +18,9 @@ from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError, nearest
 from segdistill.files import new_folder
 from segdistill.identity import facts_of
+from segdistill.plan import Job, jobs
 from segdistill.report.highlights import Highlights
+from segdistill.stages._cohort import folders_of
 
 if TYPE_CHECKING:
     from segdistill.report.results import Comparison
@@ -77,7 +79,7 @@ def run(
         seeds: the seeds; every experiment with every seed is a job.
         comparison: what the stage ``compare`` wrote.
         prepared: the data set, whose test split says which scores compare.
-        students: the folder of every job, in the order of the matrix.
+        students: the folder of every cohort.
         registration: the folder to write.
         tracker: says which MLflow store and pipeline run.
 
@@ -91,8 +93,8 @@ def run(
         with new_folder(registration) as partial:
             _write(partial, {"name": config.model_name, "version": None, "reason": "no student passed the gate"})
         return
-    jobs: list[tuple[str, int | None]] = [(experiment, seed) for experiment in run for seed in seeds]
-    best = choose(candidates(results, dict(zip(jobs, students, strict=True)), comparison), config)
+    folders = folders_of(jobs(run, seeds), students, "run the stage 'distill' again")
+    best = choose(candidates(results, folders, comparison), config)
 
     from segdistill.models.export import ExportedSegmenter, load_model
 
@@ -133,21 +135,21 @@ def _write(folder: Path, result: Mapping[str, Any]) -> None:
     (folder / "registration.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-def candidates(results: "Comparison", jobs: Mapping[tuple[str, int | None], Path], comparison: Path) -> list[Candidate]:
+def candidates(results: "Comparison", folders: Mapping[Job, Path], comparison: Path) -> list[Candidate]:
     """Every student of every job that has some, in the order of the matrix.
 
     Args:
         results: what was compared.
-        jobs: the folder of each job: of an experiment with a seed.
+        folders: the folder of each job.
         comparison: where the results are from.
 
     Raises:
         UserError: the comparison is not of these jobs.
     """
-    compared = {(row.experiment, scores.seed) for row in results.rows for scores in row.seeds}
-    compared |= {(row.experiment, job.seed) for row in results.rows for job in row.diverged}
-    if compared != set(jobs):
-        names = ", ".join(f"{experiment} with seed {seed}" for experiment, seed in compared.symmetric_difference(jobs))
+    compared = {Job(row.experiment, one.seed or 0) for row in results.rows for one in row.seeds}
+    compared |= {Job(row.experiment, one.seed) for row in results.rows for one in row.diverged}
+    if compared != set(folders):
+        names = ", ".join(map(str, compared.symmetric_difference(folders)))
         raise UserError(f"{comparison / 'results.json'}: of other jobs than params.yaml has: {names}; {COMPARE}")
     trained = []
     for row in results.rows:
@@ -157,7 +159,7 @@ def candidates(results: "Comparison", jobs: Mapping[tuple[str, int | None], Path
                 experiment=row.experiment,
                 seed=scores.seed,
                 student=row.student,
-                folder=jobs[row.experiment, scores.seed],
+                folder=folders[Job(row.experiment, scores.seed)],
                 val_miou=scores.val_miou,
                 test_miou=scores.test_miou,
                 params=row.params,

@@ -16,8 +16,8 @@ from segdistill.config import parse, parse_yaml, read_yaml
 from segdistill.errors import UserError
 from segdistill.execution import stage_module
 from segdistill.methods import METHODS, load
+from segdistill.plan import DistillConfig, ExperimentConfig
 from segdistill.stages import STAGES
-from segdistill.stages.distill import ExperimentConfig
 
 
 def test_numbers_in_decimal_are_numbers_however_they_are_written() -> None:
@@ -116,9 +116,10 @@ def roots() -> dict[str, Any]:
     """Every config that a person fills in."""
     from pipelines.cluster import Cluster
 
-    stages = {stage.params[0]: stage_module(stage).Config for stage in STAGES}
+    stages = {stage.params[0]: stage_module(stage).Config for stage in STAGES if stage.params}
     return {
         **stages,
+        "distill": DistillConfig,
         "experiments": ExperimentConfig,
         **{name: load(name).Config for name in METHODS},
         "cluster": Cluster,
@@ -141,7 +142,7 @@ def unbounded(schema: Any, path: str) -> Iterator[str]:
             yield from unbounded(inner, f"{path}.{key}")
 
 
-@pytest.mark.parametrize("name", [*sorted({stage.params[0] for stage in STAGES}), "experiments", *METHODS, "cluster"])
+@pytest.mark.parametrize("name", sorted(roots()))
 def test_every_number_of_every_config_has_a_least_and_a_greatest_value(name: str) -> None:
     schema = pydantic.TypeAdapter(roots()[name]).json_schema()
     assert json.dumps(schema).count('"type": "') > 1, "there is something to look at"
