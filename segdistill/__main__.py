@@ -15,15 +15,13 @@ def parser() -> argparse.ArgumentParser:
 
     top = argparse.ArgumentParser(prog="segdistill", description=__doc__.split(".")[0])
     top.add_argument("--version", action="version", version=__version__)
-    top.add_argument("--warm", action="store_true", help="fork from a preloaded process where one can be had")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for stage in STAGES:
         sub = commands.add_parser(stage.name, help=stage.help, description=stage.help)
         sub.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (%(default)s)")
         sub.add_argument("--tracker", choices=("auto", "mlflow", "jsonl", "none"), default="auto")
-        if stage.per_job:
-            sub.add_argument("--experiment", required=True, help="a name under experiments in the parameters")
-            sub.add_argument("--seed", type=int, required=True)
+        if stage.per_cohort:
+            sub.add_argument("--seed", type=int, required=True, help="whose jobs: every experiment under run")
         if stage.on_device:
             _add_device(sub)
         for name, path in {**stage.inputs, **stage.outputs, **stage.metrics}.items():
@@ -96,18 +94,5 @@ def _dispatch(arguments: argparse.Namespace) -> None:
     importlib.import_module(f"segdistill.commands.{name}").command(arguments)
 
 
-def entry() -> int:
-    """Where the process begins: the warm way if asked for and possible, else here."""
-    argv = sys.argv[1:]
-    if argv[:1] == ["--warm"]:
-        with exit_codes("segdistill"):
-            from segdistill import warm
-
-            code = warm.run(argv[1:])
-            if code is not None:
-                return code
-    return main(argv)
-
-
 if __name__ == "__main__":
-    sys.exit(entry())
+    sys.exit(main())

@@ -14,8 +14,6 @@ absent. Those of other programs (AWS_*, GIT_*, proxies, certificates, torchrun's
 | ``SEGDISTILL_SHARED`` | a volume for large outputs, which all tasks see | each pod copies its inputs |
 | ``SEGDISTILL_PROCESSES`` | how many processes of a task train together | one for each accelerator |
 | ``SEGDISTILL_TRAINJOB`` | on which other nodes a task trains, as JSON | in its own pod |
-| ``SEGDISTILL_WARM`` | ``0``: no stage is forked from a preloaded process | ``--warm`` does |
-| ``SEGDISTILL_WARM_IDLE`` | the seconds after which such a process ends | 60 |
 | ``MLFLOW_TRACKING_URI`` | where runs are kept; with credentials, if they are in it | ``mlflow.db`` of the project |
 | ``MLFLOW_TRACKING_USERNAME`` | read by MLflow's client; set here from an address that has credentials | none |
 | ``MLFLOW_TRACKING_PASSWORD`` | likewise | none |
@@ -107,23 +105,6 @@ def trainjob() -> dict[str, Any] | None:
     """The fields of the TrainJob as which a task is to run; None in its own pod."""
     text = _read("SEGDISTILL_TRAINJOB")
     return dict(json.loads(text)) if text else None
-
-
-def warm() -> bool:
-    """Whether a stage may be forked from a preloaded process."""
-    return _read("SEGDISTILL_WARM") != "0"
-
-
-def warm_idle_seconds() -> float:
-    """After how long without work a preloaded process ends.
-
-    Raises:
-        UserError: it is no number.
-    """
-    try:
-        return float(_read("SEGDISTILL_WARM_IDLE") or "60")
-    except ValueError:
-        raise UserError("SEGDISTILL_WARM_IDLE: not a number of seconds; allowed: a number such as 60") from None
 
 
 def tracking_uri() -> str | None:

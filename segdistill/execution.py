@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +22,8 @@ from segdistill.config import parse
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker, Tracker
 from segdistill.errors import Interrupted, UserError, brief, nearest
 from segdistill.files import disk_errors, folder_place, lock, write_file
-from segdistill.stages import STAGES, Job, Stage, check_sections, jobs, matrix, require_different
+from segdistill.plan import cohorts, experiments, jobs, require_defined
+from segdistill.stages import STAGES, Stage, check_sections
 
 TIMINGS, TRACKING = Path("artifacts/timings"), Path("artifacts/tracking")
 
@@ -35,15 +36,14 @@ class Context:
     git_commit: str
     pipeline_run: str
 
-    def tags(self, stage: Stage, job: Job | None) -> dict[str, str]:
+    def tags(self, stage: Stage) -> dict[str, str]:
         """The tags of one stage's runs."""
-        tags = {
+        return {
             "data_md5": self.data_md5,
             "git_commit": self.git_commit,
             "stage": stage.name,
             "pipeline_run": self.pipeline_run,
         }
-        return tags | ({"experiment": job.experiment, "seed": str(job.seed)} if job else {})
 
 
 def context(params_path: Path | None = None) -> Context:
@@ -70,14 +70,14 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
-def open_tracker(kind: str, here: Context, stage: Stage, job: Job | None, folder: Path = TRACKING) -> Tracker:
+def open_tracker(kind: str, here: Context, stage: Stage, cohort: str | None, folder: Path = TRACKING) -> Tracker:
     """The tracker of the pipeline run; stages log to children of it.
 
     Args:
         kind: "mlflow", "jsonl", "none", or "auto" for MLflow where it is installed and JSON lines where not.
         here: where the run belongs.
         stage: what is run.
-        job: the cell of the matrix, of a stage that runs once per job.
+        cohort: of a stage that runs once per cohort.
         folder: for JSON lines, and for what MLflow was not sent yet.
     """
     if environment.rank():
@@ -86,10 +86,10 @@ def open_tracker(kind: str, here: Context, stage: Stage, job: Job | None, folder
     if kind == "mlflow":
         from segdistill.adapters.mlflow_tracking import open_pipeline_run
 
-        return open_pipeline_run(here.pipeline_run, here.tags(stage, job), data=Path("data"), spool=folder)
+        return open_pipeline_run(here.pipeline_run, here.tags(stage), data=Path("data"), spool=folder)
     if kind == "jsonl":
-        tracker = JsonLinesTracker(folder / here.pipeline_run / f"{_label(stage, job)}.jsonl")
-        tracker.tags(here.tags(stage, job))
+        tracker = JsonLinesTracker(folder / here.pipeline_run / f"{label(stage, cohort)}.jsonl")
+        tracker.tags(here.tags(stage))
         return tracker
     return NullTracker()
 
@@ -125,22 +125,19 @@ def check_params(params: Any, *, networks: bool = True, here: bool = False) -> N
         UserError: the first mistake, by its dotted path.
     """
     from segdistill.data.layouts import LAYOUTS
+    from segdistill.plan import DistillConfig
     from segdistill.stages import _networks
-    from segdistill.stages.distill import ExperimentConfig, parse_methods
 
     if not isinstance(params, Mapping):
         raise UserError(f"parameters: expected a mapping of sections, found {type(params).__name__}")
     params = parse(dict[str, Any], params, "")
     check_sections(params)
-    cells = jobs(params)
-    require_different("experiments", params["experiments"])
+    matrix = jobs(params["run"], params["seeds"])
     configs = {stage.params[0]: parse(stage_module(stage).Config, params[stage.params[0]], stage.params[0])
-               for stage in STAGES}  # fmt: skip
-    experiments = {name: parse(ExperimentConfig, entry, f"experiments.{name}")
-                   for name, entry in params["experiments"].items()}  # fmt: skip
-    for name, settings in experiments.items():
-        require_different(f"experiments.{name}.students", settings.students)
-        parse_methods(name, settings)
+               for stage in STAGES if stage.params}  # fmt: skip
+    parse(DistillConfig, params["distill"], "distill")
+    defined = experiments(params["experiments"])
+    require_defined(matrix, defined)
     for section in ("validate", "prepare"):
         if (layout := configs[section].layout) not in LAYOUTS:
             raise UserError(f"{section}.layout: unknown layout '{brief(layout)}'{nearest(layout, LAYOUTS)}")
@@ -150,24 +147,18 @@ def check_params(params: Any, *, networks: bool = True, here: bool = False) -> N
             " make them equal"
         )
     wanted = configs["register"].student
-    trained = {student for cell in cells for student in experiments[cell.experiment].students}
+    trained = {student for job in matrix for student in defined[job.experiment].students}
     if wanted is not None and wanted not in trained:
         raise UserError(f"register.student: no experiment under run trains a '{wanted}'{nearest(wanted, trained)}")
-    _networks.check(configs["train_teacher"], experiments, outlines=networks, files=here)
+    _networks.check(configs["train_teacher"], defined, outlines=networks, files=here)
 
 
-def sections(stage: Stage, params: Mapping[str, Any], job: Job | None) -> dict[str, Any]:
-    """The part of a params file that a stage declares, by dotted key: all that it may know of it."""
-    chosen: dict[str, Any] = {}
-    for template in stage.params:
-        key = template.format(experiment=job.experiment if job else "")
-        value: Any = params
-        for part in key.split("."):
-            if not isinstance(value, Mapping) or part not in value:
-                raise UserError(f"{key}: missing; {stage.name} needs it")
-            value = value[part]
-        chosen[key] = value
-    return chosen
+def sections(stage: Stage, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a params file that a stage declares: all that it may know of it."""
+    for key in stage.params:
+        if key not in params:
+            raise UserError(f"{key}: missing; {stage.name} needs it")
+    return {key: params[key] for key in stage.params}
 
 
 def run_stage(
@@ -175,7 +166,7 @@ def run_stage(
     chosen: Mapping[str, Any],
     *,
     paths: Mapping[str, Path | list[Path]],
-    job: Job | None,
+    cohort: str | None,
     tracker: Tracker,
     started: float,
     work: Path | None = None,
@@ -187,60 +178,52 @@ def run_stage(
         stage: what to run.
         chosen: its :func:`sections`.
         paths: replacements of the declared inputs and outputs, by name.
-        job: the cell of the matrix, for a stage that runs once per job.
+        cohort: of a stage that runs once per cohort.
         tracker: of the pipeline run; closed with the stage's true status.
         started: when the process began, in seconds since the epoch; what no activity claims is start-up.
-        work: where a stage that trains keeps its checkpoint, its fingerprint appended; None is beside its output.
+        work: where a stage that trains keeps its checkpoints; None is beside its output.
         device: of a stage that trains or evaluates: "cpu", "cuda", or "auto" for a GPU where there is one.
 
     Raises:
         UserError: whatever the stage finds wrong, a full disk, or another process that writes the same outputs, whose
             run is none of our business: nothing is said of it to the tracker.
     """
-    outputs = [_place(stage, name, job, paths) for name in stage.outputs]
+    with _outputs(stage, cohort, paths), _reported(stage, tracker):
+        module = stage_module(stage)
+        arguments: dict[str, Any] = {"tracker": tracker, "work": work, "device": device}
+        arguments |= {key: chosen[key] for key in stage.params[1:]} | resolve(stage, cohort, chosen, paths)
+        if stage.params:
+            arguments["config"] = parse(module.Config, chosen[stage.params[0]], stage.params[0])
+        accepted = inspect.signature(module.run).parameters
+        seconds = module.run(**{key: value for key, value in arguments.items() if key in accepted})
+    _record_seconds(stage, cohort, dict(seconds or {}), time.time() - started)
+
+
+@contextlib.contextmanager
+def _outputs(stage: Stage, cohort: str | None, paths: Mapping[str, Path | list[Path]]) -> Iterator[None]:
+    """Holds the outputs for us alone, without what a process that was killed has left there; a full disk is told."""
+    outputs = [_place(stage, name, cohort, paths) for name in stage.outputs]
     places = [folder_place(output) for output in outputs]
-    for metrics in (_place(stage, name, job, paths) for name in stage.metrics):
+    for metrics in (_place(stage, name, cohort, paths) for name in stage.metrics):
         if metrics.is_dir():
             raise UserError(f"{metrics}: a folder; {stage.name} writes a file there: remove it, or choose another name")
     with contextlib.ExitStack() as held:
         if not environment.rank():  # the others of this run work for rank 0
             for output in places:
-                held.enter_context(lock(output, f"segdistill {_label(stage, job)}"))
-                for left in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):
-                    shutil.rmtree(left, ignore_errors=True)  # of a process that was killed: nobody writes here but us
+                held.enter_context(lock(output, f"segdistill {label(stage, cohort)}"))
+                for folder, name in ((output.parent, f".{glob.escape(output.name)}.*.partial"), (output, ".*.partial")):
+                    for left in folder.glob(name):  # nobody writes here but us
+                        shutil.rmtree(left, ignore_errors=True)
         held.enter_context(disk_errors(outputs[0]))
-        _run_stage(stage, chosen, paths=paths, job=job, tracker=tracker, started=started, work=work, device=device)
+        yield
 
 
-def _run_stage(
-    stage: Stage,
-    chosen: Mapping[str, Any],
-    *,
-    paths: Mapping[str, Path | list[Path]],
-    job: Job | None,
-    tracker: Tracker,
-    started: float,
-    work: Path | None,
-    device: str,
-) -> None:
-    module = stage_module(stage)
+@contextlib.contextmanager
+def _reported(stage: Stage, tracker: Tracker) -> Iterator[None]:
+    """Closes the tracker with what became of the stage."""
     status = "FAILED"
     try:
-        own, *others = stage.params
-        config = parse(module.Config, chosen[own], own)
-        places = resolve(stage, job, chosen, paths)
-        arguments: dict[str, Any] = {"tracker": tracker, "work": work, "device": device}
-        if job is not None:
-            arguments |= {"experiment": job.experiment, "seed": job.seed}
-        for key in others:
-            filled = key.format(experiment=job.experiment if job else "")
-            if key.startswith("experiments."):
-                arguments["settings"] = parse(module.ExperimentConfig, chosen[filled], filled)
-            else:
-                arguments[key] = list(chosen[filled])
-        arguments |= places
-        accepted = inspect.signature(module.run).parameters
-        seconds = module.run(config, **{key: value for key, value in arguments.items() if key in accepted})
+        yield
         status = "FINISHED"
     except (Interrupted, KeyboardInterrupt):
         status = "KILLED"
@@ -249,21 +232,20 @@ def _run_stage(
         tracker.close(status)
         if status != "FINISHED" or stage is STAGES[-1]:
             tracker.finish_pipeline(status)
-    _record_seconds(stage, job, dict(seconds or {}), time.time() - started)
 
 
-def _record_seconds(stage: Stage, job: Job | None, spent: dict[str, float], whole: float) -> None:
+def _record_seconds(stage: Stage, cohort: str | None, spent: dict[str, float], whole: float) -> None:
     spent["start-up"] = max(0.0, whole - sum(spent.values()))
-    record = {"stage": stage.name, "job": str(job) if job else None, "seconds": spent, "ended": time.time()}
+    record = {"stage": stage.name, "cohort": cohort, "seconds": spent, "ended": time.time()}
     with disk_errors(TIMINGS):
         TIMINGS.mkdir(parents=True, exist_ok=True)
-        write_file(TIMINGS / f"{_label(stage, job)}.json", (json.dumps(record) + "\n").encode())
+        write_file(TIMINGS / f"{label(stage, cohort)}.json", (json.dumps(record) + "\n").encode())
 
 
 def resolve(
-    stage: Stage, job: Job | None, chosen: Mapping[str, Any], given: Mapping[str, Path | list[Path]]
+    stage: Stage, cohort: str | None, chosen: Mapping[str, Any], given: Mapping[str, Path | list[Path]]
 ) -> dict[str, Any]:
-    """Input and output paths of a stage, the declared ones unless given; lists where a stage reads every job.
+    """Input and output paths of a stage, the declared ones unless given; lists where a stage reads every cohort.
 
     Raises:
         UserError: a name that the stage has not, or an input that is not there.
@@ -274,11 +256,11 @@ def resolve(
             raise UserError(f"{name}: {stage.name} has no such path{nearest(name, declared)}")
     paths: dict[str, Any] = {}
     for name, template in declared.items():
-        if "{job}" in template:
-            cells = matrix(chosen)
-            paths[name] = given.get(name, [Path(template.format(job=cell)) for cell in cells])
+        if name in stage.lists:
+            all_of_them = [Path(template.format(cohort=one)) for one in cohorts(chosen["run"], chosen["seeds"])]
+            paths[name] = given.get(name, all_of_them)
         else:
-            paths[name] = _place(stage, name, job, given)
+            paths[name] = _place(stage, name, cohort, given)
     for name in stage.inputs:
         for path in paths[name] if isinstance(paths[name], list) else [paths[name]]:
             if not path.exists():
@@ -286,14 +268,15 @@ def resolve(
     return paths
 
 
-def _place(stage: Stage, name: str, job: Job | None, given: Mapping[str, Path | list[Path]]) -> Any:
-    """Where an input or output of one job lies, unless it was given."""
+def _place(stage: Stage, name: str, cohort: str | None, given: Mapping[str, Path | list[Path]]) -> Any:
+    """Where an input or output lies, unless it was given."""
     template = {**stage.inputs, **stage.outputs, **stage.metrics}[name]
-    return given.get(name) or Path(template.format(experiment=job.experiment, seed=job.seed) if job else template)
+    return given.get(name) or Path(template.format(cohort=cohort))
 
 
-def _label(stage: Stage, job: Job | None) -> str:
-    return f"{stage.name}-{job}" if job else stage.name
+def label(stage: Stage, cohort: str | None) -> str:
+    """What files about one run of a stage are called: ``distill-s0``."""
+    return f"{stage.name}-{cohort}" if cohort else stage.name
 
 
 def stage_module(stage: Stage) -> Any:

@@ -10,7 +10,6 @@ import pytest
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "true"
-os.environ["SEGDISTILL_WARM"] = "0"  # a test's process is the test's own
 
 # A shell that starts the tests in the background has Ctrl-C ignored, nohup has the hang-up: children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -2,11 +2,16 @@
 
 import argparse
 import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from segdistill import execution
-from segdistill.config import Name, Seed, parse, read_yaml
-from segdistill.errors import UserError, nearest
-from segdistill.stages import BY_NAME, Job
+from segdistill.config import read_yaml, to_dict
+from segdistill.errors import UserError
+from segdistill.files import read_json
+from segdistill.plan import cohort_plan, cohorts, teacher_plan
+from segdistill.stages import BY_NAME
 
 
 def command(arguments: argparse.Namespace) -> None:
@@ -14,19 +19,35 @@ def command(arguments: argparse.Namespace) -> None:
     stage, started = BY_NAME[arguments.command], time.time()
     params = read_yaml(arguments.params)
     # What begins a run builds every network in outline; later stages build their own at once.
-    execution.check_params(params, networks=stage.name in ("validate", "prepare", "train_teacher"), here=True)
-    seed = parse(Seed, arguments.seed, "--seed") if stage.per_job else 0
-    job = Job(parse(Name, arguments.experiment, "--experiment"), seed) if stage.per_job else None
-    if job and job.experiment not in params["experiments"]:
-        raise UserError(f"--experiment: '{job.experiment}' is unknown{nearest(job.experiment, params['experiments'])}")
+    execution.check_params(params, networks=stage.name in ("validate", "prepare", "plan"), here=True)
+    cohort = f"s{arguments.seed}" if stage.per_cohort else None
+    if cohort is not None and cohort not in cohorts(params["run"], params["seeds"]):
+        known = ", ".join(map(str, params["seeds"]))
+        raise UserError(f"--seed: {arguments.seed} is not under seeds; these are: {known}")
     paths = {
         key.removeprefix("path_"): path for key, path in vars(arguments).items() if key.startswith("path_") and path
     }
-    tracker = execution.open_tracker(arguments.tracker, execution.context(arguments.params), stage, job)
-    chosen = execution.sections(stage, params, job)
+    if "plan" in stage.inputs:
+        _require_current(paths.get("plan", Path(stage.inputs["plan"].format(cohort=cohort))), params, cohort)
+    tracker = execution.open_tracker(arguments.tracker, execution.context(arguments.params), stage, cohort)
+    chosen = execution.sections(stage, params)
     device = arguments.device if stage.on_device else "auto"
-    execution.run_stage(stage, chosen, paths=paths, job=job, tracker=tracker, started=started, device=device)
+    execution.run_stage(stage, chosen, paths=paths, cohort=cohort, tracker=tracker, started=started, device=device)
     if stage.name == "register":
         from segdistill.commands.summary import show
 
         show()
+
+
+def _require_current(path: Path, params: Mapping[str, Any], cohort: str | None) -> None:
+    """Raises a UserError for a plan that is not what the parameters and the code say now."""
+    if not path.exists():
+        return  # the stage says so
+    if cohort is None:
+        current: Any = teacher_plan(params["train_teacher"])
+    else:
+        current = cohort_plan(params["distill"], params["experiments"], cohorts(params["run"], params["seeds"])[cohort])
+    if read_json(path, mend="run the stage 'plan' again") != to_dict(current):
+        raise UserError(
+            f"{path}: made from other parameters or other code than there are now; run the stage 'plan' again"
+        )

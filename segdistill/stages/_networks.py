@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from segdistill.errors import UserError
 from segdistill.models.config import ModelConfig
-from segdistill.stages.distill import ExperimentConfig, parse_methods
-from segdistill.stages.train_teacher import Config as TeacherConfig
+from segdistill.plan import ExperimentConfig, TeacherConfig, parse_methods
 
 if TYPE_CHECKING:
     from segdistill.models.segmenter import Segmenter

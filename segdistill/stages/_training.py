@@ -1,68 +1,24 @@
-"""What train_teacher and distill share: from built networks to a folder of weights, scores and curves."""
+"""What train_teacher and distill share: from what a training left to a folder of weights, scores and curves."""
 
 import contextlib
 import csv
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from segdistill.data.shards import DatasetInfo, ShardDataset, read_dataset_info
-from segdistill.engine.distributed import Processes
 from segdistill.engine.learner import Learner
-from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
 from segdistill.engine.tracker import Tracker
-from segdistill.engine.trainer import CHECKPOINT, Result, Trainer
+from segdistill.engine.trainer import CHECKPOINT, Result
 from segdistill.files import new_folder, seal
 from segdistill.identity import Identity
 from segdistill.models.export import count_parameters, save_model
-
-logger = logging.getLogger(__name__)
 
 
 def dataset(prepared: Path) -> tuple[DatasetInfo, ShardDataset, ShardDataset]:
     """The prepared data set's facts, its train split and its val split."""
     return read_dataset_info(prepared), ShardDataset(prepared, "train"), ShardDataset(prepared, "val")
-
-
-def train_and_save(
-    learner: Learner,
-    config: TrainConfig,
-    optimizers: Mapping[str, OptimizerConfig],
-    *,
-    prepared: Path,
-    output: Path,
-    inference: InferenceConfig,
-    identity: Identity,
-    facts: Mapping[str, Any],
-    trackers: Mapping[str, Tracker],
-    processes: Processes,
-    work: Path | None = None,
-) -> dict[str, float]:
-    """Trains, then writes ``output``: weights, ``metrics.json`` and ``curves/<name>.csv``; returns seconds by activity.
-
-    The resume checkpoint lies in ``<work>-<identity>``, by default beside the output in ``<output>.work``, until the
-    output is complete.
-    """
-    info, train_set, val_set = dataset(prepared)
-    work = work.with_name(f"{work.name}-{identity.key}") if work else output.with_name(output.name + ".work")
-    trainer = Trainer(
-        learner, train_set, val_set, config, optimizers, inference=inference, seed=identity.seed, work=work,
-        fingerprint=identity.key, trackers=trackers, processes=processes,
-    )  # fmt: skip
-    result = trainer.run()
-    if processes.is_main:
-        write(output, trainer.learner, result, info, identity=identity, facts=facts, trackers=trackers)
-        (work / CHECKPOINT).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # something else is there: a checkpoint that was put aside
-            work.rmdir()
-    processes.barrier()
-    return {
-        "data": result.data_seconds,
-        "training": result.seconds - result.data_seconds,
-        "evaluation": result.evaluation_seconds,
-    }
 
 
 def write(
@@ -79,8 +35,15 @@ def write(
     with new_folder(output) as partial:
         _fill(partial, learner, result, info, identity, facts)
     for name, student in learner.students.items():
-        trackers[name].tags(identity.facts())
         trackers[name].metrics({"perf/params": count_parameters(student)})
+
+
+def finish(work: Path) -> None:
+    """Removes checkpoints that are of no more use, and the folders that they leave empty."""
+    for folder in (*work.glob("*/"), work):
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else is there: a checkpoint that was put aside
+            folder.rmdir()
 
 
 def _fill(
@@ -94,9 +57,9 @@ def _fill(
     (folder / "curves").mkdir()
     scores: dict[str, dict[str, float]] = {}
     for name, student in learner.students.items():
-        found = result.evaluations[name]
+        evaluation = result.evaluations[name]
         scores[name] = {
-            "val/miou": found.miou, "val/pixel_accuracy": found.accuracy, "params": count_parameters(student),
+            "val/miou": evaluation.miou, "val/pixel_accuracy": evaluation.accuracy, "params": count_parameters(student),
         }  # fmt: skip
         classes = [{"name": item.name, "color": list(item.color)} for item in info.classes]
         document = {"classes": classes, "seed": identity.seed, **identity.facts(), **scores[name]}

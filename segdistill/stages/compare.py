@@ -12,9 +12,10 @@ from pydantic import Field
 from segdistill.config import Seed, parse, to_dict
 from segdistill.config import config as config_class
 from segdistill.engine.tracker import Tracker
-from segdistill.errors import UserError
 from segdistill.files import disk_errors, new_folder, read_sealed, read_sealed_json, seal, write_file
+from segdistill.plan import TEACHER, jobs
 from segdistill.report.highlights import Highlights, scores_of
+from segdistill.stages._cohort import folders_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from segdistill.report.inputs import Curve, Measured
     from segdistill.report.results import Comparison, Row
 
-TEACHER = "teacher"
 AGAIN = "run the stage 'compare' again"
 PAGE_LIMIT = 2**30  # bytes; the page holds its pictures
 
@@ -62,14 +62,14 @@ def run(
 
     Args:
         config: section ``compare``.
-        run: the experiments; with ``seeds`` the list of jobs, seed fastest. No other folder is looked at.
+        run: the experiments; with ``seeds`` the matrix. No other job is looked at.
         seeds: the seeds.
         prepared: the prepared data set.
         teacher: the teacher's folder.
         teacher_evaluation: the teacher's evaluation.
-        students: each job's trained students; their metrics.json tells the experiment's settings, and by them each
+        students: each cohort's trained students; their metrics.json tells the experiment's settings, and by them each
             student's reference.
-        evaluations: each job's evaluation.
+        evaluations: each cohort's evaluations.
         report: results.json, report.md, report.html and plots/ for DVC.
         metrics: flat numbers for ``dvc metrics``.
         tracker: of the pipeline's run.
@@ -78,20 +78,18 @@ def run(
     from segdistill.report.inputs import check_same_images, read_job, read_settings
 
     started = time.monotonic()
-    jobs = [(experiment, seed) for experiment in run for seed in seeds]
-    if not len(jobs) == len(students) == len(evaluations):
-        raise UserError(f"compare: {len(jobs)} jobs, but {len(students)} students and {len(evaluations)} evaluations")
-    if TEACHER in run:
-        raise UserError(f"run: '{TEACHER}' is the teacher's own name in a report; give the experiment another one")
+    matrix = jobs(run, seeds)
+    models = folders_of(matrix, students, "run the stage 'distill' again")
+    counts = folders_of(matrix, evaluations, "run the stage 'evaluate' again")
     info = read_dataset_info(prepared)
     names = [item.name for item in info.classes]
     taught = read_job(teacher, teacher_evaluation, TEACHER, None, [TEACHER], names)[0]
-    folders = [(experiment, model) for (experiment, _), model in zip(jobs, students, strict=True)]
+    folders = [(job.experiment, model) for job, model in models.items()]
     experiments = read_settings(folders, info.content_hash, teacher)
     measured: list[Measured] = []
-    for (experiment, seed), model, evaluation in zip(jobs, students, evaluations, strict=True):
-        expected = list(experiments[experiment]["students"])
-        measured += read_job(model, evaluation, experiment, seed, expected, names)
+    for job, model in models.items():
+        expected = list(experiments[job.experiment]["students"])
+        measured += read_job(model, counts[job], job.experiment, job.seed, expected, names)
     check_same_images([taught, *measured])
     comparison = _compare(config, run, seeds, experiments, prepared, taught, measured)
     _write(config, comparison, taught, measured, prepared, report)

@@ -1,67 +1,84 @@
-"""One cell of the matrix: an experiment's student learns from the frozen teacher, or its students from each other."""
+"""One cohort of the matrix: students that learn from the frozen teacher, or from each other, on the same batches."""
 
-from collections.abc import Mapping
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from segdistill.config import Name, flatten, to_dict
-from segdistill.config import config as config_class
-from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
+from segdistill.config import flatten, to_dict
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
-from segdistill.files import read_sealed_json
-from segdistill.identity import Identity, effective
-from segdistill.models.config import ModelConfig
-from segdistill.report.highlights import Highlights, trained
+from segdistill.files import new_folder, read_sealed_json, seal
+from segdistill.identity import Identity
+from segdistill.plan import (
+    TEACHER,
+    CohortPlan,
+    DistillConfig,
+    PlannedJob,
+    code_of_job,
+    decisive,
+    method_names,
+    parse_methods,
+    read_plan,
+    run_name,
+)
+from segdistill.report.highlights import Highlights, scores_of
+from segdistill.stages._cohort import DIVERGED, RECORD, diverged, job_folders, made_by, remove_others, write_record
 
 if TYPE_CHECKING:
     from segdistill.data.shards import DatasetInfo, ShardDataset
     from segdistill.engine.distributed import Processes
-    from segdistill.engine.learner import Learner
-    from segdistill.methods.method import Method
+    from segdistill.engine.trainer import Training
     from segdistill.models.teacher import Teacher
 
+logger = logging.getLogger(__name__)
 
-@config_class
-class Config:
-    """Section ``distill`` of params.yaml: one budget and one protocol for every experiment."""
-
-    train: TrainConfig
-    # How students, and the teacher before it teaches, are validated.
-    inference: InferenceConfig
-    # How far, in points of mIoU, the teacher may fall below its recorded validation score before the run stops.
-    teacher_tolerance: Annotated[float, Field(ge=0, le=100)]
+AGAIN = "run the stage 'distill' again"
 
 
-@config_class
-class StudentConfig:
-    """A network and what trains it."""
+@dataclass(frozen=True)
+class Member:
+    """A job of the cohort with what decides its students."""
 
-    model: ModelConfig
-    optimizer: OptimizerConfig
+    planned: PlannedJob
+    protocol: DistillConfig
+    identity: Identity
 
+    @cached_property
+    def needs_teacher(self) -> bool:
+        """Whether its methods learn from the frozen teacher."""
+        return parse_methods(self.planned.experiment, self.planned.settings)[0] == "offline"
 
-@config_class
-class ExperimentConfig:
-    """One entry of ``experiments`` in params.yaml."""
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is written beside its students, or in place of them."""
+        planned = self.planned
+        facts = {"config": to_dict(self.protocol), "settings": to_dict(planned.settings)}
+        return {"experiment": planned.experiment, "seed": planned.seed, **self.identity.facts(), **facts}
 
-    # Name -> student; one for offline methods, two or more for online ones.
-    students: Annotated[dict[Name, StudentConfig], Field(min_length=1)]
-    # The methods, each with its ``name``, ``weight`` and what else its config has; none is the undistilled student.
-    methods: list[dict[str, Any]]
-    # Weight of the cross-entropy to the labels; the auxiliary head's has ``auxiliary`` times that.
-    supervised: Annotated[float, Field(ge=0, le=1e6)] = 1.0
-    auxiliary: Annotated[float, Field(ge=0, le=1e6)] = 0.4
+    def trackers(self, tracker: Tracker) -> dict[str, Tracker]:
+        """A run for each student, told what it is."""
+        planned, children = self.planned, {}
+        settings = planned.settings
+        for name, student in settings.students.items():
+            child = tracker.child(run_name(planned.experiment, planned.seed, name, settings.students))
+            # The teacher's names, so that all runs share their columns.
+            child.params(flatten({**to_dict(self.protocol), **to_dict(student), "seed": planned.seed}))
+            child.params(flatten({"methods": settings.methods}))
+            child.tags({
+                "experiment": planned.experiment, "student": name, "seed": str(planned.seed),
+                "methods": method_names(settings.methods), **self.identity.facts(),
+            })  # fmt: skip
+            children[name] = child
+        return children
 
 
 def run(
-    config: Config,
     *,
-    experiment: str,
-    settings: ExperimentConfig,
-    seed: int,
+    plan: Path,
     prepared: Path,
     teacher: Path,
     students: Path,
@@ -69,106 +86,148 @@ def run(
     device: str = "auto",
     work: Path | None = None,
 ) -> dict[str, float]:
-    """Writes ``students``: each student's weights, ``metrics.json`` and curves; returns seconds by activity."""
-    from segdistill.engine.distributed import processes as join
-    from segdistill.stages._training import dataset, train_and_save
+    """Writes ``students``: a folder an experiment with each student's weights, ``metrics.json`` and curves.
 
-    _, parsed = parse_methods(experiment, settings)
-    children = {name: tracker.child(run_name(experiment, seed, name, settings)) for name in settings.students}
-    facts = {"experiment": experiment, "config": to_dict(config), "settings": to_dict(settings)}
-    for name, child in children.items():
-        # The teacher's names, so that all runs share their columns.
-        child.params(flatten({**to_dict(config), **to_dict(settings.students[name]), "seed": seed}))
-        child.params(flatten({"methods": [to_dict(item) for _, item in parsed]}))
-        child.tags({"experiment": experiment, "student": name, "seed": str(seed), "methods": _method_names(settings)})
-    with join(device) as processes:
-        info, _, val_set = dataset(prepared)
-        frozen, weights = None, None
-        if needs_teacher(experiment, settings):
-            frozen, weights = _verified_teacher(teacher, info, val_set, config, processes)
-        decisive = {
-            "students": to_dict(settings.students), "methods": [to_dict(item) for _, item in parsed],
-            "supervised": settings.supervised, "auxiliary": settings.auxiliary,
-            "inference": to_dict(config.inference), "train": effective(config.train),
-        }  # fmt: skip
-        learner = build_learner(experiment, settings, seed=seed, num_classes=info.num_classes, teacher=frozen)
-        seconds = train_and_save(
-            learner, config.train, {name: student.optimizer for name, student in settings.students.items()},
-            prepared=prepared, output=students, inference=config.inference,
-            identity=Identity(info.content_hash, weights, seed, decisive), facts=facts, trackers=children,
-            processes=processes, work=work,
-        )  # fmt: skip
-    for child in children.values():
-        child.close()
-    return seconds
+    Students that are there with the same identity stay; what a former plan has left goes. A job that diverges leaves
+    ``diverged.json`` in place of its students. Checkpoints lie in ``work``, by default beside the output in
+    ``<students>.work``, until the output is complete.
 
-
-def needs_teacher(experiment: str, settings: ExperimentConfig) -> bool:
-    """Whether the experiment's methods learn from the frozen teacher."""
-    return parse_methods(experiment, settings)[0] == "offline"
-
-
-def build_learner(
-    experiment: str, settings: ExperimentConfig, *, seed: int, num_classes: int, teacher: "Teacher | None"
-) -> "Learner":
-    """The experiment's students and methods, drawn from the seed, around the teacher if there is one."""
-    import torch
-
-    from segdistill.engine.learner import Learner
-    from segdistill.methods import build_offline, build_online
-    from segdistill.models.segmenter import build_segmenter
-
-    configs = [item for _, item in parse_methods(experiment, settings)[1]]
-    torch.manual_seed(seed)
-    networks = {name: build_segmenter(student.model, num_classes) for name, student in settings.students.items()}
-    infos = {name: network.info for name, network in networks.items()}
-    if teacher is None:
-        methods = build_online(configs, infos)
-    else:
-        methods = build_offline(configs, infos[next(iter(infos))], teacher.info)
-    return Learner(networks, methods, teacher, supervised=settings.supervised, auxiliary=settings.auxiliary)
-
-
-def run_name(experiment: str, seed: int, student: str, settings: ExperimentConfig) -> str:
-    """``kd-s0``, or ``dml.vit-s0`` where an experiment trains several students."""
-    return f"{experiment}-s{seed}" if len(settings.students) == 1 else f"{experiment}.{student}-s{seed}"
-
-
-def parse_methods(
-    experiment: str, settings: ExperimentConfig
-) -> tuple[Literal["none", "offline", "online"], list[tuple[type["Method"], Any]]]:
-    """The experiment's method classes with their configs, and whether it needs a teacher.
-
-    Raises:
-        UserError: an unknown method or key, or methods and students that do not go together.
+    Returns:
+        Seconds by activity.
     """
-    from segdistill.methods import parse_method
+    from segdistill.engine.distributed import processes as join
+    from segdistill.stages._training import dataset, finish
 
-    where = f"experiments.{experiment}"
-    parsed = [parse_method(data, f"{where}.methods.{index}") for index, data in enumerate(settings.methods)]
-    kinds = {cls.kind for cls, _ in parsed}  # type: ignore[attr-defined]
-    count = len(settings.students)
-    if len(kinds) > 1:
-        raise UserError(f"{where}.methods: offline and online methods do not go together in one experiment")
-    if kinds == {"offline"} and count != 1:
-        raise UserError(f"{where}.students: offline methods teach one student, not {count}")
-    if kinds == {"online"} and count < 2:
-        raise UserError(f"{where}.students: online methods need two students or more, not {count}")
-    if not kinds and count != 1:
-        raise UserError(f"{where}.methods: {count} students and no method between them; give each its own experiment")
-    if not settings.supervised and not any(item.weight for _, item in parsed):
-        raise UserError(f"{where}.supervised: 0, and no method has a weight: nothing would train the student")
-    return (kinds.pop() if kinds else "none"), parsed
+    cohort: CohortPlan = read_plan(CohortPlan, plan)
+    protocol, work = cohort.protocol, work or students.with_name(students.name + ".work")
+    spent = {"data": 0.0, "training": 0.0, "evaluation": 0.0}
+    with join(device) as processes:
+        info, train_set, val_set = dataset(prepared)
+        members = _members(cohort, info, teacher)
+        waiting = [member for member in members if not _is_there(students, member)]
+        processes.barrier()  # all have seen what is there
+        if processes.is_main:
+            students.mkdir(parents=True, exist_ok=True)
+            (students / RECORD).unlink(missing_ok=True)
+            remove_others(students, {member.planned.experiment for member in members})
+        frozen = None
+        if any(member.needs_teacher for member in waiting):
+            frozen = _verified_teacher(teacher, info, val_set, protocol, processes)
+        # A clock that several trainings share is not the clock of one.
+        for group in [waiting] if protocol.train.iterations else [[member] for member in waiting]:
+            if group:
+                seconds = _train(group, protocol, info, train_set, val_set, frozen, students, work, tracker, processes)
+                spent = {activity: spent[activity] + seconds[activity] for activity in spent}
+        if processes.is_main:
+            write_record(students, [member.planned.job for member in members])
+            finish(work)
+        processes.barrier()
+    return spent
 
 
-def _method_names(settings: ExperimentConfig) -> str:
-    return "+".join(str(method.get("name")) for method in settings.methods) or "none"
+def _members(cohort: CohortPlan, info: "DatasetInfo", teacher: Path) -> list[Member]:
+    weights = read_sealed_json(teacher, f"{TEACHER}.json", mend="run the stage 'train_teacher' again").get("sha256")
+    members = []
+    for planned in cohort.jobs:
+        kind, methods = parse_methods(planned.experiment, planned.settings)
+        identity = Identity(
+            info.content_hash, weights if kind == "offline" else None, planned.seed,
+            decisive(planned, cohort.protocol), code_of_job(methods),
+        )  # fmt: skip
+        members.append(Member(planned, cohort.protocol, identity))
+    return members
+
+
+def _is_there(students: Path, member: Member) -> bool:
+    folder = students / member.planned.experiment
+    return member.identity.key in (made_by(folder, "metrics.json"), made_by(folder, DIVERGED))
+
+
+def _train(
+    group: Sequence[Member],
+    protocol: DistillConfig,
+    info: "DatasetInfo",
+    train_set: "ShardDataset",
+    val_set: "ShardDataset",
+    frozen: "Teacher | None",
+    students: Path,
+    work: Path,
+    tracker: Tracker,
+    processes: "Processes",
+) -> dict[str, float]:
+    """Trains some members on the same batches and writes what they gave; returns seconds by activity."""
+    from segdistill.engine.cohort import Cohort, Diverged
+    from segdistill.stages._training import write
+
+    trackers = {member.planned.experiment: member.trackers(tracker) for member in group}
+    trainings = [_training(member, info, frozen, work, trackers[member.planned.experiment]) for member in group]
+    cohort = Cohort(
+        trainings, train_set, val_set, protocol.train, inference=protocol.inference, seed=group[0].planned.seed,
+        teacher=frozen, processes=processes,
+    )  # fmt: skip
+    outcomes = cohort.run()
+    for member, training in zip(group, trainings, strict=True):
+        outcome, output = outcomes[training.name], students / member.planned.experiment
+        if not processes.is_main:
+            continue
+        if isinstance(outcome, Diverged):
+            _record_divergence(output, member, outcome.iteration, outcome.reason)
+        else:
+            write(
+                output, training.learner, outcome, info, identity=member.identity, facts=member.facts,
+                trackers=training.trackers,
+            )  # fmt: skip
+        for child in training.trackers.values():
+            if isinstance(outcome, Diverged):
+                child.tags({"diverged": f"at iteration {outcome.iteration}: {outcome.reason}"})
+            child.close("FAILED" if isinstance(outcome, Diverged) else "FINISHED")
+    processes.barrier()
+    return cohort.seconds
+
+
+def _training(
+    member: Member, info: "DatasetInfo", frozen: "Teacher | None", work: Path, trackers: Mapping[str, Tracker]
+) -> "Training":
+    from segdistill.engine.cohort import Training
+
+    settings = member.planned.settings
+    return Training(
+        name=member.planned.experiment,
+        learner=learner_of(member.planned, info.num_classes, frozen if member.needs_teacher else None),
+        optimizers={name: student.optimizer for name, student in settings.students.items()},
+        fingerprint=member.identity.key,
+        work=work / member.planned.experiment,
+        trackers=trackers,
+    )
+
+
+def learner_of(planned: PlannedJob, num_classes: int, teacher: "Teacher | None") -> Any:
+    """The job's students and methods, drawn from its seed; with the teacher if they learn from one."""
+    from segdistill.engine.building import build_learner
+
+    settings = planned.settings
+    return build_learner(
+        {name: student.model for name, student in settings.students.items()},
+        [config for _, config in parse_methods(planned.experiment, settings)[1]],
+        seed=planned.seed, num_classes=num_classes, teacher=None if teacher is None else teacher.info,
+        supervised=settings.supervised, auxiliary=settings.auxiliary,
+    )  # fmt: skip
+
+
+def _record_divergence(output: Path, member: Member, iteration: int, reason: str) -> None:
+    logger.warning("%s: diverged at iteration %d: %s", member.planned.job, iteration, reason)
+    record = {
+        **member.facts, "students": list(member.planned.settings.students), "iteration": iteration, "reason": reason,
+    }  # fmt: skip
+    with new_folder(output) as partial:
+        (partial / DIVERGED).write_text(json.dumps(record, indent=2) + "\n")
+        seal(partial)
 
 
 def _verified_teacher(
-    folder: Path, info: "DatasetInfo", val_set: "ShardDataset", config: Config, processes: "Processes"
-) -> "tuple[Teacher, str]":
-    """The teacher, evaluated before anything is distilled from it, and the hash of its weights.
+    folder: Path, info: "DatasetInfo", val_set: "ShardDataset", config: DistillConfig, processes: "Processes"
+) -> "Teacher":
+    """The teacher, evaluated before anything is distilled from it.
 
     Raises:
         UserError: it is damaged or of other classes, or scores below its record by more than the tolerance.
@@ -176,23 +235,27 @@ def _verified_teacher(
     from segdistill.engine.evaluate import evaluate
     from segdistill.models.export import load_model
     from segdistill.models.teacher import Teacher
-    from segdistill.stages.train_teacher import NAME
 
-    network, document = load_model(folder, NAME, classes=[item.name for item in info.classes])
+    network, _ = load_model(folder, TEACHER, classes=[item.name for item in info.classes])
     teacher = Teacher(network).to(processes.device)
     facts = read_sealed_json(folder, "metrics.json", mend="run the stage 'train_teacher' again")
-    record = facts["students"][NAME]["val/miou"]
-    found = evaluate(
+    record = facts["students"][TEACHER]["val/miou"]
+    miou = evaluate(
         network, val_set, config.inference, num_classes=network.info.num_classes, processes=processes
     ).miou  # fmt: skip
-    if 100 * (record - found) > config.teacher_tolerance:
+    if 100 * (record - miou) > config.teacher_tolerance:
         raise UserError(
-            f"{folder}: the teacher scores {100 * found:.2f} % mIoU on the validation split, its record is "
+            f"{folder}: the teacher scores {100 * miou:.2f} % mIoU on the validation split, its record is "
             f"{100 * record:.2f} %; distill.teacher_tolerance allows a fall of {config.teacher_tolerance} points"
         )
-    return teacher, document["sha256"]
+    return teacher
 
 
 def highlights(paths: Mapping[str, Any]) -> Highlights:
-    """The validation scores."""
-    return trained(paths["students"])
+    """The validation scores of all students."""
+    networks: dict[str, Any] = {}
+    for job, folder in job_folders(paths["students"], AGAIN).items():
+        if not diverged(folder):
+            scores = read_sealed_json(folder, "metrics.json", mend=AGAIN)["students"]
+            networks |= {f"{job.experiment}.{name}": values for name, values in scores.items()}
+    return Highlights(scores=scores_of(networks, ("val/miou", "val/pixel_accuracy")))

@@ -4,18 +4,23 @@ import io
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from segdistill import environment
 from segdistill.config import config as config_class
 from segdistill.data.settings import Scale
+from segdistill.engine.progress import progress_bar
 from segdistill.engine.settings import InferenceConfig
 from segdistill.engine.tracker import Tracker
 from segdistill.files import new_folder, read_sealed, read_sealed_json, seal
+from segdistill.identity import Identity, code_of
+from segdistill.plan import run_name
 from segdistill.report.highlights import Highlights, scores_of
+from segdistill.stages._cohort import RECORD, diverged, job_folders, made_by, remove_others, write_record
 
 if TYPE_CHECKING:
     from segdistill.data.shards import DatasetInfo, ShardDataset
@@ -24,7 +29,8 @@ if TYPE_CHECKING:
     from segdistill.models.segmenter import Segmenter
 
 
-AGAIN = "run the stage 'evaluate' again"
+AGAIN, TRAIN = "run the stage 'evaluate' again", "run the stage that trains it again"
+CODE = ("segdistill.stages.evaluate",)  # what decides an evaluation, with what it leads to
 COUNTS_LIMIT = 4 * 2**30  # bytes of one network's counts, which grow with the test images
 
 
@@ -43,47 +49,92 @@ class Config:
 
 
 def run(
-    config: Config, *, prepared: Path, model: Path, evaluation: Path, tracker: Tracker, device: str = "auto"
+    config: Config, *, prepared: Path, students: Path, evaluations: Path, tracker: Tracker, device: str = "auto"
 ) -> dict[str, float]:
-    """Writes ``evaluation``: ``evaluation.json``, confusion counts and overlays of every network in ``model``."""
+    """Writes ``evaluations``, one folder an experiment: ``evaluation.json``, confusion counts and overlays.
+
+    What was evaluated before by the same code and settings, on the same data, with the same weights, stays.
+    """
+    jobs = job_folders(students, TRAIN)
+    trained = {job: folder for job, folder in jobs.items() if not diverged(folder)}
+    evaluations.mkdir(parents=True, exist_ok=True)
+    (evaluations / RECORD).unlink(missing_ok=True)
+    remove_others(evaluations, {job.experiment for job in trained})
+    models = {evaluations / job.experiment: folder for job, folder in trained.items()}
+    runs = {}
+    for job, folder in trained.items():
+        names = sorted(read_sealed_json(folder, "metrics.json", mend=TRAIN)["students"])
+        runs[evaluations / job.experiment] = {name: run_name(job.experiment, job.seed, name, names) for name in names}
+    seconds = measure(config, models, prepared=prepared, names=runs, tracker=tracker, device=device)
+    if not environment.rank():
+        write_record(evaluations, jobs)
+    return seconds
+
+
+def measure(
+    config: Config,
+    models: Mapping[Path, Path],
+    *,
+    prepared: Path,
+    names: Mapping[Path, Mapping[str, str]],
+    tracker: Tracker,
+    device: str,
+) -> dict[str, float]:
+    """Evaluates the networks of several folders.
+
+    Args:
+        config: section ``evaluate``.
+        models: the folder to write -> the folder that training wrote.
+        prepared: the prepared data.
+        names: the folder to write -> its networks, not by what lies there, each with the name of the run that trained
+            it, so that its test scores stand beside its curves.
+        tracker: of the pipeline run.
+        device: see :func:`segdistill.engine.distributed.processes`.
+    """
     from segdistill.data.shards import ShardDataset, read_dataset_info
     from segdistill.engine.distributed import processes as join
-    from segdistill.models.export import load_model
 
     started = time.monotonic()
     info, test_set = read_dataset_info(prepared), ShardDataset(prepared, "test")
-    facts = read_sealed_json(model, "metrics.json", mend="run the stage that trains it again")
-    models: dict[str, Any] = {}
-    names = sorted(facts["students"])  # not what lies there: a network that is gone must not be one that never was
-    classes = [item.name for item in info.classes]
-    with join(device) as processes:
-        # The other ranks count with us and keep nothing.
-        place: Any = new_folder(evaluation) if processes.is_main else tempfile.TemporaryDirectory()
-        with place as written:
-            folder = Path(written)
-            for name in names:
-                network, document = load_model(model, name, processes.device, classes=classes)
-                models[name] = _measure(network, name, test_set, info, config, folder, processes)
-                models[name]["weights_sha256"] = document["sha256"]
-            report = {
-                "models": models, "split": "test", "samples": len(test_set), "classes": classes,
-                "data_content": info.content_hash,
-            }  # fmt: skip
-            (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
-            seal(folder)
-        if not processes.is_main:
-            return {}
-    for name in names:
-        _track(tracker.child(_run_name(name, names, facts)), name, models[name], evaluation)
+    with join(device) as processes, progress_bar(processes.is_main) as bar:
+        for evaluation, model in bar.track(models.items(), description="evaluation"):
+            weights = {
+                name: read_sealed_json(model, f"{name}.json", mend=TRAIN).get("sha256") for name in names[evaluation]
+            }
+            settings = {"evaluate": config, "weights": weights}
+            identity = Identity(info.content_hash, None, 0, settings, code_of(CODE)).key
+            if made_by(evaluation, "evaluation.json") == identity:
+                continue
+            _evaluate(config, model, evaluation, names[evaluation], info, test_set, identity, tracker, processes)
+            processes.barrier()
     return {"evaluation": time.monotonic() - started}
 
 
-def _run_name(name: str, names: list[str], facts: dict[str, Any]) -> str:
-    """The name of the run that trained this network, so that its test scores stand beside its curves."""
-    experiment = facts.get("experiment")
-    if experiment is None:
-        return name
-    return f"{experiment}-s{facts['seed']}" if len(names) == 1 else f"{experiment}.{name}-s{facts['seed']}"
+def _evaluate(
+    config: Config, model: Path, evaluation: Path, names: Mapping[str, str], info: "DatasetInfo",
+    test_set: "ShardDataset", identity: str, tracker: Tracker, processes: "Processes",
+) -> None:  # fmt: skip
+    from segdistill.models.export import load_model
+
+    models: dict[str, Any] = {}
+    classes = [item.name for item in info.classes]
+    # The other ranks count with us and keep nothing.
+    place: Any = new_folder(evaluation) if processes.is_main else tempfile.TemporaryDirectory()
+    with place as written:
+        folder = Path(written)
+        for name in names:
+            network, document = load_model(model, name, processes.device, classes=classes)
+            models[name] = _measure(network, name, test_set, info, config, folder, processes)
+            models[name]["weights_sha256"] = document["sha256"]
+        report = {
+            "models": models, "split": "test", "samples": len(test_set), "classes": classes,
+            "data_content": info.content_hash, "identity": identity,
+        }  # fmt: skip
+        (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+        seal(folder)
+    if processes.is_main:
+        for name, run_of_training in names.items():
+            _track(tracker.child(run_of_training), name, models[name], evaluation)
 
 
 def _measure(
@@ -198,12 +249,25 @@ def _track(tracker: Tracker, name: str, result: dict[str, Any], folder: Path) ->
 
 def highlights(paths: Mapping[str, Any]) -> Highlights:
     """Scores and cost, and the confusion matrix; of several networks, that of the best."""
+    jobs = job_folders(paths["evaluations"], AGAIN)
+    return highlights_of([folder for folder in jobs.values() if folder.is_dir()])
+
+
+def highlights_of(folders: Sequence[Path]) -> Highlights:
+    """Those of all networks in some folders that :func:`measure` wrote."""
     import numpy as np
 
-    folder = paths["evaluation"]
-    networks = read_sealed_json(folder, "evaluation.json", mend=AGAIN)["models"]
-    best = max(networks, key=lambda name: networks[name]["test/miou"])
-    with np.load(io.BytesIO(read_sealed(folder, f"{best}.npz", mend=AGAIN, limit=COUNTS_LIMIT))) as counted:
+    networks: dict[str, Any] = {}
+    places: dict[str, tuple[Path, str]] = {}
+    for folder in folders:
+        for name, network in read_sealed_json(folder, "evaluation.json", mend=AGAIN)["models"].items():
+            label = name if len(folders) == 1 else f"{folder.name}.{name}"
+            networks[label], places[label] = network, (folder, f"{name}.npz")
+    if not networks:
+        return Highlights()  # all diverged
+    best = max(networks, key=lambda label: networks[label]["test/miou"])
+    folder, file = places[best]
+    with np.load(io.BytesIO(read_sealed(folder, file, mend=AGAIN, limit=COUNTS_LIMIT))) as counted:
         confusion = counted["confusion"].tolist()
     names = ("test/miou", "test/pixel_accuracy", "params", "images_per_second")
     return Highlights(scores_of(networks, names), (list(networks[best]["per_class_iou"]), confusion))

@@ -18,7 +18,9 @@ from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError, nearest
 from segdistill.files import new_folder, read_sealed_json
 from segdistill.identity import facts_of
+from segdistill.plan import jobs
 from segdistill.report.highlights import Highlights
+from segdistill.stages._cohort import diverged, folders_of
 
 COMPARE = "run the stage 'compare' again"
 
@@ -73,7 +75,7 @@ def run(
         seeds: the seeds; every experiment with every seed is a job.
         comparison: what the stage ``compare`` wrote.
         prepared: the data set, whose test split says which scores compare.
-        students: the folder of every job, in the order of the matrix.
+        students: the folder of every cohort.
         registration: the folder to write.
         tracker: says which MLflow store and pipeline run.
 
@@ -152,8 +154,10 @@ def read_candidates(
         for entry in row["seeds"]:
             compared[row["experiment"], entry["seed"], row["student"]] = (row, entry)
     candidates = []
-    jobs = [(experiment, seed) for experiment in run for seed in seeds]
-    for (experiment, seed), folder in zip(jobs, students, strict=True):
+    for job, folder in folders_of(jobs(run, seeds), students, "run the stage 'distill' again").items():
+        if diverged(folder):
+            continue
+        experiment, seed = job.experiment, job.seed
         for student, scores in read_training(folder)["students"].items():
             found = compared.get((experiment, seed, student))
             if found is None:

@@ -1,85 +1,100 @@
 """Trains the teacher, or imports one, and records the validation score that every distillation checks."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segdistill.config import Seed, flatten, to_dict
-from segdistill.config import config as config_class
-from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
+from segdistill.config import flatten, to_dict
 from segdistill.engine.tracker import Tracker
+from segdistill.errors import UserError
 from segdistill.identity import Identity, effective
-from segdistill.models.config import ModelConfig
+from segdistill.plan import TEACHER, TRAINING, TeacherConfig, TeacherPlan, code_of, read_plan
 from segdistill.report.highlights import Highlights, trained
+from segdistill.stages._cohort import made_by
 
 if TYPE_CHECKING:
     from segdistill.engine.distributed import Processes
 
-NAME = "teacher"
-
-
-@config_class
-class Config:
-    """Section ``train_teacher`` of params.yaml."""
-
-    model: ModelConfig
-    optimizer: OptimizerConfig
-    train: TrainConfig
-    # How the teacher is validated.
-    inference: InferenceConfig
-    seed: Seed
-    # A folder with teacher.safetensors and teacher.json to use instead of training; null trains.
-    import_from: Path | None
-
 
 def run(
-    config: Config,
     *,
+    plan: Path,
     prepared: Path,
     teacher: Path,
     tracker: Tracker,
     device: str = "auto",
     work: Path | None = None,
 ) -> dict[str, float]:
-    """Writes ``teacher``: weights, ``metrics.json`` and curves; returns seconds by activity."""
-    import torch
+    """Writes ``teacher``: weights, ``metrics.json`` and curves, unless it is there with the same identity.
 
+    The checkpoint lies in ``work``, by default beside the output in ``<teacher>.work``, until the output is complete.
+
+    Returns:
+        Seconds by activity.
+    """
+    from segdistill.data.shards import read_dataset_info
     from segdistill.engine.distributed import processes as join
-    from segdistill.engine.learner import Learner
-    from segdistill.models.segmenter import build_segmenter
-    from segdistill.stages._training import dataset, train_and_save
 
-    child = tracker.child(NAME)
-    child.params(flatten(to_dict(config)))
-    child.tags({"student": NAME, "seed": str(config.seed)})
-    facts = {"config": to_dict(config)}
+    config: TeacherConfig = read_plan(TeacherPlan, plan).settings
+    if config.import_from is not None:
+        return _import(config, config.import_from, prepared, teacher, tracker, device)
+    settings = {
+        "model": to_dict(config.model), "optimizer": to_dict(config.optimizer),
+        "inference": to_dict(config.inference), "train": effective(config.train),
+    }  # fmt: skip
+    content = read_dataset_info(prepared).content_hash
+    identity = Identity(content, None, config.seed, settings, code_of(TRAINING))
+    if made_by(teacher, "metrics.json") == identity.key:
+        return {}
     with join(device) as processes:
-        info, _, _ = dataset(prepared)
-        if config.import_from is not None:
-            seconds = _import(config.import_from, config, prepared, teacher, child, processes)
-        else:
-            settings = {
-                "model": to_dict(config.model), "optimizer": to_dict(config.optimizer),
-                "inference": to_dict(config.inference), "train": effective(config.train),
-            }  # fmt: skip
-            torch.manual_seed(config.seed)
-            network = build_segmenter(config.model, info.num_classes)
-            seconds = train_and_save(
-                Learner({NAME: network}), config.train, {NAME: config.optimizer}, prepared=prepared, output=teacher,
-                inference=config.inference, identity=Identity(info.content_hash, None, config.seed, settings),
-                facts=facts, trackers={NAME: child}, processes=processes,
-                work=work,
-            )  # fmt: skip
-    child.close()
-    return seconds
+        return _train(config, identity, prepared, teacher, work, _child(tracker, config, identity), processes)
+
+
+def _child(tracker: Tracker, config: TeacherConfig, identity: Identity) -> Tracker:
+    child = tracker.child(TEACHER)
+    child.params(flatten(to_dict(config)))
+    child.tags({"student": TEACHER, "seed": str(config.seed), **identity.facts()})
+    return child
+
+
+def _train(
+    config: TeacherConfig, identity: Identity, prepared: Path, teacher: Path, work: Path | None, tracker: Tracker,
+    processes: "Processes",
+) -> dict[str, float]:  # fmt: skip
+    from segdistill.engine.building import build_learner
+    from segdistill.engine.cohort import Cohort, Diverged, Training
+    from segdistill.stages._training import dataset, finish, write
+
+    info, train_set, val_set = dataset(prepared)
+    work = work or teacher.with_name(teacher.name + ".work")
+    training = Training(
+        name=TEACHER, learner=build_learner({TEACHER: config.model}, seed=config.seed, num_classes=info.num_classes),
+        optimizers={TEACHER: config.optimizer}, fingerprint=identity.key, work=work, trackers={TEACHER: tracker},
+    )  # fmt: skip
+    cohort = Cohort(
+        [training], train_set, val_set, config.train, inference=config.inference, seed=config.seed, teacher=None,
+        processes=processes,
+    )  # fmt: skip
+    outcome = cohort.run()[TEACHER]
+    if isinstance(outcome, Diverged):
+        raise UserError(f"train_teacher: diverged at iteration {outcome.iteration}: {outcome.reason}")
+    if processes.is_main:
+        facts = {"config": to_dict(config)}
+        write(
+            teacher, training.learner, outcome, info, identity=identity, facts=facts, trackers=training.trackers
+        )  # fmt: skip
+        finish(work)
+    processes.barrier()
+    tracker.close()
+    return cohort.seconds
 
 
 def _import(
-    folder: Path, config: Config, prepared: Path, teacher: Path, tracker: Tracker, processes: "Processes"
+    config: TeacherConfig, folder: Path, prepared: Path, teacher: Path, tracker: Tracker, device: str
 ) -> dict[str, float]:
     """Takes a trained teacher as it is, and measures its validation score here."""
-    import time
-
+    from segdistill.engine.distributed import processes as join
     from segdistill.engine.evaluate import evaluate
     from segdistill.engine.learner import Learner
     from segdistill.engine.trainer import Result
@@ -88,18 +103,23 @@ def _import(
 
     started = time.monotonic()
     info, _, val_set = dataset(prepared)
-    network, document = load_model(folder, NAME, classes=[item.name for item in info.classes])
-    network.to(processes.device)
-    found = evaluate(network, val_set, config.inference, num_classes=info.num_classes, processes=processes)
-    if processes.is_main:
-        tracker.metrics({"val/miou": found.miou, "val/pixel_accuracy": found.accuracy}, 0)
-        result = Result(0, 0.0, 0.0, {NAME: found}, {NAME: []})
-        facts = {"config": to_dict(config)}
-        identity = Identity(info.content_hash, None, config.seed, {"imported": document["sha256"]})
-        write(
-            teacher, Learner({NAME: network}), result, info, identity=identity, facts=facts, trackers={NAME: tracker}
-        )  # fmt: skip
-    processes.barrier()
+    with join(device) as processes:
+        network, document = load_model(folder, TEACHER, classes=[item.name for item in info.classes])
+        network.to(processes.device)
+        evaluation = evaluate(network, val_set, config.inference, num_classes=info.num_classes, processes=processes)
+        if processes.is_main:
+            settings = {"imported": document["sha256"], "inference": to_dict(config.inference)}
+            identity = Identity(info.content_hash, None, config.seed, settings, code_of(TRAINING))
+            child = _child(tracker, config, identity)
+            child.metrics({"val/miou": evaluation.miou, "val/pixel_accuracy": evaluation.accuracy}, 0)
+            result = Result(0, 0.0, 0.0, {TEACHER: evaluation}, {TEACHER: []})
+            facts = {"config": to_dict(config)}
+            write(
+                teacher, Learner({TEACHER: network}), result, info, identity=identity, facts=facts,
+                trackers={TEACHER: child},
+            )  # fmt: skip
+            child.close()
+        processes.barrier()
     return {"evaluation": time.monotonic() - started}
 
 

@@ -13,18 +13,21 @@ import pytest
 import yaml
 from compiled import Graphs
 
-from segdistill.config import read_yaml
-from segdistill.stages import BY_NAME, JOB, STAGES, Stage, jobs
+from segdistill.config import read_yaml, to_dict
+from segdistill.plan import jobs, teacher_plan
+from segdistill.stages import STAGES, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 
 DVC: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+TASKS = [stage for stage in STAGES if stage.image]  # on a cluster
 every_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+every_task = pytest.mark.parametrize("stage", TASKS, ids=lambda stage: stage.name)
 
 
 def as_template(text: str) -> str:
-    """A path or key of dvc.yaml, written as in the table."""
-    return re.sub(r"\$\{item\.(\w+)\}", r"{\1}", text)
+    """A path of dvc.yaml, written as in the table."""
+    return text.replace("s${item.seed}", "{cohort}")
 
 
 def names(entries: list[Any]) -> set[str]:
@@ -47,13 +50,13 @@ def test_dvc_has_the_stages_of_the_table_in_its_order() -> None:
 
 @every_stage
 def test_dvc_watches_the_parameters_of_the_table(stage: Stage) -> None:
-    assert [as_template(key) for key in DVC[stage.name]["params"]] == list(stage.params)
+    assert DVC[stage.name].get("params", []) == list(stage.params)
 
 
 @every_stage
 def test_dvc_tracks_the_inputs_of_the_table_and_no_others(stage: Stage) -> None:
-    # An input that has one path a job is covered by the folder of them all.
-    expected = {path.removesuffix("/{job}") for path in stage.inputs.values()}
+    # An input that has one path a cohort is covered by the folder of them all.
+    expected = {path.removesuffix("/{cohort}") if name in stage.lists else path for name, path in stage.inputs.items()}
     _, data = dependencies(stage)
     covered = {path for path in expected if any(path == one or path.startswith(f"{one}/") for one in data)}
     assert covered == expected
@@ -74,20 +77,27 @@ def test_dvc_calls_the_stage_by_our_command_line(stage: Stage) -> None:
     from segdistill.__main__ import parser
 
     # DVC writes a mapping as options (test_names.py).
-    command = DVC[stage.name]["cmd"].replace("${item}", "--experiment kd --seed 7").split()
+    command = DVC[stage.name]["cmd"].replace("${item}", "--seed 7").split()
     assert command[:3] == ["python", "-m", "segdistill"]
     given = parser().parse_args(command[3:])
     assert given.command == stage.name
-    assert (getattr(given, "experiment", None), getattr(given, "seed", None)) == (
-        ("kd", 7) if stage.per_job else (None, None)
-    )
+    assert getattr(given, "seed", None) == (7 if stage.per_cohort else None)
     assert not [key for key, value in vars(given).items() if key.startswith("path_") and value], "other paths"
 
 
 @every_stage
-def test_dvc_has_the_matrix_of_run_and_seeds_where_a_stage_runs_once_per_job(stage: Stage) -> None:
-    expected = {"experiment": "${run}", "seed": "${seeds}"} if stage.per_job else None
-    assert DVC[stage.name].get("matrix") == expected
+def test_dvc_runs_a_stage_once_a_seed_where_it_runs_once_a_cohort(stage: Stage) -> None:
+    assert DVC[stage.name].get("matrix") == ({"seed": "${seeds}"} if stage.per_cohort else None)
+
+
+KEPT = {"train_teacher", "distill", "evaluate"}  # stages that keep what is there with the same identity
+
+
+@every_stage
+def test_dvc_leaves_the_outputs_of_a_stage_that_keeps_what_is_there(stage: Stage) -> None:
+    kept = [entry for entry in DVC[stage.name]["outs"] if isinstance(entry, dict)]
+    assert all(options == {"persist": True} for entry in kept for options in entry.values())
+    assert bool(kept) == (stage.name in KEPT)
 
 
 @every_stage
@@ -96,6 +106,9 @@ def test_dvc_depends_on_code_that_exists_and_that_the_stage_imports(stage: Stage
     own = f"segdistill.stages.{stage.module}"
     modules, _ = imported(own)
     files = {file_of(module) for module in modules}
+    if "plan" in stage.inputs:
+        assert not code, "the plan has the hash of the code that counts"
+        return
     assert file_of(own) in {ROOT / name for name in code}
     for name in code:
         path = ROOT / name
@@ -111,6 +124,8 @@ UNWATCHED = {
 
 @every_stage
 def test_dvc_depends_on_all_code_that_decides_an_output_of_the_stage(stage: Stage) -> None:
+    if "plan" in stage.inputs:
+        return
     code, _ = dependencies(stage)
     watched = {ROOT / name for name in code}
     for module in imported(f"segdistill.stages.{stage.module}")[0]:
@@ -140,22 +155,24 @@ def read_component(stage: Stage) -> Any:
         sys.path.insert(0, str(ROOT))
     import components
 
-    assert sorted(components.__all__) == sorted({*BY_NAME, "fetch", "finish"})
+    assert sorted(components.__all__) == sorted({*(stage.name for stage in TASKS), "fetch", "finish"})
     return getattr(components, stage.name)
 
 
-@every_stage
+@every_task
 def test_a_component_takes_and_gives_what_the_table_says(stage: Stage) -> None:
     component = read_component(stage)
     spec = component.component_spec
-    parameters = {"params": "String"} | ({"experiment": "String", "seed": "Integer"} if stage.per_job else {})
-    parameters |= {"accelerator": "String", "accelerators": "String"} if stage.name in TRAINING else {}
-    found = {name: item.type for name, item in spec.inputs.items() if name not in stage.inputs}
-    assert found == parameters
-    artifacts = {name: item for name, item in spec.inputs.items() if name in stage.inputs}
-    assert set(artifacts) == set(stage.inputs)
+    names = ["params"] * bool(stage.params) + ["plan"] * ("plan" in stage.inputs) + ["cohort"] * stage.per_cohort
+    names += ["accelerator", "accelerators"] * (stage.name in TRAINING)
+    folders = set(stage.inputs) - {"plan"}
+    assert {name: item.type for name, item in spec.inputs.items() if name not in folders} == dict.fromkeys(
+        names, "String"
+    )
+    artifacts = {name: item for name, item in spec.inputs.items() if name in folders}
+    assert set(artifacts) == folders
     for name, item in artifacts.items():
-        assert item.is_artifact_list == stage.inputs[name].endswith("{job}"), name
+        assert item.is_artifact_list == (name in stage.lists), name
     shown = {name: SHOWN[name] for name in stage.shows}
     files = {name: item.type for name, item in spec.outputs.items() if name not in shown and name != "Output"}
     assert set(files) == {*stage.outputs, *stage.metrics}
@@ -163,13 +180,13 @@ def test_a_component_takes_and_gives_what_the_table_says(stage: Stage) -> None:
     assert "Output" not in spec.outputs, "what a stage found out is in the folders that it makes"
 
 
-@every_stage
+@every_task
 def test_a_component_runs_in_the_image_of_its_stage(stage: Stage) -> None:
     image = read_component(stage).component_spec.implementation.container.image
     assert image.rpartition("/")[2].startswith(f"segdistill-{stage.image}")
 
 
-@every_stage
+@every_task
 def test_a_component_calls_the_library_once_for_its_stage_with_every_path(stage: Stage) -> None:
     tree = ast.parse(inspect.getsource(read_component(stage).python_func))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
@@ -181,11 +198,12 @@ def test_a_component_calls_the_library_once_for_its_stage_with_every_path(stage:
         {ast.literal_eval(k): ast.unparse(v) for k, v in zip(t.keys, t.values, strict=True)} for t in tables
     ]
     assert shown == ([{name: name for name in stage.shows}] if stage.shows else [])
-    expected = {name: f"{name}.path" for name in (*stage.inputs, *stage.outputs, *stage.metrics)}
-    lists = {name for name, path in stage.inputs.items() if path.endswith("{job}")}
-    assert paths == expected | {name: f"[folder.path for folder in {name}]" for name in lists}
+    folders = [name for name in stage.inputs if name != "plan"]
+    expected = {name: f"{name}.path" for name in (*folders, *stage.outputs, *stage.metrics)}
+    assert paths == expected | {name: f"[folder.path for folder in {name}]" for name in stage.lists}
     passed = {item.arg: ast.unparse(item.value) for item in call.keywords if item.arg not in ("paths", "shown")}
-    own = ["experiment", "seed"] * stage.per_job + ["accelerator", "accelerators"] * (stage.name in TRAINING)
+    own = ["plan"] * ("plan" in stage.inputs) + ["cohort"] * stage.per_cohort
+    own += ["accelerator", "accelerators"] * (stage.name in TRAINING)
     assert passed == {name: name for name in own}
 
 
@@ -208,46 +226,44 @@ def task_name(stage: Stage) -> str:
     return stage.name.replace("_", "-")
 
 
-def test_the_pipeline_has_the_stages_of_the_table_the_jobs_in_a_loop(graphs: Graphs) -> None:
-    assert set(graphs.leaves) == {task_name(stage) for stage in STAGES} | AROUND
+def test_the_pipeline_has_the_stages_of_the_table_the_cohorts_in_a_loop(graphs: Graphs) -> None:
+    assert set(graphs.leaves) == {task_name(stage) for stage in TASKS} | AROUND
     in_loop = {name for name in graphs.leaves if graphs.inside(name, graphs.loop)}
-    assert in_loop == {task_name(stage) for stage in STAGES if stage.per_job}
+    assert in_loop == {task_name(stage) for stage in TASKS if stage.per_cohort}
 
 
-@every_stage
+@every_task
 def test_the_pipeline_joins_outputs_to_inputs_as_the_table_does(stage: Stage, graphs: Graphs) -> None:
-    makers = {path: (task_name(one), name) for one in STAGES for name, path in (one.outputs | one.metrics).items()}
+    makers = {path: (task_name(one), name) for one in TASKS for name, path in (one.outputs | one.metrics).items()}
     makers["data"] = ("fetch", "data")
     name = task_name(stage)
     inputs = graphs.tasks[name]["inputs"]["artifacts"]
     found = {key: graphs.origin(name, source, "Artifact") for key, source in inputs.items()}
-    assert found == {key: makers[path.replace("{job}", JOB)] for key, path in stage.inputs.items()}
+    assert found == {key: makers[path] for key, path in stage.inputs.items() if key != "plan"}
 
 
-@every_stage
+@pytest.mark.parametrize("stage", [stage for stage in TASKS if stage.params], ids=lambda stage: stage.name)
 def test_the_pipeline_gives_a_stage_the_sections_that_the_table_declares(stage: Stage, graphs: Graphs) -> None:
     defaults = graphs.spec["root"]["inputDefinitions"]["parameters"]
     given = graphs.tasks[task_name(stage)]["inputs"]["parameters"]["params"]
-    task, parameter = graphs.origin(task_name(stage), given, "Parameter")
-    if stage.name == "distill":
-        assert (task, parameter) == (graphs.loop, "pipelinechannel--jobs-loop-item")
-        assert given["parameterExpressionSelector"].endswith('["params"]')
-        values = [(job["experiment"], job["params"]) for job in defaults["jobs"]["defaultValue"]]
-    else:
-        assert (task, parameter) == ("root", f"{stage.params[0]}_params")
-        values = [("", defaults[parameter]["defaultValue"])]
-    for experiment, value in values:
-        assert list(json.loads(value)) == [key.format(experiment=experiment) for key in stage.params]
+    assert graphs.origin(task_name(stage), given, "Parameter") == ("root", f"{stage.params[0]}_params")
+    assert list(json.loads(defaults[f"{stage.params[0]}_params"]["defaultValue"])) == list(stage.params)
 
 
-def test_the_pipeline_runs_the_jobs_of_params_yaml(graphs: Graphs) -> None:
+def test_the_pipeline_gives_each_training_its_plan(graphs: Graphs) -> None:
     params = read_yaml(ROOT / "params.yaml")
-    found = graphs.spec["root"]["inputDefinitions"]["parameters"]["jobs"]["defaultValue"]
-    assert [(job["experiment"], job["seed"]) for job in found] == [(job.experiment, job.seed) for job in jobs(params)]
-    for job in found:
-        settings = json.loads(job["params"])
-        assert settings["distill"] == params["distill"]
-        assert settings[f"experiments.{job['experiment']}"] == params["experiments"][job["experiment"]]
+    defaults = graphs.spec["root"]["inputDefinitions"]["parameters"]
+    given = graphs.tasks["train-teacher"]["inputs"]["parameters"]["plan"]
+    assert graphs.origin("train-teacher", given, "Parameter") == ("root", "teacher_plan")
+    assert json.loads(defaults["teacher_plan"]["defaultValue"]) == to_dict(teacher_plan(params["train_teacher"]))
+    given = graphs.tasks["distill"]["inputs"]["parameters"]["plan"]
+    assert graphs.origin("distill", given, "Parameter") == (graphs.loop, "pipelinechannel--cohorts-loop-item")
+    assert given["parameterExpressionSelector"].endswith('["plan"]')
+    planned = {item["cohort"]: json.loads(item["plan"]) for item in defaults["cohorts"]["defaultValue"]}
+    members = [job for plan in planned.values() for job in plan["jobs"]]
+    assert sorted((job["experiment"], job["seed"]) for job in members) == sorted(
+        (job.experiment, job.seed) for job in jobs(params["run"], params["seeds"])
+    )
 
 
 def test_compare_and_register_stand_beside_the_loop_and_the_run_is_always_closed(graphs: Graphs) -> None:

@@ -1,8 +1,12 @@
 """What DVC runs again when a parameter changes: the stages that depend on it, and no other."""
 
 import contextlib
+import json
+import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +14,10 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
-from segdistill.config import flatten
-from segdistill.stages import BY_NAME, STAGES, Job, jobs
+from segdistill.plan import cohorts
+from segdistill.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def targets(stage_name: str, params: dict[str, Any]) -> list[str]:
-    """DVC's names of a stage: one, or one a job."""
-    if not BY_NAME[stage_name].per_job:
-        return [stage_name]
-    return [f"{stage_name}@{job.experiment}-{job.seed}" for job in jobs(params)]
 
 
 @pytest.fixture(scope="module")
@@ -35,91 +32,164 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = yaml.safe_load((root / "params.yaml").read_text())
     outputs = {path for stage in STAGES for path in stage.outputs.values()} | {"data"}
     for template in outputs:
-        for job in jobs(params) if "{experiment}" in template else [Job("any", 0)]:
-            folder = root / template.format(experiment=job.experiment, seed=job.seed)
+        for name in cohorts(params["run"], params["seeds"]):
+            folder = root / template.format(cohort=name)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "content").write_text(str(folder.relative_to(root)))
     (root / "reports" / "metrics.json").write_text("{}")
+    write_plan(root)
     with contextlib.chdir(root), Repo() as repo:
         repo.add(["data"])
         repo.commit(force=True)
     return root
 
 
+def write_plan(root: Path) -> None:
+    """Runs the stage ``plan``, with the code that is in the project."""
+    command = [sys.executable, "-m", "segdistill", "plan", "--tracker", "none"]
+    done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def stale(project: Path) -> set[str]:
-    """The stages whose own parameters or code changed (what follows from them runs because its inputs change)."""
+    """The stages whose own parameters, code or inputs changed, by name (what follows from them runs after them)."""
     with contextlib.chdir(project), Repo() as repo:
         return {name for name in repo.status() if not name.endswith(".dvc")}
 
 
-def leaf_keys() -> list[str]:
-    """One key of every section, and the deepest ones, of which dvc.yaml names only the parents."""
-    return [
-        "validate.max_ignore_fraction",
-        "prepare.shard_samples",
-        "train_teacher.optimizer.lr",
-        "train_teacher.train.iterations",
-        "distill.train.iterations",
-        "distill.teacher_tolerance",
-        "experiments.kd.methods",
-        "experiments.apd.methods",
-        "experiments.dml.supervised",
-        "evaluate.overlays",
-        "compare.resamples",
-        "register.min_gain",
-    ]
+def stale_after_plan(project: Path) -> set[str]:
+    """The same, but for ``plan`` itself, which is run first and takes seconds."""
+    assert stale(project) >= {"plan"}
+    write_plan(project)
+    return stale(project) - {"plan"}
 
 
-def expected(key: str, params: dict[str, Any]) -> set[str]:
-    names: set[str] = set()
-    for stage in STAGES:
-        for job in jobs(params) if stage.per_job else [None]:
-            declared = [name.format(experiment=job.experiment if job else "") for name in stage.params]
-            if any(key == name or key.startswith(f"{name}.") for name in declared):
-                names.add(f"{stage.name}@{job.experiment}-{job.seed}" if job else stage.name)
-    return names
+@pytest.fixture
+def edit(project: Path) -> Iterator[Callable[[str, Callable[[str], str]], None]]:
+    """Changes a file of the project for the time of a test; gives it back, and the plan of before."""
+    before: dict[Path, str | None] = {}
+
+    def change(name: str, how: Callable[[str], str]) -> None:
+        path = project / name
+        before[path] = path.read_text() if path.exists() else None
+        path.write_text(how(before[path] or ""))
+
+    shutil.copytree(project / "artifacts/plan", project / "plan.before")
+    yield change
+    for path, text in before.items():
+        path.unlink() if text is None else path.write_text(text)
+    shutil.rmtree(project / "artifacts/plan")
+    (project / "plan.before").rename(project / "artifacts/plan")
+
+
+def in_params(key: str) -> Callable[[str], str]:
+    """A change of one value."""
+
+    def change(text: str) -> str:
+        params = yaml.safe_load(text)
+        section = params
+        *parents, last = key.split(".")
+        for part in parents:
+            section = section[part]
+        value = section.get(last, 1)
+        section[last] = [*value, {"name": "dist"}] if isinstance(value, list) else value + 1
+        # Anchors would be written as anchors: a shared value changes wherever it is shared, as it does for a user.
+        return yaml.safe_dump(params)
+
+    return change
 
 
 def test_nothing_is_stale_at_first(project: Path) -> None:
     assert stale(project) == set()
 
 
-@pytest.mark.parametrize("key", leaf_keys())
-def test_a_changed_key_runs_exactly_the_stages_that_depend_on_it(project: Path, key: str) -> None:
-    path = project / "params.yaml"
-    before = path.read_text()
-    params = yaml.safe_load(before)
-    wanted = expected(key, params)
-    assert wanted, f"no stage depends on {key}"
-    section = params
-    *parents, last = key.split(".")
-    for part in parents:
-        section = section[part]
-    value = section.get(last, 1)
-    section[last] = [*value, {"name": "kd"}] if isinstance(value, list) else value + 1
-    # Anchors would be written as anchors: a shared value changes wherever it is shared, as it does for a user.
-    path.write_text(yaml.safe_dump(params))
-    try:
-        assert stale(project) == wanted
-    finally:
-        path.write_text(before)
+STUDENTS = {"distill@0", "distill@1"}
+EVALUATIONS = {"evaluate@0", "evaluate@1"}
 
 
-def test_every_key_of_the_parameters_belongs_to_a_stage(project: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "stages"),
+    [
+        ("validate.max_ignore_fraction", {"validate"}),
+        ("prepare.shard_samples", {"prepare"}),
+        ("evaluate.overlays", {"evaluate_teacher"} | EVALUATIONS),
+        ("compare.resamples", {"compare"}),
+        ("register.min_gain", {"register"}),
+        ("distill.train.iterations", {"plan"}),
+        ("train_teacher.optimizer.lr", {"plan"}),
+        ("experiments.kd.methods", {"plan"}),
+    ],
+)
+def test_a_changed_value_concerns_exactly_the_stages_that_read_it(
+    project: Path, edit: Any, key: str, stages: set[str]
+) -> None:
+    edit("params.yaml", in_params(key))
+    assert stale(project) == stages
+
+
+@pytest.mark.parametrize(
+    ("key", "stages"),
+    [
+        ("train_teacher.optimizer.lr", {"train_teacher"}),
+        ("distill.train.iterations", STUDENTS),
+        ("distill.teacher_tolerance", STUDENTS),
+        ("experiments.kd.methods", STUDENTS),  # of which the stage trains one each; test_cohort.py
+        ("experiments.dml.auxiliary", STUDENTS),
+    ],
+)
+def test_a_changed_setting_of_a_training_concerns_those_whose_plan_it_changes(
+    project: Path, edit: Any, key: str, stages: set[str]
+) -> None:
+    edit("params.yaml", in_params(key))
+    assert stale_after_plan(project) == stages
+
+
+def test_an_experiment_that_is_not_run_concerns_no_training(project: Path, edit: Any) -> None:
+    def another(text: str) -> str:
+        params = yaml.safe_load(text)
+        params["experiments"]["unused"] = params["experiments"]["kd"]
+        return yaml.safe_dump(params)
+
+    edit("params.yaml", another)
+    assert stale_after_plan(project) == set()
+
+
+def test_every_section_of_the_parameters_belongs_to_a_stage(project: Path) -> None:
     params = yaml.safe_load((project / "params.yaml").read_text())
-    for key in flatten(params):
-        top = key.split(".")[0]
-        if top == "experiments" and key.split(".")[1] not in params["run"]:
-            continue
-        assert top in ("run", "seeds") or expected(key, params), key
+    assert set(params) == {key for stage in STAGES for key in stage.params}
 
 
-def test_changed_code_of_a_method_runs_the_training_of_students_only(project: Path) -> None:
-    path = project / "segdistill" / "methods" / "kd.py"
-    before = path.read_text()
-    path.write_text(before + "# changed\n")
-    try:
-        params = yaml.safe_load((project / "params.yaml").read_text())
-        assert stale(project) == set(targets("distill", params))
-    finally:
-        path.write_text(before)
+def appended(text: str) -> Callable[[str], str]:
+    return lambda before: before + text
+
+
+def test_a_comment_in_the_streets_concerns_nothing(project: Path, edit: Any) -> None:
+    edit("segdistill/streets/__init__.py", appended("# a comment\n"))
+    assert stale(project) == set()
+
+
+def test_a_new_method_trains_nothing(project: Path, edit: Any) -> None:
+    edit("segdistill/methods/kd2.py", lambda _: (project / "segdistill/methods/kd.py").read_text())
+    entry = '    "kd2": "segdistill.methods.kd2:PixelWise",\n'
+    edit("segdistill/methods/__init__.py", lambda text: text.replace('    "apd"', f'{entry}    "apd"', 1))
+    assert stale_after_plan(project) == set()
+
+
+@pytest.mark.parametrize("file", ["engine/cohort.py", "methods/kd.py", "losses/__init__.py"])
+def test_a_comment_in_the_code_of_a_training_trains_nothing(project: Path, edit: Any, file: str) -> None:
+    edit(f"segdistill/{file}", appended("# a comment\n"))
+    assert stale_after_plan(project) <= {"evaluate_teacher"} | EVALUATIONS
+
+
+def test_changed_code_of_a_method_concerns_the_students_and_not_the_teacher(project: Path, edit: Any) -> None:
+    edit("segdistill/methods/kd.py", appended("CHANGED = True\n"))
+    assert stale_after_plan(project) == STUDENTS
+    planned = json.loads((project / "artifacts/plan/s0.json").read_text())["jobs"]
+    before = json.loads((project / "plan.before/s0.json").read_text())["jobs"]
+    changed = {job["experiment"] for job, former in zip(planned, before, strict=True) if job != former}
+    assert changed == {"kd"}
+
+
+def test_changed_code_of_the_loop_concerns_every_training(project: Path, edit: Any) -> None:
+    edit("segdistill/engine/cohort.py", appended("CHANGED = True\n"))
+    assert stale_after_plan(project) == {"train_teacher", "evaluate_teacher"} | STUDENTS | EVALUATIONS

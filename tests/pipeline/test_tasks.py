@@ -32,7 +32,7 @@ VERSION = {"data_md5": "0123.dir", "data_commit": "4567"}
 def _as_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A folder and an environment of its own; run_component sets up logging for a process of its own."""
     monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("SEGDISTILL_") and name != "SEGDISTILL_WARM"]:
+    for name in [name for name in os.environ if name.startswith("SEGDISTILL_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("SEGDISTILL_TRACKER", "jsonl")
     monkeypatch.setenv("SEGDISTILL_PIPELINE_RUN", "run-7")

@@ -16,8 +16,8 @@ from segdistill.config import parse, parse_yaml, read_yaml
 from segdistill.errors import UserError
 from segdistill.execution import stage_module
 from segdistill.methods import METHODS, load
+from segdistill.plan import DistillConfig, ExperimentConfig
 from segdistill.stages import STAGES
-from segdistill.stages.distill import ExperimentConfig
 
 
 def test_numbers_in_decimal_are_numbers_however_they_are_written() -> None:
@@ -116,9 +116,10 @@ def roots() -> dict[str, Any]:
     """Every config that a person fills in."""
     from pipelines.cluster import Cluster
 
-    stages = {stage.params[0]: stage_module(stage).Config for stage in STAGES}
+    stages = {stage.params[0]: stage_module(stage).Config for stage in STAGES if stage.params}
     return {
         **stages,
+        "distill": DistillConfig,
         "experiments": ExperimentConfig,
         **{name: load(name).Config for name in METHODS},
         "cluster": Cluster,

@@ -14,9 +14,10 @@ import yaml
 
 from segdistill import execution
 from segdistill.__main__ import main
+from segdistill.commands import stage as stage_command
 from segdistill.errors import Interrupted, exit_codes, stop_on_sigterm
 from segdistill.files import lock
-from segdistill.stages import STAGES, Stage, jobs
+from segdistill.stages import STAGES, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY_STAGE = pytest.mark.parametrize("stage", STAGES, ids=[stage.name for stage in STAGES])
@@ -27,25 +28,25 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Runs a stage's command with something else in place of its work; all its inputs are there."""
     text = (ROOT / "params.yaml").read_text()
     (tmp_path / "params.yaml").write_text(text)
-    cell = jobs(yaml.safe_load(text))[0]
+    seeds = yaml.safe_load(text)["seeds"]
     monkeypatch.chdir(tmp_path)
 
     def command(stage: Stage, act: Callable[[], Any]) -> int:
         for template in stage.inputs.values():
-            for job in jobs(yaml.safe_load(text)):
-                filled = template.format(job=job, experiment=job.experiment, seed=job.seed)
-                Path(filled).mkdir(parents=True, exist_ok=True)
+            for seed in seeds:
+                Path(template.format(cohort=f"s{seed}")).mkdir(parents=True, exist_ok=True)
         module = execution.stage_module(stage)
-        monkeypatch.setattr(module, "run", lambda config, **others: act())
-        options = ["--experiment", cell.experiment, "--seed", str(cell.seed)] if stage.per_job else []
+        monkeypatch.setattr(stage_command, "_require_current", lambda *_: None)
+        monkeypatch.setattr(module, "run", lambda **_: act())
+        options = ["--seed", str(seeds[0])] if stage.per_cohort else []
         return main([stage.name, "--tracker", "none", *options])
 
     return command
 
 
 def place(stage: Stage) -> Path:
-    cell = jobs(yaml.safe_load((ROOT / "params.yaml").read_text()))[0]
-    return Path(next(iter(stage.outputs.values())).format(experiment=cell.experiment, seed=cell.seed))
+    seed = yaml.safe_load((ROOT / "params.yaml").read_text())["seeds"][0]
+    return Path(next(iter(stage.outputs.values())).format(cohort=f"s{seed}"))
 
 
 @EVERY_STAGE

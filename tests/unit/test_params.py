@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from segdistill.config import flatten, read_yaml
 from segdistill.errors import UserError
 from segdistill.execution import check_params
-from segdistill.stages import Job, jobs
-from segdistill.stages.distill import ExperimentConfig, parse_methods
+from segdistill.plan import ExperimentConfig, Job, cohorts, jobs, parse_methods
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
@@ -157,7 +156,7 @@ def test_what_cannot_be_a_folder_a_shell_word_and_a_key_names_no_experiment_and_
         with pytest.raises(UserError, match=r"cannot be a name; a name is a letter|is taken"):
             check_params(params, networks=False)
     with pytest.raises(UserError):
-        Job(name, 0)
+        jobs([name], [0])
 
 
 def test_a_student_has_no_name_that_torch_uses_for_itself() -> None:
@@ -236,5 +235,13 @@ def test_an_unknown_method_and_a_wrong_mix_are_refused() -> None:
 
 
 def test_the_matrix_is_every_experiment_with_every_seed() -> None:
-    params = {"run": ["a", "b"], "seeds": [3, 1], "experiments": {"a": {}, "b": {}, "unused": {}}}
-    assert jobs(params) == [Job("a", 3), Job("a", 1), Job("b", 3), Job("b", 1)]
+    assert jobs(["a", "b"], [3, 1]) == [Job("a", 3), Job("a", 1), Job("b", 3), Job("b", 1)]
+
+
+def test_a_cohort_is_all_jobs_of_a_seed_or_a_part_of_them() -> None:
+    run, seeds = ["a", "b", "c"], [3, 1]
+    assert cohorts(run, seeds) == {f"s{seed}": [Job(name, seed) for name in run] for seed in seeds}
+    assert {name: "".join(job.experiment for job in members) for name, members in cohorts(run, seeds, 2).items()} == {
+        "s3-0": "ab", "s3-1": "c", "s1-0": "ab", "s1-1": "c",
+    }  # fmt: skip
+    assert [len(members) for members in cohorts(run, seeds, 1).values()] == [1] * 6

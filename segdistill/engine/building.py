@@ -1,0 +1,46 @@
+"""Students and the methods between them, drawn from a seed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from segdistill.engine.learner import Learner
+from segdistill.methods import build_offline, build_online
+from segdistill.models.config import ModelConfig
+from segdistill.models.outputs import ModelInfo
+from segdistill.models.segmenter import build_segmenter
+
+
+def build_learner(
+    students: Mapping[str, ModelConfig],
+    methods: Sequence[Any] = (),
+    *,
+    seed: int,
+    num_classes: int,
+    teacher: ModelInfo | None = None,
+    supervised: float = 1.0,
+    auxiliary: float = 0.4,
+) -> Learner:
+    """A learner whose weights depend on the seed alone.
+
+    Args:
+        students: by name.
+        methods: configs; offline ones if there is a teacher.
+        seed: of all weights.
+        num_classes: of the data set.
+        teacher: what is known of the teacher's network.
+        supervised: weight of the cross-entropy to the labels.
+        auxiliary: weight of the auxiliary head's, times ``supervised``.
+
+    Raises:
+        UserError: a network that cannot be built, or methods and networks that do not go together.
+    """
+    torch.manual_seed(seed)
+    networks = {name: build_segmenter(model, num_classes) for name, model in students.items()}
+    infos = {name: network.info for name, network in networks.items()}
+    if teacher is None:
+        built = build_online(methods, infos)
+    else:
+        built = build_offline(methods, infos[next(iter(infos))], teacher)
+    return Learner(networks, built, supervised=supervised, auxiliary=auxiliary)

@@ -1,0 +1,184 @@
+"""A cohort's folders: what is there already stays, what the plan no longer has goes, what diverged says so."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_params import tiny
+
+from segdistill.config import parse, read_yaml, to_dict
+from segdistill.engine.tracker import NullTracker
+from segdistill.files import file_hash
+from segdistill.plan import Job, cohort_plan, teacher_plan
+from segdistill.report.highlights import Highlights
+from segdistill.stages import distill, evaluate, train_teacher
+from segdistill.stages._cohort import job_folders
+from segdistill.stages.plan import as_text
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Names(NullTracker):
+    """Keeps the names of the runs, what they are tagged with, and how they end."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, Names] = {}
+        self.told: dict[str, str] = {}
+        self.status = ""
+
+    def child(self, name: str) -> "Names":
+        return self.runs.setdefault(name, Names())
+
+    def tags(self, values: Any) -> None:
+        self.told |= values
+
+    def close(self, status: str = "FINISHED") -> None:
+        self.status = status
+
+
+@pytest.fixture
+def params() -> dict[str, Any]:
+    return copy.deepcopy(tiny(read_yaml(ROOT / "params.yaml")))
+
+
+@pytest.fixture
+def teacher(params: dict[str, Any], tiny_prepared: Path, tmp_path: Path) -> Path:
+    torch.set_num_threads(1)
+    (tmp_path / "teacher.json").write_text(as_text(teacher_plan(params["train_teacher"])))
+    train_teacher.run(plan=tmp_path / "teacher.json", prepared=tiny_prepared, teacher=tmp_path / "teacher",
+                      tracker=NullTracker())  # fmt: skip
+    return tmp_path / "teacher"
+
+
+@pytest.fixture
+def train(params: dict[str, Any], teacher: Path, tiny_prepared: Path, tmp_path: Path) -> Callable[..., Names]:
+    """Runs the stage with some of the experiments of ``params``, into the folder ``s0``."""
+
+    def run(*experiments: str) -> Names:
+        jobs, tracker = [Job(name, 0) for name in experiments], Names()
+        (tmp_path / "s0.json").write_text(as_text(cohort_plan(params["distill"], params["experiments"], jobs)))
+        distill.run(plan=tmp_path / "s0.json", prepared=tiny_prepared, teacher=teacher, students=tmp_path / "s0",
+                    tracker=tracker)  # fmt: skip
+        return tracker
+
+    return run
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): file_hash(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_one_changed_experiment_trains_one_student(
+    params: dict[str, Any], train: Callable[..., Names], tmp_path: Path
+) -> None:
+    assert set(train("none", "kd").runs) == {"none-s0", "kd-s0"}
+    before = content(tmp_path / "s0/none")
+    changed_at = (tmp_path / "s0/none").stat().st_ino
+    assert not train("none", "kd").runs, "nothing has changed"
+    params["experiments"]["kd"]["methods"] = [{"name": "kd", "weight": 2.0}]
+    assert set(train("none", "kd").runs) == {"kd-s0"}
+    assert content(tmp_path / "s0/none") == before and (tmp_path / "s0/none").stat().st_ino == changed_at
+    assert not (tmp_path / "s0.work").exists()
+
+
+def test_how_a_training_is_watched_is_no_part_of_its_identity(
+    params: dict[str, Any], train: Callable[..., Names]
+) -> None:
+    train("none")
+    params["distill"]["train"] |= {"log_every": 7, "workers": 1}
+    assert not train("none").runs
+
+
+def test_a_damaged_student_is_trained_again(train: Callable[..., Names], tmp_path: Path) -> None:
+    train("none", "kd")
+    weights = tmp_path / "s0/kd/cnn.safetensors"
+    expected = weights.read_bytes()
+    weights.write_bytes(expected[:-1] + bytes([expected[-1] ^ 1]))
+    assert set(train("none", "kd").runs) == {"kd-s0"}
+    assert weights.read_bytes() == expected
+
+
+def test_what_the_plan_no_longer_has_goes(train: Callable[..., Names], tmp_path: Path) -> None:
+    train("none", "kd")
+    train("none")
+    assert job_folders(tmp_path / "s0", "") == {Job("none", 0): tmp_path / "s0/none"}
+    assert not (tmp_path / "s0/kd").exists()
+
+
+def test_a_job_that_diverges_says_so_and_leaves_the_others_alone(
+    params: dict[str, Any], train: Callable[..., Names], tiny_prepared: Path, tmp_path: Path
+) -> None:
+    train("none")
+    alone = content(tmp_path / "s0/none")
+    params["experiments"]["wild"] = copy.deepcopy(params["experiments"]["kd"])
+    params["experiments"]["wild"]["methods"] = [{"name": "kd", "weight": 1e9}]
+    params["experiments"]["wild"]["students"]["cnn"]["optimizer"] = {"name": "sgd", "lr": 100.0}
+    params["distill"]["train"]["iterations"] = 12
+    tracker = train("none", "wild")
+    assert (tracker.runs["none-s0"].status, tracker.runs["wild-s0"].status) == ("FINISHED", "FAILED")
+    record = json.loads((tmp_path / "s0/wild/diverged.json").read_text())
+    assert (record["experiment"], record["seed"], record["students"]) == ("wild", 0, ["cnn"])
+    assert 0 < record["iteration"] <= 12 and "not finite" in record["reason"]
+    assert tracker.runs["wild-s0"].told["diverged"] == f"at iteration {record['iteration']}: {record['reason']}"
+    assert not train("none", "wild").runs, "it would only diverge again"
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "s0").rename(tmp_path / "both")
+    train("none")
+    assert content(tmp_path / "s0/none") == content(tmp_path / "both/none") != alone
+    assert distill.highlights({"students": tmp_path / "both"}).scores.keys() == {"val/miou", "val/pixel_accuracy"}
+    measured = evaluated(params, tiny_prepared, tmp_path / "both", tmp_path / "measured")
+    assert set(measured.runs) == {"none-s0"} and not (tmp_path / "measured/wild").exists()
+
+
+def test_runs_are_tagged_with_what_they_come_from_when_they_begin(train: Callable[..., Names], tmp_path: Path) -> None:
+    tags = train("kd").runs["kd-s0"].told
+    known = json.loads((tmp_path / "s0/kd/metrics.json").read_text())
+    assert {key: known[key] for key in ("identity", "data_content", "teacher_sha256", "code")}.items() <= tags.items()
+    assert (tags["experiment"], tags["student"], tags["seed"], tags["methods"]) == ("kd", "cnn", "0", "kd")
+
+
+def evaluated(params: dict[str, Any], prepared: Path, students: Path, evaluations: Path) -> Names:
+    tracker = Names()
+    config = parse(evaluate.Config, params["evaluate"], "evaluate")
+    evaluate.run(config, prepared=prepared, students=students, evaluations=evaluations, tracker=tracker, device="cpu")
+    return tracker
+
+
+def test_an_evaluation_of_the_same_weights_by_the_same_settings_stays(
+    params: dict[str, Any], train: Callable[..., Names], tiny_prepared: Path, tmp_path: Path
+) -> None:
+    train("none", "kd")
+    places = (tiny_prepared, tmp_path / "s0", tmp_path / "measured")
+    assert set(evaluated(params, *places).runs) == {"none-s0", "kd-s0"}
+    assert not evaluated(params, *places).runs
+    params["experiments"]["kd"]["methods"] = [{"name": "kd", "weight": 2.0}]
+    train("none", "kd")
+    assert set(evaluated(params, *places).runs) == {"kd-s0"}
+    params["evaluate"]["overlays"] = 2
+    assert set(evaluated(params, *places).runs) == {"none-s0", "kd-s0"}
+    shown: Highlights = evaluate.highlights({"evaluations": tmp_path / "measured"})
+    assert set(shown.scores) >= {"none.cnn/test/miou", "kd.cnn/test/miou"} and shown.confusion
+    train("none")
+    evaluated(params, *places)
+    assert not (tmp_path / "measured/kd").exists()
+
+
+def test_a_budget_in_seconds_is_each_jobs_own(
+    params: dict[str, Any], train: Callable[..., Names], tmp_path: Path
+) -> None:
+    params["distill"]["train"] |= {"iterations": None, "seconds": 0.2}
+    assert set(train("none", "kd").runs) == {"none-s0", "kd-s0"}
+    for name in ("none", "kd"):
+        assert json.loads((tmp_path / f"s0/{name}/metrics.json").read_text())["seconds"] >= 0.2
+
+
+def test_a_plan_says_all_that_decides_a_job(params: dict[str, Any]) -> None:
+    plan = to_dict(cohort_plan(params["distill"], params["experiments"], [Job("kd", 0)]))
+    (job,) = plan["jobs"]
+    assert plan["protocol"]["train"]["iterations"] == 2
+    assert job["settings"]["methods"][0]["temperature"] == 1.0, "defaults are spelled out"
+    assert len(job["code"]) == 16
