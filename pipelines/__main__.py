@@ -45,8 +45,14 @@ def arguments(params: Mapping[str, Any], *, size: int | None = None, here: bool 
 
 
 def _as_text(plan: Any) -> str:
-    """In one line: all plans travel in one argument of a process (``limits.py``)."""
-    return json.dumps(to_dict(plan), separators=(",", ":"))
+    """In one line, since all plans travel in one argument of a process (``limits.py``).
+
+    The code is the image's, which is part of KFP's cache key; that of this working copy trains nothing there.
+    """
+    content = to_dict(plan)
+    for entry in content.get("jobs", [content]):
+        entry["code"] = ""
+    return json.dumps(content, separators=(",", ":"))
 
 
 def compile_to(
