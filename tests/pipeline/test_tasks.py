@@ -418,6 +418,28 @@ def nodes_template(tmp_path: Path) -> str:
     })  # fmt: skip
 
 
+def test_the_nodes_are_told_the_plan_and_the_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from segdistill.kubeflow import trainjob_run
+
+    told: list[Any] = []
+
+    def made(job: Any) -> None:
+        told.append((job.name, json.loads(Path(job.args[0]).read_text())))
+        raise UserError("enough")
+
+    monkeypatch.setattr(trainjob_run, "run", made)
+    monkeypatch.setenv("SEGDISTILL_TRAINJOB", nodes_template(tmp_path))
+    paths = {name: str(tmp_path / name) for name in ("prepared", "teacher", "students")}
+    for name in ("prepared", "teacher"):
+        mark(tmp_path / name, **VERSION)
+    for plan in ("one", "other"):
+        with pytest.raises(SystemExit):
+            run_component("distill", plan=plan, cohort="s1-0", paths=paths)
+    (name, task), (other, _) = told
+    assert (task["plan"], task["cohort"], set(task["paths"])) == ("one", "s1-0", set(paths))
+    assert name.startswith("segdistill-distill-s1-0-") and other != name, "another plan is another job"
+
+
 def test_the_pods_of_a_job_are_told_which_run_kfp_made_in_mlflow(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
