@@ -41,7 +41,7 @@ from segdistill.methods import METHODS, build_offline, build_online, load
 from segdistill.models.config import ModelConfig
 from segdistill.models.segmenter import build_segmenter
 from segdistill.models.teacher import Teacher
-from segdistill.stages.distill import ExperimentConfig, parse_methods
+from segdistill.plan import ExperimentConfig, parse_methods
 
 FOR_A_VIT = ("c2vkd",)  # a CNN teaches a ViT
 
@@ -59,8 +59,10 @@ def of_methods(params: Mapping[str, Any], names: Sequence[str]) -> dict[str, dic
     return experiments
 
 
-def build(params: Mapping[str, Any], name: str, settings: ExperimentConfig, classes: int) -> Learner:
-    """The experiment's learner, as stage ``distill`` makes it."""
+def build(
+    params: Mapping[str, Any], name: str, settings: ExperimentConfig, classes: int
+) -> tuple[Learner, Teacher | None]:
+    """The experiment's learner, as stage ``distill`` makes it, and its teacher."""
     kind, parsed = parse_methods(name, settings)
     students = {key: build_segmenter(one.model, classes) for key, one in settings.students.items()}
     model: ModelConfig = parse(ModelConfig, params["train_teacher"]["model"], "train_teacher.model")
@@ -71,7 +73,7 @@ def build(params: Mapping[str, Any], name: str, settings: ExperimentConfig, clas
         methods = build_online(configs, infos)
     else:
         methods = build_offline(configs, infos[next(iter(infos))], teacher.info)
-    return Learner(students, methods, teacher, supervised=settings.supervised, auxiliary=settings.auxiliary)
+    return Learner(students, methods, supervised=settings.supervised, auxiliary=settings.auxiliary), teacher
 
 
 def optimizers_of(learner: Learner, settings: ExperimentConfig) -> list[torch.optim.Optimizer]:
@@ -103,7 +105,10 @@ def measure(
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     settings = parse(ExperimentConfig, experiment, f"experiments.{name}")
-    learner = build(params, name, settings, classes).to(device, memory_format=layout)
+    learner, teacher = build(params, name, settings, classes)
+    learner.to(device, memory_format=layout)
+    if teacher is not None:
+        teacher.to(device, memory_format=layout)
     optimizers = optimizers_of(learner, settings)
     images = torch.rand(batch, 3, *size, device=device).contiguous(memory_format=layout)
     target = blocks(batch, size, classes, device)
@@ -115,15 +120,15 @@ def measure(
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         with autocast():
-            terms = learner(images, target)
+            terms = learner(images, target, None, teacher(images) if teacher is not None else None)
         learner.total(terms).backward()
         for optimizer in optimizers:
             optimizer.step()
 
     def parts() -> None:
-        if learner.teacher is not None:
+        if teacher is not None:
             with autocast():
-                learner.teacher(images)
+                teacher(images)
         for student in learner.students.values():
             student.zero_grad(set_to_none=True)
             with autocast():

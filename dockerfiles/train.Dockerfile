@@ -65,6 +65,6 @@ WORKDIR /home/segdistill
 RUN export HOME=/tmp/check \
     && python3 -c "import torch; torch.compile(lambda x: x.sin() + 1)(torch.ones(8))" \
     && python3 -c "import boto3, mlflow.pytorch, kfp.dsl.executor_main" \
-    && python3 -c "import segdistill.kubeflow.tasks, segdistill.methods, segdistill.engine.trainer, segdistill.models.segmenter" \
+    && python3 -c "import segdistill.kubeflow.tasks, segdistill.methods, segdistill.engine.cohort, segdistill.models.segmenter" \
     && python3 -m segdistill distill --help > /dev/null \
     && rm -rf /tmp/*

@@ -22,8 +22,8 @@ from rich.table import Table
 from segdistill.config import Seed, parse, read_yaml, to_dict
 from segdistill.engine.tracker import NullTracker
 from segdistill.errors import UserError, nearest
+from segdistill.plan import TEACHER, DistillConfig, ExperimentConfig, parse_methods
 from segdistill.stages import BY_NAME
-from segdistill.stages.distill import Config, ExperimentConfig, build_learner, needs_teacher
 
 Steps = Annotated[int, Field(ge=1, le=1_000_000)]
 Strength = Annotated[float, Field(ge=1e-6, le=1e6)]
@@ -62,7 +62,7 @@ class _Recorder(NullTracker):
 
 
 def run(
-    config: Config,
+    config: DistillConfig,
     *,
     experiment: str,
     settings: ExperimentConfig,
@@ -78,11 +78,12 @@ def run(
         UserError: the experiment has no method, or no teacher was trained yet.
     """
     from segdistill.data.shards import ShardDataset, read_dataset_info
+    from segdistill.engine.building import build_learner
+    from segdistill.engine.cohort import Cohort
     from segdistill.engine.distributed import processes as join
-    from segdistill.engine.trainer import Trainer
+    from segdistill.engine.trainer import Diverged, Training
     from segdistill.models.export import load_model
     from segdistill.models.teacher import Teacher
-    from segdistill.stages.train_teacher import NAME
 
     if not settings.methods:
         raise UserError(f"experiments.{experiment}.methods: empty; there is nothing to calibrate")
@@ -93,17 +94,28 @@ def run(
     recorders = {name: _Recorder() for name in settings.students}
     with join(device) as processes, tempfile.TemporaryDirectory() as work:
         info, frozen = read_dataset_info(prepared), None
-        if needs_teacher(experiment, settings):
-            frozen = Teacher(load_model(teacher, NAME, classes=[item.name for item in info.classes])[0]).to(
+        kind, methods = parse_methods(experiment, settings)
+        if kind == "offline":
+            frozen = Teacher(load_model(teacher, TEACHER, classes=[item.name for item in info.classes])[0]).to(
                 processes.device
             )
-        learner = build_learner(experiment, settings, seed=seed, num_classes=info.num_classes, teacher=frozen)
-        train_set = ShardDataset(prepared, "train")
-        Trainer(
-            learner, train_set, None, train, {name: student.optimizer for name, student in settings.students.items()},
-            inference=config.inference, seed=seed, work=Path(work), fingerprint="calibration", trackers=recorders,
-            processes=processes,
-        ).run()  # fmt: skip
+        learner = build_learner(
+            {name: student.model for name, student in settings.students.items()}, [method for _, method in methods],
+            seed=seed, num_classes=info.num_classes, teacher=frozen.info if frozen else None,
+            supervised=settings.supervised, auxiliary=settings.auxiliary,
+        )  # fmt: skip
+        optimizers = {name: student.optimizer for name, student in settings.students.items()}
+        training = Training(experiment, learner, optimizers, "calibration", Path(work), recorders)
+        (outcome,) = (
+            Cohort(
+                [training], ShardDataset(prepared, "train"), None, train, inference=config.inference, seed=seed,
+                teacher=frozen, processes=processes,
+            )
+            .run()
+            .values()
+        )  # fmt: skip
+        if isinstance(outcome, Diverged):
+            raise outcome
     found = []
     for name, recorder in recorders.items():
         cross_entropy = recorder.median("train/loss/ce") or float("nan")
@@ -176,7 +188,7 @@ def command(arguments: argparse.Namespace) -> None:
         if not path.exists():
             raise UserError(f"{path}: calibrate needs it; run what makes it first: dvc repro")
     found = run(
-        parse(Config, params["distill"], "distill"), experiment=name, seed=seed, steps=steps,
+        parse(DistillConfig, params["distill"], "distill"), experiment=name, seed=seed, steps=steps,
         settings=parse(ExperimentConfig, params["experiments"][name], f"experiments.{name}"),
         prepared=inputs["prepared"], teacher=inputs["teacher"], device=arguments.device,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Evaluation: integer confusion counts over a whole split, at the resolution of the labels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from segdistill.errors import UserError
 from segdistill.metrics.confusion import confusion_matrix_per_image, mean_iou, pixel_accuracy
 from segdistill.models.segmenter import Segmenter, logits_at
 
+Key = TypeVar("Key")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -24,6 +26,7 @@ class Evaluation:
     confusion: np.ndarray  # [K, K] int64
     per_image: np.ndarray  # [N, K, K] int64
     ids: list[str]
+    finite: bool = True  # whether all scores were; if not, the counts say nothing
 
     @property
     def miou(self) -> float:
@@ -106,7 +109,6 @@ def _starts(length: int, window: int, stride: float) -> list[int]:
     return sorted({*range(0, length - window, step), length - window})
 
 
-@torch.inference_mode()
 def evaluate(
     network: Segmenter,
     dataset: ShardDataset,
@@ -118,7 +120,7 @@ def evaluate(
     scales: Sequence[float] = (1.0,),
     progress: Any = None,
 ) -> Evaluation:
-    """Confusion counts of a segmenter on a split; each process takes its share, without doubles, and counts are summed.
+    """Confusion counts of a segmenter on a split.
 
     Args:
         network: its mode is restored afterwards.
@@ -127,27 +129,61 @@ def evaluate(
     Raises:
         UserError: scores that are not finite, or no pixel with a label: nothing to make a score of.
     """
-    was_training, device = network.training, processes.device
-    network.eval()
-    per_image = torch.zeros((len(dataset), num_classes, num_classes), dtype=torch.int64, device=device)
-    broken = torch.zeros((), dtype=torch.bool, device=device)
-    mine = list(range(processes.rank, len(dataset), processes.world_size))
-    for numbers, images, labels in _batches(dataset, mine, settings.batch_size):
-        height, width = labels.shape[-2:]
-        scores = predict(network, images.to(device).float() / 255, (height, width), settings, flip=flip, scales=scales)
-        highest, prediction = scores.max(1)
-        broken |= ~highest.isfinite().all()  # a NaN among the scores comes out as the highest
-        counts = confusion_matrix_per_image(prediction, labels.to(device).long(), num_classes)
-        per_image[torch.tensor(numbers, device=device)] = counts
+    (evaluation,) = evaluate_together(
+        {"": network}, dataset, settings, num_classes=num_classes, processes=processes, flip=flip, scales=scales,
+        progress=progress,
+    ).values()  # fmt: skip
+    if not evaluation.finite:
+        raise UserError("the network's scores are not finite: it diverged, and a mIoU would say nothing of it")
+    return evaluation
+
+
+@torch.inference_mode()
+def evaluate_together(
+    networks: Mapping[Key, Segmenter],
+    dataset: ShardDataset,
+    settings: InferenceConfig,
+    *,
+    num_classes: int,
+    processes: Processes,
+    flip: bool = False,
+    scales: Sequence[float] = (1.0,),
+    progress: Any = None,
+) -> dict[Key, Evaluation]:
+    """Confusion counts of several segmenters on a split that is read once, as :func:`evaluate` would give each.
+
+    Each process takes its share of the images, without doubles, and counts are summed.
+
+    Raises:
+        UserError: no pixel has a label.
+    """
+    device = processes.device
+    modes = {key: network.training for key, network in networks.items()}
+    counts = {
+        key: torch.zeros((len(dataset), num_classes, num_classes), dtype=torch.int64, device=device) for key in networks
+    }
+    broken = {key: torch.zeros((), dtype=torch.bool, device=device) for key in networks}
+    share = list(range(processes.rank, len(dataset), processes.world_size))
+    for numbers, images, labels in _batches(dataset, share, settings.batch_size):
+        images, labels = images.to(device).float() / 255, labels.to(device).long()
+        places, (height, width) = torch.tensor(numbers, device=device), labels.shape[-2:]
+        for key, network in networks.items():
+            network.eval()
+            scores = predict(network, images, (height, width), settings, flip=flip, scales=scales)
+            highest, prediction = scores.max(1)
+            broken[key] |= ~highest.isfinite().all()  # a NaN among the scores comes out as the highest
+            counts[key][places] = confusion_matrix_per_image(prediction, labels, num_classes)
         if progress is not None:
             progress(len(numbers))
-    network.train(was_training)
-    summed = processes.sum(per_image).cpu().numpy()
-    if processes.sum(broken.long()).item():
-        raise UserError("the network's scores are not finite: it diverged, and a mIoU would say nothing of it")
-    if len(dataset) and not summed.any():
-        raise UserError(f"the split of {len(dataset)} images has no pixel with a label; it cannot be scored")
-    return Evaluation(summed.sum(0), summed, [dataset.sample_id(index) for index in range(len(dataset))])
+    evaluations, ids = {}, [dataset.sample_id(index) for index in range(len(dataset))]
+    for key, network in networks.items():
+        network.train(modes[key])
+        per_image = processes.sum(counts[key]).cpu().numpy()
+        if len(dataset) and not per_image.any():
+            raise UserError(f"the split of {len(dataset)} images has no pixel with a label; it cannot be scored")
+        finite = not processes.sum(broken[key].long()).item()
+        evaluations[key] = Evaluation(per_image.sum(0), per_image, ids, finite)
+    return evaluations
 
 
 def _batches(dataset: ShardDataset, numbers: list[int], size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""From a batch to named losses: students, the frozen teacher, and the methods between them."""
+"""From a batch, and what the teacher gives for it, to named losses: students and the methods between them."""
 
 from collections.abc import Mapping
 
@@ -7,20 +7,19 @@ from torch import Tensor, nn
 
 from segdistill.losses import cross_entropy
 from segdistill.methods.method import Method, OfflineMethod
+from segdistill.models.outputs import Outputs
 from segdistill.models.segmenter import Segmenter
-from segdistill.models.teacher import Teacher
 
 
 class Learner(nn.Module):
     """One forward gives every raw term, named ``<student>/<term>``; :meth:`weights` says what each counts for.
 
-    Students and methods are submodules, so that one DDP wraps them together. The teacher keeps its network to itself:
-    it is frozen, has no gradient to share and belongs in no checkpoint.
+    Students and methods are submodules, so that one DDP wraps them together. The teacher is none of it: a cohort of
+    learners shares one.
 
     Args:
         students: name -> segmenter; one with offline methods, several with online ones.
         methods: the experiment's methods by the names that their terms carry.
-        teacher: needed by offline methods.
         supervised: weight of the cross-entropy to the labels.
         auxiliary: weight of the auxiliary head's cross-entropy, times ``supervised``.
     """
@@ -29,7 +28,6 @@ class Learner(nn.Module):
         self,
         students: Mapping[str, Segmenter],
         methods: Mapping[str, Method] | None = None,
-        teacher: Teacher | None = None,
         *,
         supervised: float = 1.0,
         auxiliary: float = 0.4,
@@ -38,7 +36,7 @@ class Learner(nn.Module):
         # Plain dicts for reading, ModuleDicts for registration: nn.ModuleDict forgets what its values are.
         self.students, self.methods = dict(students), dict(methods or {})
         self._students, self._methods = nn.ModuleDict(students), nn.ModuleDict(self.methods)
-        self.teacher = teacher  # hides its network: no parameter of it is ours
+        self.needs_teacher = any(isinstance(method, OfflineMethod) for method in self.methods.values())
         self.factors: dict[str, float] = {}
         self.ramps: dict[str, float] = {}  # the part of the budget over which a factor rises, where it does
         for name in self.students:
@@ -54,12 +52,15 @@ class Learner(nn.Module):
         self.keep_features = False
         self.last_features: dict[str, Tensor] = {}
 
-    def forward(self, images: Tensor, target: Tensor, pixels: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, target: Tensor, pixels: Tensor | None = None, teacher_outputs: Outputs | None = None
+    ) -> dict[str, Tensor]:
         """The raw terms of one batch, float32 scalars.
 
         Args:
             pixels: what the sums of cross-entropies are divided by if this is a piece of a batch; see
                 :func:`segdistill.losses.cross_entropy`.
+            teacher_outputs: what the teacher gives for the images, where :attr:`needs_teacher`.
 
         Shape:
             images: [B, 3, H, W] float RGB in 0..1; target: [B, H, W] int64; pixels: scalar.
@@ -67,7 +68,6 @@ class Learner(nn.Module):
         outputs = {name: student(images) for name, student in self.students.items()}
         if self.keep_features:
             self.last_features = {name: output.last_feature for name, output in outputs.items()}
-        teacher_outputs = self.teacher(images) if self.teacher is not None else None
         terms: dict[str, Tensor] = {}
         for name, output in outputs.items():
             # With a weight of 0 the cross-entropy is still reported, but nothing flows through it.
@@ -77,10 +77,10 @@ class Learner(nn.Module):
         for label, method in self.methods.items():
             if isinstance(method, OfflineMethod):
                 (output,) = outputs.values()
-                found = method(output, teacher_outputs, target)
+                losses = method(output, teacher_outputs, target)
             else:
-                found = method(outputs, target)
-            terms.update({self._key(label, term): loss for term, loss in found.items()})
+                losses = method(outputs, target)
+            terms.update({self._key(label, term): loss for term, loss in losses.items()})
         return terms
 
     def _key(self, label: str, term: str) -> str:

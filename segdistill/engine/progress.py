@@ -1,6 +1,7 @@
 """Progress bars with the time left: on a terminal only, by the main process only."""
 
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -22,12 +23,19 @@ def progress_bar(enabled: bool = True, *columns: str) -> Progress:
 
 
 class TrainingBar:
-    """Iteration, loss, images per second and time left of a training run."""
+    """What trains, its iteration, images per second and time left.
 
-    def __init__(self, config: TrainConfig, enabled: bool) -> None:
-        self.total = config.iterations
+    Args:
+        config: the loop.
+        names: of what trains.
+        enabled: whether it is to be seen at all.
+    """
+
+    def __init__(self, config: TrainConfig, names: Sequence[str], *, enabled: bool) -> None:
+        self.config, self.images = config, 0
+        self.title = names[0] if len(names) == 1 else f"{len(names)} trainings"
         self.bar = progress_bar(enabled, "{task.fields[text]}")
-        self.task = self.bar.add_task("training", total=1.0, text="")
+        self.task = self.bar.add_task(self.title, total=1.0, text="")
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -38,13 +46,20 @@ class TrainingBar:
     ) -> None:
         self.bar.stop()
 
-    def update(self, fraction: float, iteration: int) -> None:
-        """Moves the bar to a part of the budget."""
-        if not self.bar.disable:
-            of = f" of {self.total}" if self.total else ""
-            self.bar.update(self.task, completed=fraction, description=f"iteration {iteration}{of}")
+    def update(self, iteration: int, fraction: float, seconds: float, takers: int) -> None:
+        """Moves the bar.
 
-    def describe(self, loss: float, images_per_second: float) -> None:
-        """Shows the latest logged numbers."""
-        if not self.bar.disable:
-            self.bar.update(self.task, text=f"loss {loss:.3f}  {images_per_second:.1f} img/s ")
+        Args:
+            iteration: how many are done.
+            fraction: the part of the budget that is used, 0..1.
+            seconds: what training has taken up to now.
+            takers: how many trainings took the last batch; their images are counted one by one.
+        """
+        if self.bar.disable:
+            return
+        self.images += takers * self.config.batch_size
+        of = f" of {self.config.iterations}" if self.config.iterations else ""
+        speed = f"{self.images / max(seconds, 1e-9):.1f} img/s "
+        self.bar.update(
+            self.task, completed=fraction, description=f"{self.title}: iteration {iteration}{of}", text=speed
+        )

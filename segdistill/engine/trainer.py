@@ -1,17 +1,14 @@
-"""The one training loop. It knows no loss and no method: a learner gives named terms, a tracker takes numbers.
+"""One member of a cohort: a learner with its optimisers, random stream, best weights, curves, trackers and checkpoint.
 
-Laws (tests/contracts/test_loop_laws.py): one batch of 8 = four of 2 accumulated = two processes of 4; interrupted and
-resumed = never interrupted, bit for bit on one CPU process. The first holds for the cross-entropy wherever labels are
-missing. Of a method's terms it holds for means over images or over all pixels; a mean over labelled pixels is one of
-the piece that a process has before it, and so is what relates the images of a batch.
+It knows no loss and no method: the learner gives named terms, a tracker takes numbers. Batches, the teacher and the
+order of things are the cohort's.
 """
 
 import contextlib
+import copy
 import logging
 import math
-import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,52 +18,82 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from segdistill.config import parse
-from segdistill.data.loader import Share, training_batches
-from segdistill.data.shards import ShardDataset
 from segdistill.engine import checkpoint
 from segdistill.engine.distributed import Processes
-from segdistill.engine.evaluate import Evaluation, evaluate
+from segdistill.engine.evaluate import Evaluation
 from segdistill.engine.learner import Learner
 from segdistill.engine.optim import build_optimizer, set_learning_rates, student_optimizer
-from segdistill.engine.progress import TrainingBar
-from segdistill.engine.settings import InferenceConfig, OptimizerConfig, Schedule, TrainConfig
+from segdistill.engine.settings import OptimizerConfig, Schedule, TrainConfig
+from segdistill.engine.stopwatch import Stopwatch
 from segdistill.engine.tracker import Tracker
-from segdistill.errors import Interrupted, UserError, stop_on_sigterm
-from segdistill.losses import valid_mask
+from segdistill.errors import UserError
 from segdistill.models.batch_norm import synchronised
+from segdistill.models.outputs import Outputs
+from segdistill.models.segmenter import Segmenter
 from segdistill.models.weights import not_finite
 
 logger = logging.getLogger(__name__)
 
-# Iterations between two agreements of all processes on the clock and on a wish to stop.
-AGREE_EVERY = 10
 CHECKPOINT = "resume.safetensors"
 # Steps in a row that fp16's loss scaling may skip. The scale begins at 65,536 and halves with each skip, so that 16 of
 # them bring it to 1: what still overflows then overflows without any scaling.
 MOST_SKIPPED = 20
 
 
+@dataclass(frozen=True)
+class Training:
+    """What is to be trained.
+
+    Args:
+        name: its own among those of a cohort.
+        learner: the students and methods.
+        optimizers: one config a student, by its name.
+        fingerprint: names everything that defines this training; a checkpoint of another one is not resumed.
+        work: folder of the resume checkpoint.
+        trackers: one a student, by its name.
+    """
+
+    name: str
+    learner: Learner
+    optimizers: Mapping[str, OptimizerConfig]
+    fingerprint: str
+    work: Path
+    trackers: Mapping[str, Tracker]
+
+
 @dataclass
 class Result:
-    """What a training run leaves besides the weights, which are in the learner's students."""
+    """What a training leaves besides the weights, which are in the learner's students."""
 
     iterations: int
-    seconds: float
+    seconds: float  # of its own steps, and of the data and the teacher that it shares: what it would take alone
     images_per_second: float
     evaluations: dict[str, Evaluation]
     curves: dict[str, list[dict[str, float]]]
-    evaluation_seconds: float = 0.0
-    data_seconds: float = 0.0
+
+
+class Diverged(UserError):
+    """A training that ended in numbers that are not finite: nothing good can come of it, and its weights are lost.
+
+    Args:
+        iteration: by which it was found.
+        reason: what is not finite.
+    """
+
+    def __init__(self, iteration: int, reason: str) -> None:
+        super().__init__(
+            f"{reason} by iteration {iteration}: the training diverged; lower its learning rate or the"
+            " weights of its methods (segdistill calibrate shows them)"
+        )
+        self.iteration, self.reason = iteration, reason
 
 
 @dataclass
 class Progress:
-    """The counters of a run; all of them are in the checkpoint."""
+    """The counters of a training; all of them are in the checkpoint."""
 
     iteration: int = 0
     seconds: float = 0.0  # of training, without validation and saving
-    data_seconds: float = 0.0
-    evaluation_seconds: float = 0.0
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)  # validation mIoU of the kept weights, by student
     sums: dict[str, Tensor] = field(default_factory=dict)  # of each term since the last log entry
@@ -75,59 +102,32 @@ class Progress:
 
 
 class Trainer:
-    """Trains a learner's students on one data set with one budget.
+    """Trains a learner's students on the batches that it is given.
 
     Args:
-        learner: the students, methods and teacher.
-        train_set: what is learned from.
-        val_set: what is validated on; None never validates.
-        config: the loop.
-        optimizers: one config a student, by its name.
-        inference: how students are validated.
-        seed: of data order, augmentation and dropout.
-        work: folder of the resume checkpoint.
-        fingerprint: names everything that defines this run; a checkpoint of another one is not resumed.
-        trackers: one a student, by its name.
+        training: what is trained.
+        config: budget, precision, and how often it speaks and saves.
+        seed: of what its learner draws: dropout and masks.
         processes: this process and its peers.
     """
 
-    def __init__(
-        self,
-        learner: Learner,
-        train_set: ShardDataset,
-        val_set: ShardDataset | None,
-        config: TrainConfig,
-        optimizers: Mapping[str, OptimizerConfig],
-        *,
-        inference: InferenceConfig,
-        seed: int,
-        work: Path,
-        fingerprint: str,
-        trackers: Mapping[str, Tracker],
-        processes: Processes,
-    ) -> None:
-        self.config, self.inference, self.seed = config, inference, seed
-        self.train_set, self.val_set = train_set, val_set
-        self.work, self.fingerprint, self.trackers, self.processes = work, fingerprint, trackers, processes
-        self.share = Share(config.batch_size, config.accumulate, processes.rank, processes.world_size)
-        if config.batch_size % (config.accumulate * processes.world_size):
-            raise UserError(
-                f"batch_size: {config.batch_size} is not divisible by accumulate {config.accumulate} "
-                f"times {processes.world_size} processes"
-            )
+    def __init__(self, training: Training, config: TrainConfig, *, seed: int, processes: Processes) -> None:
+        self.training, self.config, self.processes = training, config, processes
         device = processes.device
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.learner = learner.to(device, memory_format=layout)  # type: ignore[call-overload]
+        self.learner = training.learner.to(device, memory_format=layout)  # type: ignore[call-overload]
         if processes.world_size > 1 and device.type == "cuda":
-            self.learner = synchronised(learner)
-        self.optimizers, self.schedules = self._optimizers(optimizers)
+            self.learner = synchronised(self.learner)
+        self.optimizers, self.schedules = self._optimizers(training.optimizers)
         self.wrapped = self._wrap(self.learner)
-        enabled = config.precision != "fp32"
-        self.autocast_dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
-        self.autocast = enabled
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        self.progress = Progress(curves={name: [] for name in learner.students}, skipped=torch.zeros((), device=device))
+        self.progress = Progress(
+            curves={name: [] for name in self.learner.students}, skipped=torch.zeros((), device=device)
+        )
         self.kept: dict[str, dict[str, Tensor]] = {}
+        self.stopwatch = Stopwatch()
+        torch.manual_seed(seed + processes.rank)
+        self.random_state = self._global_random_state()
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -159,75 +159,11 @@ class Trainer:
         idle = 0.0 in learner.factors.values()
         return DistributedDataParallel(learner, device_ids=ids, find_unused_parameters=idle)
 
-    # -- the loop -----------------------------------------------------------------------------------------------------
+    # -- a step -------------------------------------------------------------------------------------------------------
 
-    def run(self) -> Result:
-        """Trains to the end of the budget, from the checkpoint if there is one.
-
-        Raises:
-            Interrupted: SIGTERM came; the state is saved.
-        """
-        config, progress = self.config, self.progress
-        torch.manual_seed(self.seed + self.processes.rank)
-        self._resume()
-        device, started = self.processes.device, time.monotonic()
-        before = progress.seconds
-        batches = training_batches(
-            self.train_set,
-            config.augmentation,
-            seed=self.seed,
-            share=self.share,
-            first_iteration=progress.iteration,
-            workers=config.workers,
-        )
-        self.wrapped.train()
-        with stop_on_sigterm() as stop, TrainingBar(config, self.processes.is_main) as bar:
-            while not self._finished():
-                for optimizer_name, optimizer in self.optimizers.items():
-                    set_learning_rates(optimizer, self.schedules[optimizer_name], self.fraction)
-                    optimizer.zero_grad(set_to_none=True)
-                measured = (
-                    bool(config.gradient_share_every) and (progress.iteration + 1) % config.gradient_share_every == 0
-                )
-                asked = time.monotonic()
-                pieces = [next(batches) for _ in range(config.accumulate)]
-                progress.data_seconds += time.monotonic() - asked
-                targets = [target.to(device, non_blocking=True) for _, target in pieces]
-                pixels = self._pixels(targets)
-                for piece, (images, _) in enumerate(pieces):
-                    last = piece == config.accumulate - 1
-                    self.learner.keep_features = measured and last
-                    terms = self._backward(images.to(device, non_blocking=True), targets[piece], pixels, last)
-                    for key, term in terms.items():
-                        progress.sums[key] = progress.sums.get(key, 0.0) + term.detach()
-                self._step()
-                progress.iteration += 1
-                progress.since_log += 1
-                progress.seconds = before + time.monotonic() - started
-                bar.update(self.fraction, progress.iteration)
-                stopping = self._agree(stop)  # once: a signal that comes later is heard the next time, by all
-                finished = self._finished()
-                if progress.iteration % config.log_every == 0 or finished:
-                    bar.describe(self._log(finished), self._speed())
-                paused = time.monotonic()
-                if progress.iteration % config.validate_every == 0 and not finished:
-                    self._validate()
-                # At the end, too: who is told to stop during the last validation trains nothing anew.
-                if progress.iteration % config.checkpoint_every == 0 or stopping or finished:
-                    self._save(stopping)
-                started += time.monotonic() - paused
-        evaluations = self._validate()
-        if config.select == "best":
-            evaluations = self._restore_best(evaluations)
-        return Result(
-            progress.iteration,
-            progress.seconds,
-            self._speed(),
-            evaluations,
-            progress.curves,
-            progress.evaluation_seconds,
-            progress.data_seconds,
-        )
+    def look_at_the_clock(self) -> None:
+        """Takes over what the stopwatch knows: between two looks the clock stands still."""
+        self.progress.seconds += self.stopwatch.take()
 
     @property
     def fraction(self) -> float:
@@ -237,39 +173,35 @@ class Trainer:
         assert self.config.seconds is not None
         return min(1.0, self.progress.seconds / self.config.seconds)
 
-    def _finished(self) -> bool:
-        if self.config.iterations is not None:
-            return self.progress.iteration >= self.config.iterations
-        # All processes must leave in the same iteration, so the clock counts only where they agree on it.
-        agreed = self.processes.world_size == 1 or self.progress.iteration % AGREE_EVERY == 0
-        return agreed and self.fraction >= 1.0
+    def learn(
+        self, images: Tensor, target: Tensor, pixels: Tensor | None, teacher_outputs: Outputs | None, *, last: bool
+    ) -> None:
+        """Forward and backward pass of one micro-batch; gradients travel between processes with the last one only.
 
-    def _pixels(self, targets: list[Tensor]) -> Tensor | None:
-        """The labelled pixels of an average piece of the batch, over all processes; None if there is one piece."""
-        count = len(targets) * self.processes.world_size
-        if count == 1:
-            return None
-        labelled = torch.stack([valid_mask(target).sum() for target in targets]).sum()
-        return self.processes.sum(labelled).clamp_min(1) / count
-
-    def _backward(self, images: Tensor, target: Tensor, pixels: Tensor | None, last: bool) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch; gradients travel between processes with the last one only."""
+        Args:
+            images, target, pixels, teacher_outputs: see :meth:`Learner.forward`.
+            last: whether it is the last one before the step.
+        """
         share: Any = contextlib.nullcontext()
         if isinstance(self.wrapped, DistributedDataParallel) and not last:
             share = self.wrapped.no_sync()
-        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        with share:
-            with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast):
-                terms = self.wrapped(images.float().div_(255).contiguous(memory_format=layout), target.long(), pixels)
+        every = self.config.gradient_share_every
+        self.learner.keep_features = last and bool(every) and (self.progress.iteration + 1) % every == 0
+        with self._own_random_state(), share:
+            with autocast(self.config, images.device):
+                terms = self.wrapped(images, target, pixels, teacher_outputs)
             if self.learner.keep_features:
                 self._log_gradient_shares(terms)
             loss = self.learner.total(terms, self.fraction) / self.config.accumulate
             self.scaler.scale(loss).backward()
-        return terms
+        for key, term in terms.items():
+            self.progress.sums[key] = self.progress.sums.get(key, 0.0) + term.detach()
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """Moves the weights by the gradients of all pieces, and forgets these."""
         limit, before = self.config.max_grad_norm, self._scale()
-        for optimizer in self.optimizers.values():
+        for name, optimizer in self.optimizers.items():
+            set_learning_rates(optimizer, self.schedules[name], self.fraction)
             if limit is not None:
                 self.scaler.unscale_(optimizer)
                 parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -280,6 +212,10 @@ class Trainer:
             scale = self._scale()
             fell = (scale < before) | (scale == 0)  # type: ignore[operator]
             self.progress.skipped = torch.where(fell, self.progress.skipped + 1, 0)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)  # so that one member's gradients alone are held at a time
+        self.progress.iteration += 1
+        self.progress.since_log += 1
 
     def _scale(self) -> Tensor | None:
         """The loss scale of fp16, on the device: reading it there waits for nothing."""
@@ -287,72 +223,81 @@ class Trainer:
             return None
         return self.scaler.scale(torch.ones((), device=self.processes.device))
 
-    def _agree(self, stop: threading.Event) -> bool:
-        """Whether all processes stop now, because any of them was told to; makes all see the slowest clock."""
-        if self.processes.world_size == 1:
-            return stop.is_set()
-        if self.progress.iteration % AGREE_EVERY:
-            return False
-        seen = torch.tensor([self.progress.seconds, float(stop.is_set())], device=self.processes.device)
-        self.progress.seconds, wish = self.processes.maximum(seen).tolist()
-        return bool(wish)
+    @contextlib.contextmanager
+    def _own_random_state(self) -> Iterator[None]:
+        """What is drawn inside does not depend on what others drew. States are kept on the host: nothing waits."""
+        self._set_global_random_state(self.random_state)
+        yield
+        self.random_state = self._global_random_state()
 
-    # -- what is said and kept ----------------------------------------------------------------------------------------
+    def _global_random_state(self) -> list[Tensor]:
+        """Of the CPU and, where it trains on one, of the GPU."""
+        device = self.processes.device
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
-    def _speed(self) -> float:
+    def _set_global_random_state(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state, self.processes.device)
+
+    # -- what is said -------------------------------------------------------------------------------------------------
+
+    @property
+    def speed(self) -> float:
+        """Images a second."""
         return self.progress.iteration * self.config.batch_size / max(self.progress.seconds, 1e-9)
 
-    def _log(self, finished: bool) -> float:
-        """Mean terms since the last entry; the only place of the loop that waits for the device."""
+    def log(self, *, finished: bool) -> None:
+        """Mean terms since the last entry; the only part of a step that waits for the device.
+
+        Raises:
+            Diverged: a term is not finite, or fp16 skips every step.
+        """
         sums, pieces = self.progress.sums, self.progress.since_log * self.config.accumulate
         self.progress.sums, self.progress.since_log = {}, 0
         keys = sorted(sums)
         values = torch.stack([sums[key].float() for key in keys]) / pieces
         means = dict(zip(keys, (self.processes.sum(values) / self.processes.world_size).tolist(), strict=True))
         self._require_steps(finished)
-        weights, total = self.learner.weights(self.fraction), 0.0
-        for name, tracker in self.trackers.items():
-            mine = {key.split("/", 1)[1]: value for key, value in means.items() if key.startswith(f"{name}/")}
-            weighted = {term: weights[f"{name}/{term}"] * value for term, value in mine.items()}
+        weights = self.learner.weights(self.fraction)
+        for name, tracker in self.training.trackers.items():
+            terms = of_student(name, means)
+            weighted = {term: weights[f"{name}/{term}"] * value for term, value in terms.items()}
             loss = sum(weighted.values())
-            total += loss
-            entry = {f"train/loss/{term}": value for term, value in mine.items()} | {"train/loss/total": loss}
+            entry = {f"train/loss/{term}": value for term, value in terms.items()} | {"train/loss/total": loss}
             entry |= {f"train/weighted/{term}": value for term, value in weighted.items()}
             rate = self.optimizers[name].param_groups[0]["lr"]
-            entry |= {"train/lr": rate, "perf/images_per_second": self._speed()}
+            entry |= {"train/lr": rate, "perf/images_per_second": self.speed}
             self.progress.curves[name].append({"step": self.progress.iteration, "train/loss/total": loss})
             if self.processes.is_main:
                 tracker.metrics(entry, self.progress.iteration)
-            self._require_finite(name, mine)
-        return total
+            self._require_finite(name, terms)
 
     def _require_finite(self, student: str, terms: Mapping[str, float]) -> None:
-        """Stops a training that diverged: nothing good can come of it, and its weights are lost.
-
-        Under fp16 the scaler skips steps whose numbers overflowed, so there it is no proof; a run of skips is.
-        """
+        """Under fp16 the scaler skips steps whose numbers overflowed, so there it is no proof; a run of skips is."""
         broken = [term for term, value in terms.items() if not math.isfinite(value)]
         if broken and self.config.precision != "fp16":
             raise self._diverged(f"{student}: {', '.join(broken)} is not finite")
 
     def _require_steps(self, finished: bool) -> None:
-        """Stops a training in fp16 whose steps are all skipped: the weights that stay finite do not learn."""
+        """Ends a training in fp16 whose steps are all skipped: the weights that stay finite do not learn."""
         skipped = int(self.progress.skipped.item()) if self.scaler.is_enabled() else 0
         if skipped >= MOST_SKIPPED or (finished and skipped >= self.progress.iteration):
             raise self._diverged(f"fp16 left out the last {skipped} steps, whose gradients are not finite")
 
-    def _require_finite_weights(self) -> None:
-        """Weights and buffers, running statistics and methods' helpers among them: what is not finite is not kept."""
+    def require_finite_weights(self) -> None:
+        """Looks at weights and buffers, running statistics and methods' helpers among them.
+
+        Raises:
+            Diverged: what is not finite is neither scored nor kept.
+        """
         broken = not_finite(self.learner.state_dict())
         if self.processes.maximum(torch.tensor(float(bool(broken)), device=self.processes.device)).item():
             names = [name.removeprefix("_students.").removeprefix("_methods.") for name in broken]
             raise self._diverged(f"{names[0] if names else 'a weight of another process'} is not finite")
 
-    def _diverged(self, what: str) -> UserError:
-        return UserError(
-            f"{what} by iteration {self.progress.iteration}: the training diverged; lower its learning rate or the"
-            " weights of its methods (segdistill calibrate shows them)"
-        )
+    def _diverged(self, reason: str) -> Diverged:
+        return Diverged(self.progress.iteration, reason)
 
     def _log_gradient_shares(self, terms: Mapping[str, Tensor]) -> None:
         """How much of what each student's last feature is told comes from each term, in this process's batch."""
@@ -362,113 +307,118 @@ class Trainer:
         if not shares or not self.processes.is_main:
             return
         values = dict(zip(shares, torch.stack(list(shares.values())).tolist(), strict=True))
-        for name, tracker in self.trackers.items():
-            mine = {key.split("/", 1)[1]: value for key, value in values.items() if key.startswith(f"{name}/")}
-            tracker.metrics(
-                {f"train/gradient_share/{term}": value for term, value in mine.items()}, self.progress.iteration + 1
-            )
+        for name, tracker in self.training.trackers.items():
+            entry = {f"train/gradient_share/{term}": value for term, value in of_student(name, values).items()}
+            tracker.metrics(entry, self.progress.iteration + 1)
 
-    def _validate(self) -> dict[str, Evaluation]:
-        """Every student on the validation split; keeps the best weights where the config asks for them."""
-        self._require_finite_weights()
-        if self.val_set is None:
-            return {}
-        started, step = time.monotonic(), self.progress.iteration
-        evaluations = {}
-        for name, student in self.learner.students.items():
-            found = evaluations[name] = evaluate(
-                student, self.val_set, self.inference, num_classes=student.info.num_classes, processes=self.processes
-            )
-            self.progress.curves[name].append({"step": step, "val/miou": found.miou})
+    # -- what is kept -------------------------------------------------------------------------------------------------
+
+    def validated(self, evaluations: Mapping[str, Evaluation]) -> None:
+        """Takes the scores of its students; keeps the best weights where the config asks for them.
+
+        Raises:
+            Diverged: a network's scores are not finite.
+        """
+        step = self.progress.iteration
+        for name, evaluation in evaluations.items():
+            if not evaluation.finite:
+                raise self._diverged(f"{name}: the network's scores are not finite")
+            self.progress.curves[name].append({"step": step, "val/miou": evaluation.miou})
             if self.processes.is_main:
-                self.trackers[name].metrics({"val/miou": found.miou, "val/pixel_accuracy": found.accuracy}, step)
-            logger.info("iteration %d, %s: validation mIoU %.2f %%", step, name, 100 * found.miou)
-            if self.config.select == "best" and found.miou > self.progress.best.get(name, -1.0):
-                self.progress.best[name] = found.miou
+                scores = {"val/miou": evaluation.miou, "val/pixel_accuracy": evaluation.accuracy}
+                self.training.trackers[name].metrics(scores, step)
+            logger.info(
+                "iteration %d, %s %s: validation mIoU %.2f %%", step, self.training.name, name, 100 * evaluation.miou
+            )
+            if self.config.select == "best" and evaluation.miou > self.progress.best.get(name, -1.0):
+                self.progress.best[name] = evaluation.miou
+                student = self.learner.students[name]
                 self.kept[name] = {key: value.detach().clone() for key, value in student.state_dict().items()}
-        self.progress.evaluation_seconds += time.monotonic() - started
-        return evaluations
 
-    def _restore_best(self, evaluations: dict[str, Evaluation]) -> dict[str, Evaluation]:
-        assert self.val_set is not None
-        for name, student in self.learner.students.items():
-            if self.progress.best[name] > evaluations[name].miou:
-                student.load_state_dict(self.kept[name])
-                evaluations[name] = evaluate(
-                    student,
-                    self.val_set,
-                    self.inference,
-                    num_classes=student.info.num_classes,
-                    processes=self.processes,
-                )
-        return evaluations
+    def restore_best(self, evaluations: Mapping[str, Evaluation]) -> dict[str, Segmenter]:
+        """Takes back the weights of students that were better before, if any were kept; gives these students."""
+        kept = self.progress.best
+        better = [name for name, evaluation in evaluations.items() if name in kept and kept[name] > evaluation.miou]
+        for name in better:
+            self.learner.students[name].load_state_dict(self.kept[name])
+        return {name: self.learner.students[name] for name in better}
 
-    def _save(self, stopping: bool) -> None:
-        """Writes the checkpoint; ends the run if all processes agreed to."""
-        self._require_finite_weights()
+    def result(self, evaluations: dict[str, Evaluation]) -> Result:
+        """What it comes to, with the scores of the weights that it ends with."""
+        self.look_at_the_clock()  # all is done by now, on a GPU too
+        return Result(self.progress.iteration, self.progress.seconds, self.speed, evaluations, self.progress.curves)
+
+    def save(self) -> None:
+        """Writes the checkpoint.
+
+        Raises:
+            Diverged: a weight is not finite; the checkpoint before stays.
+        """
+        self.require_finite_weights()
         state = self.state()
         if self.processes.is_main:
-            checkpoint.save(self.work / CHECKPOINT, state)
+            checkpoint.save(self.training.work / CHECKPOINT, state)
         self.processes.barrier()
-        if stopping:
-            raise Interrupted(f"stopped at iteration {self.progress.iteration}; the same command continues from there")
 
     def state(self) -> dict[str, Any]:
-        """All that a resume needs, every process's random stream included; the teacher is not in it."""
-        device = self.processes.device
+        """All that a resume needs, every process's random stream included."""
         return {
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.training.fingerprint,
             "learner": self.learner.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "progress": vars(self.progress),
             "kept": self.kept,
-            "rng": self.processes.gather(torch.get_rng_state()),
-            "cuda_rng": self.processes.gather(torch.cuda.get_rng_state(device)) if device.type == "cuda" else [],
+            "random": [self.processes.gather(state) for state in self.random_state],
         }
 
-    def _resume(self) -> None:
-        state = self._read_checkpoint()
-        if state is None:
-            return
+    def resume(self) -> None:
+        """Goes on from the checkpoint if there is one; one of no use here is put aside, and training starts anew."""
+        path, fault = self.training.work / CHECKPOINT, ""
         try:
-            self._take_up(state)
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            raise UserError(
-                f"{self.work / CHECKPOINT}: written by another version of this program ({reason})"
-                "; finish with that version, or move the file away to start anew"
-            ) from None
-        logger.info("resumed at iteration %d", self.progress.iteration)
+            state = checkpoint.load(path)
+            if state is not None and state["fingerprint"] != self.training.fingerprint:
+                fault = f"{path}: a checkpoint of other settings, data or teacher"
+        except UserError as error:
+            state, fault = None, str(error)
+        if self._agreed(fault) and state is not None:
+            fresh = copy.deepcopy(self.state())
+            try:
+                self._take_up(state)
+            except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+                fault = f"{path}: written by another version of this program ({type(error).__name__})"
+            if self._agreed(fault):
+                logger.info("%s: resumed at iteration %d", self.training.name, self.progress.iteration)
+                return
+            self._take_up(fresh)
+        if fault and self.processes.is_main:
+            logger.warning("%s; it is kept as %s, and the training starts anew", fault, checkpoint.put_aside(path))
+
+    def _agreed(self, fault: str) -> bool:
+        """Whether no process found a fault, when all have read."""
+        return not self.processes.maximum(torch.tensor(float(bool(fault)), device=self.processes.device)).item()
 
     def _take_up(self, state: Mapping[str, Any]) -> None:
         self.learner.load_state_dict(state["learner"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])
-        rank, device = self.processes.rank, self.processes.device
-        for name, value in state["progress"].items():
-            setattr(self.progress, name, value)
+        device = self.processes.device
+        self.progress = Progress(**state["progress"])
         self.progress.sums = {key: value.to(device) for key, value in self.progress.sums.items()}
         self.progress.skipped = self.progress.skipped.to(device)
         self.kept = state["kept"]
-        if rank < len(state["rng"]):  # a process that was not there keeps the stream that its seed began
-            torch.set_rng_state(state["rng"][rank])
-        if rank < len(state["cuda_rng"]) and device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"][rank], device)
+        streams = [states[self.processes.rank : self.processes.rank + 1] for states in state["random"]]
+        if all(streams):  # a process that was not there keeps the stream that its seed began
+            self.random_state = [stream[0] for stream in streams]
 
-    def _read_checkpoint(self) -> dict[str, Any] | None:
-        """What to go on from; a checkpoint that is of no use here is put aside, and the training starts anew."""
-        path, state, fault = self.work / CHECKPOINT, None, ""
-        try:
-            state = checkpoint.load(path)
-            if state is not None and state["fingerprint"] != self.fingerprint:
-                fault = f"{path}: a checkpoint of other settings, data or teacher"
-        except UserError as error:
-            fault = str(error)
-        # Of one mind, and when all have read it.
-        if not self.processes.maximum(torch.tensor(float(bool(fault)), device=self.processes.device)).item():
-            return state
-        if self.processes.is_main:
-            logger.warning("%s; it is kept as %s, and the training starts anew", fault, checkpoint.put_aside(path))
-        return None
+
+def of_student(student: str, values: Mapping[str, float]) -> dict[str, float]:
+    """The terms of one student, without its name."""
+    return {key.split("/", 1)[1]: value for key, value in values.items() if key.startswith(f"{student}/")}
+
+
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """The precision of all networks' forward passes."""
+    dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=config.precision != "fp32")

@@ -107,7 +107,7 @@ def gains(comparison: Comparison) -> tuple[Drawing, float] | None:
 def cost(comparison: Comparison) -> tuple[Drawing, float]:
     """Test mIoU against parameters and against multiply-accumulates."""
     palette = Palette(comparison)
-    rows = [comparison.teacher, *comparison.rows]
+    rows = [(row, row.test_miou.mean) for row in comparison.scored if row.test_miou]
 
     def draw(figure: Any) -> None:
         panels, labels = figure.subplots(1, 2, sharey=True), []
@@ -116,12 +116,12 @@ def cost(comparison: Comparison) -> tuple[Drawing, float]:
             (panels[1], "macs", "GMACs per image", 1e9),
         ):
             points = []
-            for row in rows:
+            for row, score in rows:
                 value = getattr(row, name)
                 if not value:
                     continue
                 scores = [100 * item.test_miou for item in row.seeds]
-                x, y, color = value / scale, 100 * row.test_miou.mean, palette.color(row.experiment)
+                x, y, color = value / scale, 100 * score, palette.color(row.experiment)
                 axes.plot([x, x], [min(scores), max(scores)], color=color, linewidth=1.6, alpha=0.55)
                 size = 130 if row is comparison.teacher else 52
                 axes.scatter([x], [y], s=size, marker=palette.marker(row.student), color=color, zorder=3, linewidth=0)

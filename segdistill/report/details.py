@@ -15,7 +15,7 @@ NUMBERS_UP_TO = 30  # classes; a larger confusion matrix shows colours only
 
 def classes(comparison: Comparison, confusion: Any, colors: Sequence[tuple[int, int, int]]) -> str:
     """IoU of every class for every row, and its difference to the undistilled student."""
-    rows = (comparison.teacher, *comparison.rows)
+    rows = comparison.scored
     palette = charts.Palette(comparison)
     share = confusion.sum(axis=1) / max(confusion.sum(), 1)
     head = "".join(f"<th>{escape(palette.label(row))}</th>" for row in rows)

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from segdistill.config import parse
 from segdistill.errors import UserError
 from segdistill.files import read_sealed, read_sealed_json
 from segdistill.identity import require_classes
 from segdistill.metrics import iou_counts, mean_iou
 
+TRAINED, DIVERGED = "metrics.json", "diverged.json"  # a job's folder has one of them
 TRAIN, EVALUATE = "run the stage that trains it again", "run the stage 'evaluate' again"
 COUNTS_LIMIT = 4 * 2**30  # bytes of one network's counts, which grow with the test images
 
@@ -54,10 +56,43 @@ class Measured:
         return mean_iou(self.confusion)
 
 
+@dataclass(frozen=True)
+class Diverged:
+    """A job that left no network, since a number of its training was not finite."""
+
+    experiment: str
+    seed: int
+    iteration: int
+    reason: str
+    identity: str | None
+    code: str | None
+
+
 def read_job(
+    model: Path,
+    evaluation: Path | None,
+    experiment: str,
+    seed: int,
+    names: Sequence[str],
+    class_names: Sequence[str],
+) -> list[Measured] | Diverged:
+    """Every network of one job, or why there is none; a job that diverged needs no evaluation.
+
+    Raises:
+        UserError: as :func:`read_networks`.
+    """
+    path, training = read_training(model)
+    if path.name == DIVERGED:
+        return parse(Diverged, {"identity": None, "code": None, **training}, str(path))
+    if evaluation is None:
+        raise UserError(f"{model}: not evaluated; {EVALUATE}")
+    return read_networks(model, evaluation, experiment, seed, names, class_names)
+
+
+def read_networks(
     model: Path, evaluation: Path, experiment: str, seed: int | None, names: Sequence[str], class_names: Sequence[str]
 ) -> list[Measured]:
-    """Every network of one job.
+    """Every network of one folder.
 
     Args:
         model: the folder that training wrote.
@@ -70,34 +105,33 @@ def read_job(
     Raises:
         UserError: a file is missing, broken, or at odds with another one.
     """
-    training, report = read_training(model), read_sealed_json(evaluation, "evaluation.json", mend=EVALUATE)
-    evaluated = _part(report, "models", evaluation / "evaluation.json", EVALUATE)
-    require_classes(evaluation / "evaluation.json", report.get("classes", []), class_names)
-    found = []
+    path, training = read_training(model)
+    scores = _part(training, "students", path, TRAIN)
+    report_path, report = evaluation / "evaluation.json", read_sealed_json(evaluation, "evaluation.json", mend=EVALUATE)
+    evaluated = _part(report, "models", report_path, EVALUATE)
+    require_classes(report_path, report.get("classes", []), class_names)
+    networks = []
     for name in names:
-        for path, entries in (
-            (model / "metrics.json", training["students"]),
-            (evaluation / "evaluation.json", evaluated),
-        ):
+        for file, entries in ((path, scores), (report_path, evaluated)):
             if name not in entries:
-                raise UserError(f"{path}: nothing about '{name}'; it holds {', '.join(entries) or 'nothing'}")
+                raise UserError(f"{file}: nothing about '{name}'; it holds {', '.join(entries) or 'nothing'}")
         _require_same_weights(model, evaluation, name, evaluated[name])
         confusion, per_image, ids = _read_counts(evaluation, name, class_names)
         stated = evaluated[name].get("test/miou")
         if stated is None or not math.isclose(stated, mean_iou(confusion), abs_tol=1e-3):
             raise UserError(
-                f"{evaluation / 'evaluation.json'}: test/miou of '{name}' is {stated}, its counts give "
+                f"{report_path}: test/miou of '{name}' is {stated}, its counts give "
                 f"{mean_iou(confusion):.4f}; the folder mixes two evaluations, run evaluate again"
             )
         right, total = np.trace(per_image, axis1=1, axis2=2), per_image.sum(axis=(1, 2))
         accuracies = (right / np.maximum(total, 1)).tolist()
-        found.append(
+        networks.append(
             Measured(
                 experiment=experiment,
                 student=name,
                 seed=seed,
                 training=training,
-                validation=training["students"][name],
+                validation=scores[name],
                 test=evaluated[name],
                 confusion=confusion,
                 counts=iou_counts(per_image),
@@ -106,7 +140,7 @@ def read_job(
                 overlays=evaluation / "overlays" / name,
             )
         )
-    return found
+    return networks
 
 
 def check_same_images(measured: Sequence[Measured]) -> None:
@@ -121,15 +155,10 @@ def check_same_images(measured: Sequence[Measured]) -> None:
             )
 
 
-def read_training(model: Path) -> dict[str, Any]:
-    """What the training of a folder's networks says of itself, its ``students`` included.
-
-    Raises:
-        UserError: absent, damaged, or without what every training says.
-    """
-    training = read_sealed_json(model, "metrics.json", mend=TRAIN)
-    _part(training, "students", model / "metrics.json", TRAIN)
-    return dict(training)
+def read_training(model: Path) -> tuple[Path, dict[str, Any]]:
+    """The file in which a training says how it was done, with scores or why there are none, and what it says."""
+    path = model / (DIVERGED if (model / DIVERGED).exists() else TRAINED)
+    return path, dict(read_sealed_json(model, path.name, mend=TRAIN))
 
 
 def read_settings(models: Sequence[tuple[str, Path]], data: str, teacher: Path) -> dict[str, Any]:
@@ -146,14 +175,14 @@ def read_settings(models: Sequence[tuple[str, Path]], data: str, teacher: Path) 
     settings: dict[str, tuple[Path, Any]] = {}
     teacher_weights = read_sealed_json(teacher, "teacher.json", mend=TRAIN).get("sha256")
     for experiment, model in models:
-        path, training = model / "metrics.json", read_training(model)
-        mine = {key: _part(training, key, path, TRAIN) for key in ("settings", "config")}
+        path, training = read_training(model)
+        given = {key: _part(training, key, path, TRAIN) for key in ("settings", "config")}
         if training.get("data_content") != data:
             raise UserError(f"{path}: trained on other data than is prepared; {TRAIN}")
         if training.get("teacher_sha256", teacher_weights) != teacher_weights:
             raise UserError(f"{path}: learnt from another teacher than the one in {teacher}; {TRAIN}")
-        first, known = settings.setdefault(experiment, (path, mine))
-        if known != mine:
+        first, known = settings.setdefault(experiment, (path, given))
+        if known != given:
             raise UserError(f"{path}: '{experiment}' was trained with other settings than {first} says; {TRAIN}")
     return {experiment: known["settings"] for experiment, (_, known) in settings.items()}
 

@@ -22,7 +22,7 @@ def markdown(comparison: Comparison) -> str:
         student = text.NOTHING if row is comparison.teacher else row.student
         difference = f"**{text.gain(row)}**" if row.gain and row.gain.is_evidence else text.gain(row)
         cost = [text.millions(row.params), text.giga(row.macs), text.rate(row.images_per_second)]
-        lines.append(_line([row.experiment, student, text.spread(row.test_miou), difference, *cost]))
+        lines.append(_line([row.experiment, student, text.score(row), difference, *cost]))
     lines += ["", text.caption(comparison.protocol), ""]
     lines += [f"> {warning}" for warning in comparison.warnings]
     lines += ["", "## Protocol", "", *(f"- {name}: {value}" for name, value in protocol(comparison))]
@@ -122,8 +122,8 @@ def _facts(comparison: Comparison) -> str:
     teacher = comparison.teacher
     best = next(row for row in comparison.rows if (row.experiment, row.student) == comparison.best)
     cells = [
-        (text.percent(teacher.test_miou.mean), f"teacher, test mIoU (%), {text.millions(teacher.params)} M parameters"),
-        (text.percent(best.test_miou.mean), f"best student on validation, {text.name(best)}, test mIoU (%)"),
+        (text.mean(teacher.test_miou), f"teacher, test mIoU (%), {text.millions(teacher.params)} M parameters"),
+        (text.mean(best.test_miou), f"best student on validation, {text.name(best)}, test mIoU (%)"),
     ]
     if teacher.params and best.params:
         cells.append((f"{_times(teacher.params / best.params)}", f"fewer parameters: {text.millions(best.params)} M"))
@@ -173,6 +173,7 @@ def _table_row(row: Row, comparison: Comparison, palette: drawing.Palette, views
     color = drawing.VARIABLES[palette.color(row.experiment)]
     each = ", ".join(text.percent(item.test_miou) for item in row.seeds) if len(row.seeds) > 1 else ""
     small = f'<span class="small">{each}</span>' if each else ""
+    small += f'<span class="small wide">{escape(row.divergence)}</span>' if row.divergence else ""
     cells = [
         f'<td><span class="dot" style="background:{color}"></span>{escape(row.experiment)}</td>',
         f'<td class="text">{text.NOTHING if is_teacher else escape(row.student)}</td>',

@@ -1,19 +1,26 @@
-"""The comparison itself: rows with mean, spread and interval, from what was measured. No file is read or written here.
+"""The comparison itself: rows with mean, spread and interval, from what was measured.
 
 Scores are shares (0..1), as everywhere; only what a person reads is in percent. :class:`Comparison` is what
-``results.json`` holds: ``config.to_dict`` writes it, ``config.parse`` reads it back.
+``results.json`` holds: ``config.to_dict`` makes it, :func:`read_results` reads it back.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from segdistill.config import parse
+from segdistill.errors import UserError
+from segdistill.files import read_sealed_json
 from segdistill.metrics import iou, paired_difference_of_counts
 from segdistill.metrics.confusion import mean_over_present
-from segdistill.report.inputs import Measured
+from segdistill.report.inputs import Diverged, Measured
+
+RESULTS = "results.json"
+AGAIN = "run the stage 'compare' again"
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,13 @@ class Spread:
 
     mean: float
     std: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread | None":
+        """Of at least one value; None without."""
+        if not values:
+            return None
+        return cls(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -34,13 +48,17 @@ class SeedResult:
     val_miou: float
     iterations: int | None
     training_seconds: float | None
+    # Provenance: of the training, of the code that it used, and of its result.
+    identity: str | None
+    code: str | None
+    weights_sha256: str
 
 
 @dataclass(frozen=True)
 class Gain:
     """Difference in test mIoU to the undistilled student, with its bootstrap interval."""
 
-    reference: str
+    seeds: tuple[int | None, ...]  # those that both have
     mean: float
     low: float
     high: float
@@ -76,10 +94,14 @@ class Row:
     student: str
     methods: tuple[str, ...]
     distilled: bool
+    # The experiment that trained the same student undistilled; None where this run has none.
+    reference: str | None
     seeds: tuple[SeedResult, ...]
-    test_miou: Spread
-    val_miou: Spread
-    test_pixel_accuracy: Spread
+    diverged: tuple[Diverged, ...]
+    # None, as all scores, where every seed diverged.
+    test_miou: Spread | None
+    val_miou: Spread | None
+    test_pixel_accuracy: Spread | None
     per_class_iou: dict[str, float | None]
     # Further ways to evaluate (flip, multi_scale), where every seed has them.
     views: dict[str, Spread]
@@ -89,6 +111,18 @@ class Row:
     images_per_second: float | None
     training_seconds: float | None
     gain: Gain | None
+
+    @property
+    def divergence(self) -> str:
+        """Which seeds diverged, where and why; empty if none did."""
+        causes = {f"at iteration {job.iteration}: {job.reason}" for job in self.diverged}
+        each = "; ".join(f"seed {job.seed} at iteration {job.iteration}: {job.reason}" for job in self.diverged)
+        if not self.diverged:
+            return ""
+        if self.seeds:
+            number = len(self.diverged)
+            return f"{number} of {number + len(self.seeds)} seeds diverged ({each})"
+        return f"diverged {causes.pop()}" if len(causes) == 1 else f"every seed diverged ({each})"
 
 
 @dataclass(frozen=True)
@@ -106,6 +140,8 @@ class Protocol:
     bootstrap_seed: int
     # The content hash of the prepared data.
     data_content: str
+    # Of the teacher's weights.
+    teacher_sha256: str
 
 
 @dataclass(frozen=True)
@@ -121,6 +157,24 @@ class Comparison:
     warnings: tuple[str, ...]
     # The gate: whether a student is good enough to be registered.
     passed: bool
+
+    @property
+    def scored(self) -> tuple[Row, ...]:
+        """The teacher and the rows of which not every seed diverged."""
+        return (self.teacher, *(row for row in self.rows if row.seeds))
+
+
+def read_results(folder: Path) -> Comparison:
+    """What the stage ``compare`` found.
+
+    Raises:
+        UserError: its folder has no results, or damaged or incomplete ones.
+    """
+    results = read_sealed_json(folder, RESULTS, mend=AGAIN)
+    try:
+        return parse(Comparison, results, str(folder / RESULTS))
+    except UserError as error:
+        raise UserError(f"{error}; {AGAIN}") from None
 
 
 def find_reference(experiment: str, student: str, run: Sequence[str], experiments: Mapping[str, Any]) -> str | None:
@@ -146,128 +200,158 @@ def is_undistilled(experiment: Mapping[str, Any]) -> bool:
 def compare_runs(
     teacher: Measured,
     measured: Sequence[Measured],
+    diverged: Sequence[Diverged],
     run: Sequence[str],
     experiments: Mapping[str, Any],
     class_names: Sequence[str],
-    settings: Mapping[str, Any],
+    bootstrap: Mapping[str, Any],
 ) -> tuple[Row, list[Row]]:
     """The teacher's row, and one for each student of each experiment, in the order of ``run``.
 
     Args:
         teacher: the frozen teacher.
-        measured: every network of every job.
+        measured: every network of every job that has some.
+        diverged: the other jobs.
         run: names of the experiments.
         experiments: their configurations, for the references.
         class_names: the classes of the data set.
-        settings: ``resamples``, ``confidence`` and ``seed`` of the bootstrap.
+        bootstrap: its ``resamples``, ``confidence`` and ``seed``.
     """
-    groups: dict[tuple[str, str], list[Measured]] = {}
-    for item in measured:
-        groups.setdefault((item.experiment, item.student), []).append(item)
+    networks: dict[tuple[str, str], list[Measured]] = {}
+    for network in measured:
+        networks.setdefault((network.experiment, network.student), []).append(network)
     rows = []
-    for (experiment, student), items in groups.items():
-        reference = find_reference(experiment, student, run, experiments)
-        against = groups.get((reference, student)) if reference else None
-        gain = _gain(items, against, class_names, settings) if against else None
-        rows.append(_row(items, experiments.get(experiment) or {}, class_names, gain))
-    return _row([teacher], {}, class_names, None), rows
+    for experiment in run:
+        for student in experiments[experiment]["students"]:
+            seeds = networks.get((experiment, student), [])
+            reference = find_reference(experiment, student, run, experiments)
+            gain = _gain(seeds, networks.get((str(reference), student), []), class_names, bootstrap)
+            row = _row(experiment, student, seeds, experiments[experiment].get("methods") or [], class_names)
+            failures = tuple(job for job in diverged if job.experiment == experiment)
+            rows.append(replace(row, reference=reference, diverged=failures, gain=gain))
+    return _row(teacher.experiment, teacher.student, [teacher], [], class_names), rows
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
     """What a reader must know before comparing these rows."""
-    found = []
+    sentences = []
     by_name = {(row.experiment, row.student): row for row in rows}
     for row in rows:
-        if row.gain is None:
-            if row.distilled:
-                found.append(
-                    f"{row.experiment} ({row.student}) has no undistilled reference in this run: add an experiment "
-                    f"with the same student and no methods to say what distillation did."
-                )
+        name = f"{row.experiment} ({row.student})"
+        if row.diverged:
+            rest = "; its numbers are of the others" if row.seeds else ""
+            sentences.append(f"{name}: {row.divergence}{rest}.")
+        if not row.seeds:
             continue
-        reference = by_name[row.gain.reference, row.student]
-        budgets = ([item.iterations for item in row.seeds], [item.iterations for item in reference.seeds])
+        if row.distilled and row.reference is None:
+            sentences.append(
+                f"{name} has no undistilled reference in this run: add an experiment with the same student and no "
+                f"methods to say what distillation did."
+            )
+        if row.reference is None:
+            continue
+        reference = by_name[row.reference, row.student]
+        if row.gain is None:
+            why = "have no seed in common" if reference.seeds else "have nothing to compare: the reference diverged"
+            sentences.append(f"{name} and its undistilled reference, {row.reference}, {why}.")
+            continue
+        if len(row.gain.seeds) < max(len(row.seeds), len(reference.seeds)):
+            common = ", ".join(str(seed) for seed in row.gain.seeds)
+            sentences.append(f"{name} is compared with {row.reference} on the seeds that both have: {common}.")
+        budgets = [[seed.iterations for seed in one.seeds if seed.seed in row.gain.seeds] for one in (row, reference)]
         if budgets[0] != budgets[1]:
-            found.append(
-                f"{row.experiment} ({row.student}) trained {budgets[0]} iterations, its reference {budgets[1]}: the "
-                f"budgets differ, so the difference is not distillation's alone."
+            sentences.append(
+                f"{name} trained {budgets[0]} iterations, its reference {budgets[1]}: the budgets differ, so the "
+                f"difference is not distillation's alone."
             )
         if row.gain.is_disputed:
-            found.append(
-                f"{row.experiment} ({row.student}): the interval excludes zero, but the seeds disagree about the sign; "
-                f"more seeds are needed."
+            sentences.append(
+                f"{name}: the interval excludes zero, but the seeds disagree about the sign; more seeds are needed."
             )
-    return found
+    return sentences
 
 
 def best_row(rows: Sequence[Row]) -> tuple[str, str]:
     """The student with the best mean validation score: what registration would choose without a budget."""
-    best = max(rows, key=lambda row: row.val_miou.mean)
-    return best.experiment, best.student
+    scores = {(row.experiment, row.student): row.val_miou.mean for row in rows if row.val_miou}
+    return max(scores, key=scores.__getitem__)
 
 
 def _gain(
-    items: Sequence[Measured], against: Sequence[Measured], class_names: Sequence[str], settings: Mapping[str, Any]
-) -> Gain:
-    system, reference = np.stack([item.counts for item in items]), np.stack([item.counts for item in against])
-    found = paired_difference_of_counts(system, reference, **settings)
-    per_class = _mean_iou_by_class(items) - _mean_iou_by_class(against)
+    networks: Sequence[Measured],
+    references: Sequence[Measured],
+    class_names: Sequence[str],
+    bootstrap: Mapping[str, Any],
+) -> Gain | None:
+    """Of the seeds that both have; None if there is none."""
+    by_seed = {reference.seed: reference for reference in references}
+    systems = [network for network in networks if network.seed in by_seed]
+    if not systems:
+        return None
+    references = [by_seed[network.seed] for network in systems]
+    counts = [np.stack([network.counts for network in side]) for side in (systems, references)]
+    difference = paired_difference_of_counts(*counts, **bootstrap)
     return Gain(
-        reference=against[0].experiment,
-        mean=found.mean,
-        low=found.low,
-        high=found.high,
-        per_seed=found.per_seed,
-        per_class=_by_class(class_names, per_class),
+        seeds=tuple(network.seed for network in systems),
+        mean=difference.mean,
+        low=difference.low,
+        high=difference.high,
+        per_seed=difference.per_seed,
+        per_class=_by_class(class_names, _mean_iou_by_class(systems) - _mean_iou_by_class(references)),
     )
 
 
 def _row(
-    items: Sequence[Measured], experiment: Mapping[str, Any], class_names: Sequence[str], gain: Gain | None
+    experiment: str,
+    student: str,
+    networks: Sequence[Measured],
+    methods: Sequence[Mapping[str, Any]],
+    class_names: Sequence[str],
 ) -> Row:
+    """What one student's networks, one a seed, did by themselves; without any, a row without scores."""
     seeds = tuple(
         SeedResult(
-            seed=item.seed,
-            test_miou=item.miou,
-            test_pixel_accuracy=item.test["test/pixel_accuracy"],
-            val_miou=item.validation["val/miou"],
-            iterations=item.training.get("iterations"),
-            training_seconds=item.training.get("seconds"),
+            seed=network.seed,
+            test_miou=network.miou,
+            test_pixel_accuracy=network.test["test/pixel_accuracy"],
+            val_miou=network.validation["val/miou"],
+            iterations=network.training.get("iterations"),
+            training_seconds=network.training.get("seconds"),
+            identity=network.training.get("identity"),
+            code=network.training.get("code"),
+            weights_sha256=network.test["weights_sha256"],
         )
-        for item in items
+        for network in networks
     )
-    first = items[0].test
-    methods = tuple(str(method.get("name", "?")) for method in experiment.get("methods") or [])
     views = {}
     for view in ("flip", "multi_scale"):
-        if all(item.test.get(view) for item in items):
-            views[view] = spread([item.test[view]["test/miou"] for item in items])
+        scores = [network.test[view]["test/miou"] for network in networks if network.test.get(view)]
+        if len(scores) == len(seeds) and (spread := Spread.of(scores)):
+            views[view] = spread
     # The fastest pass of all seeds: the network is the same, and slower passes tell what else the machine was doing.
-    latency = min((known for item in items if (known := item.test.get("latency_ms"))), default=None)
+    latency = min((known for network in networks if (known := network.test.get("latency_ms"))), default=None)
+    durations = [seed.training_seconds for seed in seeds if seed.training_seconds is not None]
+    first = networks[0].test if networks else {}
     return Row(
-        experiment=items[0].experiment,
-        student=items[0].student,
-        methods=methods,
+        experiment=experiment,
+        student=student,
+        methods=tuple(str(method.get("name", "?")) for method in methods),
         distilled=bool(methods),
+        reference=None,
         seeds=seeds,
-        test_miou=spread([item.test_miou for item in seeds]),
-        val_miou=spread([item.val_miou for item in seeds]),
-        test_pixel_accuracy=spread([item.test_pixel_accuracy for item in seeds]),
-        per_class_iou=_by_class(class_names, _mean_iou_by_class(items)),
+        diverged=(),
+        test_miou=Spread.of([seed.test_miou for seed in seeds]),
+        val_miou=Spread.of([seed.val_miou for seed in seeds]),
+        test_pixel_accuracy=Spread.of([seed.test_pixel_accuracy for seed in seeds]),
+        per_class_iou=_by_class(class_names, _mean_iou_by_class(networks)) if seeds else {},
         views=views,
         params=first.get("params"),
         macs=first.get("macs"),
         latency_ms=latency,
         images_per_second=1000 / latency if latency else None,
-        training_seconds=_mean([item.training_seconds for item in seeds]),
-        gain=gain,
+        training_seconds=float(np.mean(durations)) if durations else None,
+        gain=None,
     )
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Mean and sample standard deviation."""
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return Spread(float(np.mean(values)), std)
 
 
 def _mean_iou_by_class(items: Sequence[Measured]) -> Any:  # [K], nan where no seed has the class
@@ -277,8 +361,3 @@ def _mean_iou_by_class(items: Sequence[Measured]) -> Any:  # [K], nan where no s
 def _by_class(class_names: Sequence[str], values: Any) -> dict[str, float | None]:
     pairs = zip(class_names, values.tolist(), strict=True)
     return {name: None if math.isnan(value) else value for name, value in pairs}
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None

@@ -43,6 +43,7 @@ th:first-child, td:first-child, th.text, td.text { text-align: left; }
 .main tr.best td:first-child::after { content: "best on val"; margin-left: 8px; padding: 1px 7px; font-size: 11px;
   border-radius: 9px; border: 1px solid var(--accent); color: var(--accent); }
 .small { display: block; color: var(--muted); font-size: 12px; }
+.wide { white-space: normal; min-width: 170px; color: var(--down); }
 .up { color: var(--up); } .down { color: var(--down); } .sure { font-weight: 650; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 8px; }
 .swatch { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 8px;

@@ -11,9 +11,21 @@ def percent(value: float | None, decimals: int = 1) -> str:
     return NOTHING if value is None else f"{100 * value:.{decimals}f}"
 
 
-def spread(value: Spread) -> str:
+def spread(value: Spread | None) -> str:
     """``61.2 ± 0.4`` in percent; a single seed has no spread to show."""
+    if value is None:
+        return NOTHING
     return percent(value.mean) if value.std is None else f"{percent(value.mean)} ± {percent(value.std)}"
+
+
+def mean(value: Spread | None) -> str:
+    """``61.2``."""
+    return percent(value.mean if value else None)
+
+
+def score(row: Row) -> str:
+    """The test score, and which seeds have none because they diverged."""
+    return "; ".join(part for part in (spread(row.test_miou) if row.test_miou else "", row.divergence) if part)
 
 
 def points(value: float | None, decimals: int = 2) -> str:
@@ -40,7 +52,7 @@ def gain(row: Row) -> str:
     """Difference and interval, or why there is none."""
     if row.gain:
         return f"{difference(row)} {interval(row)}"
-    return "no reference" if row.distilled else NOTHING
+    return "no reference" if row.distilled and row.seeds else NOTHING
 
 
 def millions(value: float | None) -> str:

@@ -38,8 +38,8 @@ def write(
         trackers[name].metrics({"perf/params": count_parameters(student)})
 
 
-def finish(work: Path) -> None:
-    """Removes checkpoints that are of no more use, and the folders that they leave empty."""
+def forget(work: Path) -> None:
+    """Removes the checkpoints of trainings of which all is told, and the folders that they leave empty."""
     for folder in (*work.glob("*/"), work):
         (folder / CHECKPOINT).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # something else is there: a checkpoint that was put aside

@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from segdistill.config import Seed, parse, to_dict
+from segdistill.config import Seed, flatten, to_dict
 from segdistill.config import config as config_class
 from segdistill.engine.tracker import Tracker
-from segdistill.files import disk_errors, new_folder, read_sealed, read_sealed_json, seal, write_file
+from segdistill.errors import UserError
+from segdistill.files import disk_errors, new_folder, read_sealed, seal, write_file
 from segdistill.plan import TEACHER, jobs
 from segdistill.report.highlights import Highlights, scores_of
 from segdistill.stages._cohort import folders_of
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
+    from segdistill.data.shards import DatasetInfo
     from segdistill.report.inputs import Curve, Measured
-    from segdistill.report.results import Comparison, Row
+    from segdistill.report.results import Comparison, Protocol, Row
 
-AGAIN = "run the stage 'compare' again"
 PAGE_LIMIT = 2**30  # bytes; the page holds its pictures
 
 
@@ -75,7 +75,8 @@ def run(
         tracker: of the pipeline's run.
     """
     from segdistill.data.shards import read_dataset_info
-    from segdistill.report.inputs import check_same_images, read_job, read_settings
+    from segdistill.report.inputs import Diverged, check_same_images, read_job, read_networks, read_settings
+    from segdistill.report.results import compare_runs
 
     started = time.monotonic()
     matrix = jobs(run, seeds)
@@ -83,111 +84,103 @@ def run(
     counts = folders_of(matrix, evaluations, "run the stage 'evaluate' again")
     info = read_dataset_info(prepared)
     names = [item.name for item in info.classes]
-    taught = read_job(teacher, teacher_evaluation, TEACHER, None, [TEACHER], names)[0]
+    (taught,) = read_networks(teacher, teacher_evaluation, TEACHER, None, [TEACHER], names)
     folders = [(job.experiment, model) for job, model in models.items()]
     experiments = read_settings(folders, info.content_hash, teacher)
     measured: list[Measured] = []
+    diverged: list[Diverged] = []
     for job, model in models.items():
         expected = list(experiments[job.experiment]["students"])
-        measured += read_job(model, counts[job], job.experiment, job.seed, expected, names)
+        networks = read_job(model, counts[job], job.experiment, job.seed, expected, names)
+        if isinstance(networks, Diverged):
+            diverged.append(networks)
+        else:
+            measured += networks
+    if not measured:
+        raise UserError(f"{students[0]}: every job diverged, and nothing is left to compare; {diverged[0].reason}")
     check_same_images([taught, *measured])
-    comparison = _compare(config, run, seeds, experiments, prepared, taught, measured)
+    bootstrap = {"confidence": config.confidence, "resamples": config.resamples, "seed": config.bootstrap_seed}
+    rows = compare_runs(taught, measured, diverged, run, experiments, names, bootstrap)
+    comparison = _judged(config, *rows, _protocol(config, seeds, info, taught, measured))
     _write(config, comparison, taught, measured, prepared, report)
     summary = metrics_of(comparison)
     with disk_errors(metrics):
         metrics.parent.mkdir(parents=True, exist_ok=True)
         _write_text(metrics, json.dumps(summary, indent=2) + "\n")
-    tracker.metrics(_tracked(comparison))
+    tracker.metrics({"compare/" + "/".join(name.rsplit(".", 1)): value for name, value in flatten(summary).items()})
     tracker.artifact(report, "comparison")
     return {"evaluation": time.monotonic() - started}
 
 
 def metrics_of(comparison: "Comparison") -> dict[str, Any]:
-    """What ``dvc metrics show`` prints: shares, four decimals."""
-    summary: dict[str, Any] = {TEACHER: {"test_miou": round(comparison.teacher.test_miou.mean, 4)}}
-    for row in comparison.rows:
-        entry = {"test_miou": round(row.test_miou.mean, 4)}
+    """What ``dvc metrics show`` prints: shares, four decimals; of seeds that diverged their number."""
+    summary: dict[str, Any] = {}
+    for row in (comparison.teacher, *comparison.rows):
+        entry: dict[str, float] = {}
+        if row.test_miou is not None:
+            entry["test_miou"] = round(row.test_miou.mean, 4)
+        if row.diverged:
+            entry["diverged"] = len(row.diverged)
         if row.gain is not None:
-            entry |= {
-                "difference": round(row.gain.mean, 4),
-                "low": round(row.gain.low, 4),
-                "high": round(row.gain.high, 4),
-            }
-        summary.setdefault(row.experiment, {})[row.student] = entry
+            numbers = {"difference": row.gain.mean, "low": row.gain.low, "high": row.gain.high}
+            entry |= {key: round(value, 4) for key, value in numbers.items()}
+        if row is comparison.teacher:
+            summary[TEACHER] = entry
+        else:
+            summary.setdefault(row.experiment, {})[row.student] = entry
     return summary
 
 
-def table(results: Mapping[str, Any]) -> "Table":
-    """The comparison for a terminal.
-
-    Args:
-        results: the content of ``results.json``.
-    """
+def table(comparison: "Comparison") -> "Table":
+    """The comparison for a terminal."""
     from rich.table import Table
 
     from segdistill.report import text
-    from segdistill.report.results import Comparison
 
-    comparison = parse(Comparison, dict(results), "results.json")
-    number = len(comparison.protocol.seeds)
-    shown = Table(
+    table = Table(
         title="Test mIoU in percent, differences in percentage points",
         title_justify="left",
         caption=_escape(text.caption(comparison.protocol)),
         caption_justify="left",
     )
-    shown.add_column("experiment")
-    shown.add_column("student")
-    shown.add_column(f"test mIoU ({number} seed{'s' * (number > 1)})", justify="right")
-    shown.add_column("to undistilled", justify="right")
-    shown.add_column("params (M)", justify="right")
-    shown.add_column("images/s", justify="right")
+    seeds = text.plural(len(comparison.protocol.seeds), "seed")
+    table.add_column("experiment", no_wrap=True)
+    table.add_column("student", no_wrap=True)
+    table.add_column(f"test mIoU ({seeds})", justify="right")
+    for name in ("to undistilled", "params (M)", "images/s"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in (comparison.teacher, *comparison.rows):
         style = "bold" if row.gain is not None and row.gain.is_evidence else ""
         difference = text.gain(row)
-        shown.add_row(
+        table.add_row(
             row.experiment,
             "–" if row is comparison.teacher else row.student,
-            text.spread(row.test_miou),
+            _escape(text.score(row)),
             f"[{style}]{_escape(difference)}[/]" if style else _escape(difference),
             text.millions(row.params),
             text.rate(row.images_per_second),
             end_section=row is comparison.teacher,
         )
-    return shown
-
-
-def print_table(results: Mapping[str, Any], console: "Console") -> None:
-    """Prints :func:`table`."""
-    console.print(table(results))
+    return table
 
 
 def _escape(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def _compare(
-    config: Config,
-    run: Sequence[str],
-    seeds: Sequence[int],
-    experiments: Mapping[str, Any],
-    prepared: Path,
-    taught: "Measured",
-    measured: Sequence["Measured"],
-) -> "Comparison":
-    from segdistill.data.shards import read_dataset_info
-    from segdistill.report.results import Comparison, Protocol, best_row, compare_runs, warnings
+def _protocol(
+    config: Config, seeds: Sequence[int], info: "DatasetInfo", taught: "Measured", measured: Sequence["Measured"]
+) -> "Protocol":
+    """How the numbers came about."""
+    from segdistill.report.results import Protocol
 
-    info = read_dataset_info(prepared)
-    names = [item.name for item in info.classes]
-    bootstrap = {"confidence": config.confidence, "resamples": config.resamples, "seed": config.bootstrap_seed}
-    row, rows = compare_runs(taught, measured, run, experiments, names, bootstrap)
-    selections = {item.training.get("config", {}).get("train", {}).get("select") for item in measured}
+    selections = {network.training.get("config", {}).get("train", {}).get("select") for network in measured}
+    iterations = {int(network.training.get("iterations") or 0) for network in measured} - {0}
     size = taught.test.get("input_size")
-    protocol = Protocol(
+    return Protocol(
         seeds=tuple(seeds),
-        iterations=tuple(sorted({item.iterations for row in rows for item in row.seeds if item.iterations})),
-        classes=tuple(names),
+        iterations=tuple(sorted(iterations)),
+        classes=tuple(item.name for item in info.classes),
         splits=dict(info.splits),
         input_size=(size[0], size[1]) if size else None,
         selection=selections.pop() if len(selections) == 1 else None,
@@ -195,9 +188,16 @@ def _compare(
         resamples=config.resamples,
         bootstrap_seed=config.bootstrap_seed,
         data_content=info.content_hash,
+        teacher_sha256=taught.test["weights_sha256"],
     )
-    passed = 100 * max(one.test_miou.mean for one in rows) >= config.min_test_miou
-    return Comparison(row, tuple(rows), best_row(rows), protocol, tuple(warnings(rows)), passed)
+
+
+def _judged(config: Config, teacher: "Row", rows: Sequence["Row"], protocol: "Protocol") -> "Comparison":
+    """The rows with the best of them, the warnings, and whether one passes the gate."""
+    from segdistill.report.results import Comparison, best_row, warnings
+
+    passed = 100 * max(row.test_miou.mean for row in rows if row.test_miou) >= config.min_test_miou
+    return Comparison(teacher, tuple(rows), best_row(rows), protocol, tuple(warnings(rows)), passed)
 
 
 def _write(
@@ -261,24 +261,16 @@ def _write_per_class(path: Path, rows: Sequence["Row"]) -> None:
                 writer.writerow([row.experiment, row.student, name, *cells])
 
 
-def _tracked(comparison: "Comparison") -> dict[str, float]:
-    """Names a tracker takes: ``compare/<experiment>.<student>/<number>``."""
-    values = {f"compare/{TEACHER}/test_miou": comparison.teacher.test_miou.mean}
-    for experiment, entries in metrics_of(comparison).items():
-        if experiment != TEACHER:
-            for student, numbers in entries.items():
-                values |= {f"compare/{experiment}.{student}/{key}": value for key, value in numbers.items()}
-    return values
-
-
 def highlights(paths: Mapping[str, Any]) -> Highlights:
     """The table and the page."""
+    from segdistill.report.results import AGAIN, read_results
+
     report = paths["report"]
-    results = read_sealed_json(report, "results.json", mend=AGAIN)
-    rows = {f"{row['experiment']}.{row['student']}": {"test/miou": row["test_miou"]["mean"]} for row in results["rows"]}
-    taught = {TEACHER: {"test/miou": results["teacher"]["test_miou"]["mean"]}}
+    results = read_results(report)
+    networks = {TEACHER: results.teacher} | {f"{row.experiment}.{row.student}": row for row in results.rows}
+    scores = {name: {"test/miou": row.test_miou.mean} for name, row in networks.items() if row.test_miou}
     return Highlights(
-        scores=scores_of(taught | rows, ("test/miou",)),
+        scores=scores_of(scores, ("test/miou",)),
         page=read_sealed(report, "report.html", mend=AGAIN, limit=PAGE_LIMIT).decode(),
         summary=read_sealed(report, "report.md", mend=AGAIN).decode(),
     )

@@ -96,7 +96,7 @@ def run(
         Seconds by activity.
     """
     from segdistill.engine.distributed import processes as join
-    from segdistill.stages._training import dataset, finish
+    from segdistill.stages._training import dataset, forget
 
     cohort: CohortPlan = read_plan(CohortPlan, plan)
     protocol, work = cohort.protocol, work or students.with_name(students.name + ".work")
@@ -120,7 +120,7 @@ def run(
                 spent = {activity: spent[activity] + seconds[activity] for activity in spent}
         if processes.is_main:
             write_record(students, [member.planned.job for member in members])
-            finish(work)
+            forget(work)
         processes.barrier()
     return spent
 
@@ -156,7 +156,8 @@ def _train(
     processes: "Processes",
 ) -> dict[str, float]:
     """Trains some members on the same batches and writes what they gave; returns seconds by activity."""
-    from segdistill.engine.cohort import Cohort, Diverged
+    from segdistill.engine.cohort import Cohort
+    from segdistill.engine.trainer import Diverged
     from segdistill.stages._training import write
 
     trackers = {member.planned.experiment: member.trackers(tracker) for member in group}
@@ -188,7 +189,7 @@ def _train(
 def _training(
     member: Member, info: "DatasetInfo", frozen: "Teacher | None", work: Path, trackers: Mapping[str, Tracker]
 ) -> "Training":
-    from segdistill.engine.cohort import Training
+    from segdistill.engine.trainer import Training
 
     settings = member.planned.settings
     return Training(

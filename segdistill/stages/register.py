@@ -9,18 +9,21 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from segdistill.config import config as config_class
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError, nearest
-from segdistill.files import new_folder, read_sealed_json
+from segdistill.files import new_folder
 from segdistill.identity import facts_of
-from segdistill.plan import jobs
+from segdistill.plan import Job, jobs
 from segdistill.report.highlights import Highlights
-from segdistill.stages._cohort import diverged, folders_of
+from segdistill.stages._cohort import folders_of
+
+if TYPE_CHECKING:
+    from segdistill.report.results import Comparison
 
 COMPARE = "run the stage 'compare' again"
 
@@ -52,6 +55,7 @@ class Candidate:
     test_miou: float
     params: int
     macs: int
+    weights_sha256: str
 
 
 def run(
@@ -82,16 +86,22 @@ def run(
     Raises:
         UserError: no student is within the budget, a file is missing, or the registered model serves other logits.
     """
-    if not passed(comparison):
+    from segdistill.report.results import read_results
+
+    results = read_results(comparison)
+    if not results.passed:
         with new_folder(registration) as partial:
             _write(partial, {"name": config.model_name, "version": None, "reason": "no student passed the gate"})
         return
-    best = choose(read_candidates(run, seeds, students, comparison), config)
+    folders = folders_of(jobs(run, seeds), students, "run the stage 'distill' again")
+    best = choose(candidates(results, folders, comparison), config)
 
     from segdistill.models.export import ExportedSegmenter, load_model
 
     classes = class_names(prepared)
     segmenter, document = load_model(best.folder, best.student, classes=classes)
+    if document["sha256"] != best.weights_sha256:
+        raise UserError(f"{best.folder}: '{best.student}' has other weights than were compared; {COMPARE}")
     from segdistill.adapters.mlflow_registry import Submission, register
 
     submission = Submission(
@@ -101,7 +111,7 @@ def run(
         val_miou=best.val_miou,
         test_miou=best.test_miou,
         test_data=identity_of_test_data(prepared),
-        weights_sha256=document["sha256"],
+        weights_sha256=best.weights_sha256,
         classes=classes,
         facts={"params": str(best.params), "macs": str(best.macs), **facts_of(document)},
     )
@@ -125,59 +135,39 @@ def _write(folder: Path, result: Mapping[str, Any]) -> None:
     (folder / "registration.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-def passed(comparison: Path) -> bool:
-    """What the gate ``compare.min_test_miou`` said.
+def candidates(results: "Comparison", folders: Mapping[Job, Path], comparison: Path) -> list[Candidate]:
+    """Every student of every job that has some, in the order of the matrix.
+
+    Args:
+        results: what was compared.
+        folders: the folder of each job.
+        comparison: where the results are from.
 
     Raises:
-        UserError: the comparison has no such verdict.
+        UserError: the comparison is not of these jobs.
     """
-    results = comparison / "results.json"
-    verdict = read_sealed_json(comparison, "results.json", mend=COMPARE).get("passed")
-    if not isinstance(verdict, bool):
-        raise UserError(f"{results}: passed: expected true or false, found {verdict!r}; run compare again")
-    return verdict
-
-
-def read_candidates(
-    run: Sequence[str], seeds: Sequence[int], students: Sequence[Path], comparison: Path
-) -> list[Candidate]:
-    """Every student of every job, in the order of the matrix.
-
-    Raises:
-        UserError: a job's file is absent, or the comparison is not of these jobs.
-    """
-    from segdistill.report.inputs import read_training
-
-    results = comparison / "results.json"
-    compared: dict[tuple[str, int, str], tuple[dict[str, Any], dict[str, Any]]] = {}
-    for row in read_sealed_json(comparison, "results.json", mend=COMPARE).get("rows", []):
-        for entry in row["seeds"]:
-            compared[row["experiment"], entry["seed"], row["student"]] = (row, entry)
-    candidates = []
-    for job, folder in folders_of(jobs(run, seeds), students, "run the stage 'distill' again").items():
-        if diverged(folder):
-            continue
-        experiment, seed = job.experiment, job.seed
-        for student, scores in read_training(folder)["students"].items():
-            found = compared.get((experiment, seed, student))
-            if found is None:
-                raise UserError(
-                    f"{results}: nothing about {experiment} ({student}) with seed {seed}; run compare again"
-                )
-            row, entry = found
-            candidates.append(
-                Candidate(
-                    experiment,
-                    seed,
-                    student,
-                    folder,
-                    scores["val/miou"],
-                    entry["test_miou"],
-                    row["params"],
-                    row["macs"],
-                )
+    compared = {Job(row.experiment, one.seed or 0) for row in results.rows for one in row.seeds}
+    compared |= {Job(row.experiment, one.seed) for row in results.rows for one in row.diverged}
+    if compared != set(folders):
+        names = ", ".join(map(str, compared.symmetric_difference(folders)))
+        raise UserError(f"{comparison / 'results.json'}: of other jobs than params.yaml has: {names}; {COMPARE}")
+    trained = []
+    for row in results.rows:
+        for scores in row.seeds:
+            assert scores.seed is not None and row.params is not None and row.macs is not None
+            candidate = Candidate(
+                experiment=row.experiment,
+                seed=scores.seed,
+                student=row.student,
+                folder=folders[Job(row.experiment, scores.seed)],
+                val_miou=scores.val_miou,
+                test_miou=scores.test_miou,
+                params=row.params,
+                macs=row.macs,
+                weights_sha256=scores.weights_sha256,
             )
-    return candidates
+            trained.append(candidate)
+    return trained
 
 
 def choose(candidates: Sequence[Candidate], config: Config) -> Candidate:

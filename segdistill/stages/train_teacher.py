@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from segdistill.config import flatten, to_dict
 from segdistill.engine.tracker import Tracker
-from segdistill.errors import UserError
 from segdistill.identity import Identity, effective
 from segdistill.plan import TEACHER, TRAINING, TeacherConfig, TeacherPlan, code_of, read_plan
 from segdistill.report.highlights import Highlights, trained
@@ -63,8 +62,9 @@ def _train(
     processes: "Processes",
 ) -> dict[str, float]:  # fmt: skip
     from segdistill.engine.building import build_learner
-    from segdistill.engine.cohort import Cohort, Diverged, Training
-    from segdistill.stages._training import dataset, finish, write
+    from segdistill.engine.cohort import Cohort
+    from segdistill.engine.trainer import Diverged, Training
+    from segdistill.stages._training import dataset, forget, write
 
     info, train_set, val_set = dataset(prepared)
     work = work or teacher.with_name(teacher.name + ".work")
@@ -78,13 +78,15 @@ def _train(
     )  # fmt: skip
     outcome = cohort.run()[TEACHER]
     if isinstance(outcome, Diverged):
-        raise UserError(f"train_teacher: diverged at iteration {outcome.iteration}: {outcome.reason}")
+        if processes.is_main:
+            forget(work)
+        raise outcome
     if processes.is_main:
         facts = {"config": to_dict(config)}
         write(
             teacher, training.learner, outcome, info, identity=identity, facts=facts, trackers=training.trackers
         )  # fmt: skip
-        finish(work)
+        forget(work)
     processes.barrier()
     tracker.close()
     return cohort.seconds

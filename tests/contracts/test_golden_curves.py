@@ -38,20 +38,20 @@ from segdistill.config import parse
 from segdistill.data.loader import Share, training_batches
 from segdistill.data.settings import AugmentationConfig
 from segdistill.data.shards import ShardDataset, read_dataset_info
+from segdistill.engine.building import build_learner
+from segdistill.engine.cohort import Cohort
 from segdistill.engine.distributed import Processes
-from segdistill.engine.learner import Learner
 from segdistill.engine.tracker import NullTracker
-from segdistill.engine.trainer import Trainer
+from segdistill.engine.trainer import Training
 from segdistill.models.export import load_model, save_model
-from segdistill.models.segmenter import build_segmenter
 from segdistill.models.teacher import Teacher
-from segdistill.stages import distill, train_teacher
+from segdistill.plan import TEACHER, DistillConfig, ExperimentConfig, TeacherConfig, parse_methods
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE / "golden_curves.json"
 PARAMS = yaml.safe_load((HERE.parents[1] / "params.yaml").read_text())
 STEPS = 20
-TEACHER = "teacher"
+
 EXPERIMENTS = [TEACHER, *PARAMS["experiments"]]
 EXACT = {"crop_size": [48, 64], "scale": [1.0, 1.0], "color_jitter": 0.0}
 MIOU = "val/miou"
@@ -90,25 +90,30 @@ def train(section: Mapping[str, Any], experiment: str, prepared: Path, work: Pat
     }  # fmt: skip
     section = dict(section) | {"train": section["train"] | smaller}
     info, alone = read_dataset_info(prepared), Processes(0, 1, torch.device("cpu"))
-    teacher_config = parse(train_teacher.Config, PARAMS["train_teacher"], "train_teacher")
-    torch.manual_seed(0)
-    network = build_segmenter(teacher_config.model, info.num_classes)
+    teacher_config = parse(TeacherConfig, PARAMS["train_teacher"], "train_teacher")
+    learner = build_learner({TEACHER: teacher_config.model}, seed=0, num_classes=info.num_classes)
+    teacher = None
     if experiment == TEACHER:
-        config: Any = parse(train_teacher.Config, section, "train_teacher")
-        learner, optimizers = Learner({TEACHER: network}), {TEACHER: config.optimizer}
+        config: Any = parse(TeacherConfig, section, "train_teacher")
+        optimizers = {TEACHER: config.optimizer}
     else:
-        config = parse(distill.Config, section, "distill")
-        settings = parse(distill.ExperimentConfig, PARAMS["experiments"][experiment], f"experiments.{experiment}")
-        teacher = None
-        if distill.needs_teacher(experiment, settings):
-            save_model(work / TEACHER, TEACHER, network, {})
+        config = parse(DistillConfig, section, "distill")
+        settings = parse(ExperimentConfig, PARAMS["experiments"][experiment], f"experiments.{experiment}")
+        kind, methods = parse_methods(experiment, settings)
+        if kind == "offline":
+            save_model(work / TEACHER, TEACHER, learner.students[TEACHER], {})
             teacher = Teacher(load_model(work / TEACHER, TEACHER)[0])
-        learner = distill.build_learner(experiment, settings, seed=0, num_classes=info.num_classes, teacher=teacher)
+        learner = build_learner(
+            {name: student.model for name, student in settings.students.items()}, [method for _, method in methods],
+            seed=0, num_classes=info.num_classes, teacher=teacher.info if teacher else None,
+            supervised=settings.supervised, auxiliary=settings.auxiliary,
+        )  # fmt: skip
         optimizers = {name: student.optimizer for name, student in settings.students.items()}
     trackers = {name: RecordingTracker() for name in optimizers}
-    Trainer(
-        learner, ShardDataset(prepared, "train"), ShardDataset(prepared, "val"), config.train, optimizers,
-        inference=config.inference, seed=0, work=work, fingerprint="golden", trackers=trackers, processes=alone,
+    Cohort(
+        [Training(experiment, learner, optimizers, "golden", work, trackers)],
+        ShardDataset(prepared, "train"), ShardDataset(prepared, "val"), config.train,
+        inference=config.inference, seed=0, teacher=teacher, processes=alone,
     ).run()  # fmt: skip
     return {name: dict(tracker.curves) for name, tracker in trackers.items()}
 

@@ -13,7 +13,8 @@ from segdistill.errors import UserError
 from segdistill.methods import METHODS
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-BATCH = torch.rand(2, 3, *tiny.SIZE), torch.randint(tiny.CLASSES, (2, *tiny.SIZE))
+IMAGES, TARGET = torch.rand(2, 3, *tiny.SIZE), torch.randint(tiny.CLASSES, (2, *tiny.SIZE))
+BATCH = IMAGES, TARGET, None, tiny.make_teacher()(IMAGES)
 
 
 class Recorder(NullTracker):

@@ -27,7 +27,7 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 # Children of a server that has imported torch and computed nothing: clean processes, without the seconds of import.
 CLEAN = multiprocessing.get_context("forkserver")
 CLEAN.set_forkserver_preload(
-    ["segdistill.engine.trainer", "segdistill.methods.apd", "torch._dynamo", "segmentation_models_pytorch", "timm"]
+    ["segdistill.engine.cohort", "segdistill.methods.apd", "torch._dynamo", "segmentation_models_pytorch", "timm"]
 )
 
 
@@ -185,12 +185,12 @@ def test_sigterm_to_one_of_two_processes_after_they_agreed_to_go_on_stops_both_t
 
 def test_the_teacher_is_unchanged_and_in_no_checkpoint(tmp_path: Path) -> None:
     trainer = tiny.make_trainer(tmp_path, ALONE, method="apd")
-    before = {name: value.clone() for name, value in trainer.learner.teacher.segmenter.state_dict().items()}
+    before = {name: value.clone() for name, value in trainer.cohort.teacher.segmenter.state_dict().items()}
     head = trainer.learner.methods["apd"].teacher_head[0].weight.detach().clone()
     trainer.run()
-    for name, value in trainer.learner.teacher.segmenter.state_dict().items():
+    for name, value in trainer.cohort.teacher.segmenter.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert not trainer.learner.teacher.segmenter.training
+    assert not trainer.cohort.teacher.segmenter.training
     assert not torch.equal(trainer.learner.methods["apd"].teacher_head[0].weight, head), "APD trains the teacher's head"
     names = trainer.state()["learner"].keys()
     assert {name.split(".")[0] for name in names} == {"_students", "_methods"}
@@ -202,9 +202,7 @@ def test_the_teacher_is_unchanged_and_in_no_checkpoint(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_configuration_is_not_resumed(tmp_path: Path) -> None:
     _, whole = trained(tmp_path / "whole", iterations=6)
-    other = tiny.make_trainer(tmp_path / "work", ALONE, iterations=6)
-    other.fingerprint = "another"
-    other.run()
+    tiny.make_trainer(tmp_path / "work", ALONE, iterations=6, fingerprint="another").run()
     _, fresh = trained(tmp_path / "work", iterations=6)
     for name, value in whole.items():
         assert torch.equal(value, fresh[name]), name

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from segdistill.losses import fused
 from segdistill.methods import build_offline, build_online, parse_method
 from segdistill.methods.cirkd import relations
 from segdistill.models.config import ModelConfig
+from segdistill.models.outputs import Outputs
 from segdistill.models.segmenter import build_segmenter
 from segdistill.models.teacher import Teacher
 
@@ -66,14 +68,14 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path, method: str, m
     whole = tiny.make_trainer(tmp_path / "whole", GPU, **options)
     whole.run()
     stopped = tiny.make_trainer(tmp_path / "work", GPU, **options)
-    step = stopped._step
+    step = stopped.step
 
     def step_and_be_told() -> None:
         step()
         if stopped.progress.iteration == 4:
             signal.raise_signal(signal.SIGTERM)
 
-    stopped._step = step_and_be_told  # type: ignore[method-assign]
+    stopped.step = step_and_be_told
     with pytest.raises(Interrupted):
         stopped.run()
     torch.rand(7, device="cuda")  # another process's stream stands elsewhere
@@ -92,19 +94,24 @@ def test_counts_of_an_evaluation_are_those_of_the_cpu() -> None:
     assert found.ids == expected.ids
 
 
-def learner(method: str | None) -> Learner:
-    """The networks of the default run at the size of its images, and a method in its default config."""
+Teach = Callable[[torch.Tensor], Outputs | None]
+
+
+def learner(method: str | None) -> tuple[Learner, Teach]:
+    """The networks of the default run at the size of its images, a method in its default config, and what teaches."""
     torch.manual_seed(0)
     one = build_segmenter(parse(ModelConfig, CNN, "model"), 5)
     if method is None:
-        return Learner({"cnn": one}, {}, None)
+        return Learner({"cnn": one}).cuda(), lambda images: None
     kind, config = parse_method({"name": method, **SETTINGS.get(method, {})}, "methods")
     if kind.kind == "online":  # type: ignore[attr-defined]
         students = {"cnn": one, "vit": build_segmenter(parse(ModelConfig, VIT, "model"), 5)}
-        return Learner(students, build_online([config], {name: net.info for name, net in students.items()}), None)
+        methods = build_online([config], {name: net.info for name, net in students.items()})
+        return Learner(students, methods).cuda(), lambda images: None
     student = build_segmenter(parse(ModelConfig, VIT, "model"), 5) if method == "c2vkd" else one
     teacher = Teacher(build_segmenter(parse(ModelConfig, CNN, "model"), 5))
-    return Learner({"student": student}, build_offline([config], student.info, teacher.info), teacher)
+    methods = build_offline([config], student.info, teacher.info)
+    return Learner({"student": student}, methods).cuda(), teacher.cuda()
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,12 +125,12 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", [None, "kd", "apd", "c2vkd", "cirkd", "dml", "hfd_bsd"])
 def test_a_step_never_waits_for_the_device(method: str | None, precision: str) -> None:
-    networks = learner(method).cuda()
+    networks, teach = learner(method)
     images, target = batch()
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
-            terms = networks(images, target)
+            terms = networks(images, target, None, teach(images))
         networks.total(terms).backward()
 
     step()  # libraries load on first use
@@ -140,16 +147,16 @@ def test_a_compiled_step_has_the_values_of_the_plain_one_and_is_compiled_once(me
     from torch._dynamo.utils import counters
 
     images, target = batch()
-    plain, compiled = learner(method).cuda(), learner(method).cuda()
+    (plain, teach), (compiled, _) = learner(method), learner(method)
     plain.eval(), compiled.eval()  # no dropout; batch statistics of one compiled kernel differ by their order
     with torch.autocast("cuda", torch.bfloat16):
-        expected = plain(images, target)
+        expected = plain(images, target, None, teach(images))
     torch._dynamo.reset()
     counters.clear()
     compiled.compile()
     for _ in range(3):
         with torch.autocast("cuda", torch.bfloat16):
-            found = compiled(images, target)
+            found = compiled(images, target, None, teach(images))
     for key, term in expected.items():
         torch.testing.assert_close(found[key], term, rtol=3e-2, atol=3e-3)
     assert not counters["recompile_limit"], dict(counters["recompile_limit"])
@@ -162,12 +169,13 @@ def test_losses_of_large_maps_are_compiled_to_the_same_values_and_gradients(
 ) -> None:
     assert fused.compiles()
     images, target = batch()
-    networks, found = learner(method).cuda().eval(), []  # no dropout
+    (networks, teach), found = learner(method), []
+    networks.eval()  # no dropout
     for large in (2**60, 0):
         monkeypatch.setattr(fused, "LARGE", large)
         networks.zero_grad()
         torch.manual_seed(0)
-        terms = networks(images, target)
+        terms = networks(images, target, None, teach(images))
         networks.total(terms).backward()
         gradients = [p.grad.flatten() for p in networks.parameters() if p.grad is not None]
         found.append((terms, torch.cat(gradients)))

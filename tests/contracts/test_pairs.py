@@ -46,11 +46,11 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.rand(2, 3, *SIZE, generator=generator), target
 
 
-def learn(learner: Learner, batch: tuple[Tensor, Tensor]) -> None:
+def learn(learner: Learner, batch: tuple[Tensor, Tensor], teacher: Teacher | None = None) -> None:
     """One backward pass of the methods' terms alone; every student must have learned something."""
     for student in learner.students.values():
         student.zero_grad()
-    terms = learner(*batch)
+    terms = learner(*batch, None, teacher(batch[0]) if teacher else None)
     methods = {key: loss for key, loss in terms.items() if "." in key}
     assert methods and all(bool(loss.isfinite()) for loss in methods.values())
     learner.total(methods).backward()
@@ -67,7 +67,7 @@ def test_a_teacher_of_any_kind_teaches_a_student_of_any_kind(
 ) -> None:
     own, frozen = networks[student][0], Teacher(networks[teacher][2])
     config = parse_method({"name": name, **SMALL.get(name, {})}, "methods.0")[1]
-    learn(Learner({"student": own}, build_offline([config], own.info, frozen.info), frozen), batch)
+    learn(Learner({"student": own}, build_offline([config], own.info, frozen.info)), batch, frozen)
 
 
 @pytest.mark.parametrize("kinds", [("cnn", "vit"), ("vit", "cnn"), ("cnn", "cnn"), ("vit", "vit")])
@@ -103,8 +103,8 @@ def test_methods_combine_and_their_terms_add_up(
     own, frozen = networks["cnn"][0], Teacher(networks["vit"][2])
     listed = [{"name": "kd"}, {"name": "cwd", "weight": 0.5}, {"name": "fitnet"}, {"name": "kd", "temperature": 4.0}]
     configs = [parse_method(method, "methods")[1] for method in listed]
-    learner = Learner({"student": own}, build_offline(configs, own.info, frozen.info), frozen)
-    terms = learner(*batch)
+    learner = Learner({"student": own}, build_offline(configs, own.info, frozen.info))
+    terms = learner(*batch, None, frozen(batch[0]))
     assert set(terms) == {f"student/{term}" for term in ("ce", "kd.kl", "cwd.logits", "fitnet.regression", "kd-2.kl")}
     by_hand = {"ce": 1.0, "kd.kl": 1.0, "cwd.logits": 1.5, "fitnet.regression": 10.0, "kd-2.kl": 1.0}
     expected = sum(weight * terms[f"student/{term}"] for term, weight in by_hand.items())

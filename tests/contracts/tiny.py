@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 
 from segdistill.config import parse
 from segdistill.engine import checkpoint
+from segdistill.engine.cohort import Cohort
 from segdistill.engine.distributed import Processes, processes
 from segdistill.engine.learner import Learner
 from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
 from segdistill.engine.tracker import NullTracker, Tracker
-from segdistill.engine.trainer import Trainer
+from segdistill.engine.trainer import Diverged, Result, Trainer, Training
 from segdistill.errors import Interrupted
 from segdistill.losses import IGNORE_INDEX
 from segdistill.methods import build_offline, build_online, parse_method
@@ -106,38 +108,67 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_trainer(
+def make_training(
+    name: str,
     work: Path,
-    here: Processes,
     *,
     method: str = "none",
     dropout: float = 0.0,
     trackers: Tracker | None = None,
     settings: dict[str, Any] | None = None,
     supervised: float = 1.0,
-    void: float = 0.0,
-    **changes: Any,
-) -> Trainer:
-    """A trainer of one student, alone or under an offline method, or of two peers (SGD, AdamW) if it is online."""
+    fingerprint: str = "tiny",
+) -> Training:
+    """One student, alone or under an offline method, or two peers (SGD, AdamW) of an online one."""
     torch.manual_seed(0)
     students = {"cnn": TinySegmenter(dropout=dropout)}
     optimizers = {"cnn": parse(OptimizerConfig, SGD, "optimizer")}
-    teacher, methods = None, {}
+    methods = {}
     if method != "none":
         kind, config = parse_method({"name": method, **SETTINGS.get(method, {}), **(settings or {})}, "methods")
         if kind.kind == "offline":
-            teacher = Teacher(TinySegmenter(width=12))
-            methods = build_offline([config], students["cnn"].info, teacher.info)
+            methods = build_offline([config], students["cnn"].info, TinySegmenter(width=12).info)
         else:
             students["vit"] = TinySegmenter(width=6, dropout=dropout)
             optimizers["vit"] = parse(OptimizerConfig, ADAMW, "optimizer")
             methods = build_online([config], {name: student.info for name, student in students.items()})
-    return Trainer(
-        Learner(students, dict(methods), teacher, supervised=supervised),
-        Blobs(void=void), Blobs(4, seed=1), train_config(**changes), optimizers,
-        inference=INFERENCE, seed=3, work=work, fingerprint="tiny", processes=here,
-        trackers=dict.fromkeys(students, trackers or NullTracker()),
+    learner = Learner(students, dict(methods), supervised=supervised)
+    return Training(name, learner, optimizers, fingerprint, work, dict.fromkeys(students, trackers or NullTracker()))
+
+
+def make_teacher() -> Teacher:
+    torch.manual_seed(0)
+    TinySegmenter()  # the student's numbers, which are not the teacher's
+    return Teacher(TinySegmenter(width=12))
+
+
+def make_cohort(trainings: Sequence[Training], here: Processes, *, void: float = 0.0, **changes: Any) -> Cohort:
+    """Trainings on blobs, with a teacher, and TrainConfig's ``changes``."""
+    return Cohort(
+        trainings, Blobs(void=void), Blobs(4, seed=1), train_config(**changes), inference=INFERENCE, seed=3,
+        teacher=make_teacher(), processes=here,
     )  # fmt: skip
+
+
+def make_trainer(work: Path, here: Processes, **options: Any) -> Any:
+    """The only member of its cohort, with the cohort's ``run``, which gives its result or raises why there is none.
+
+    Args:
+        options: of :func:`make_training` and :func:`make_cohort`.
+    """
+    own = {key: options.pop(key) for key in ("method", "dropout", "trackers", "settings", "supervised", "fingerprint")
+           if key in options}  # fmt: skip
+    cohort = make_cohort([make_training("tiny", work, **own)], here, **options)
+    (trainer,) = cohort.members.values()
+    trainer.cohort, trainer.run = cohort, lambda: outcome(cohort)
+    return trainer
+
+
+def outcome(cohort: Cohort) -> Result:
+    (only,) = cohort.run().values()
+    if isinstance(only, Diverged):
+        raise only
+    return only
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
@@ -160,7 +191,7 @@ def main(work: str, out: str, *options: str) -> int:
     torch.set_num_threads(1)
     with processes("cpu") as here:
         trainer = make_trainer(Path(work), here, method=method, **changes)
-        step = trainer._step
+        step, agree = trainer.step, trainer.cohort._agree
 
         def dying_step() -> None:
             if trainer.progress.iteration == die_at:
@@ -170,15 +201,15 @@ def main(work: str, out: str, *options: str) -> int:
             time.sleep(slow)
             step()
 
-        save = trainer._save
-        trainer._save = lambda stopping: save(stopping or trainer.progress.iteration == stop_after)  # type: ignore[method-assign]
+        def told(stop: Any, iteration: int, takers: Any) -> bool:
+            return agree(stop, iteration, takers) or iteration == stop_after
 
         def dying_replace(self: Path, target: Path) -> Path:
             if trainer.progress.iteration in deadly:
                 os.kill(os.getpid(), deadly[trainer.progress.iteration])
             return self.rename(target)
 
-        trainer._step = dying_step  # type: ignore[method-assign]
+        trainer.step, trainer.cohort._agree = dying_step, told
         if deadly:
             Path.replace = dying_replace  # type: ignore[method-assign, assignment]
         try:

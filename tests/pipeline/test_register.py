@@ -27,6 +27,7 @@ from segdistill.adapters.mlflow_registry import (
 )
 from segdistill.adapters.mlflow_store import default_store, import_mlflow
 from segdistill.adapters.mlflow_tracking import MlflowTracker, open_run
+from segdistill.config import to_dict
 from segdistill.data.shards import read_dataset_info
 from segdistill.engine.tracker import NullTracker
 from segdistill.errors import UserError
@@ -34,6 +35,8 @@ from segdistill.files import SEAL, file_hash, seal, sealed_hashes
 from segdistill.models.config import ModelConfig
 from segdistill.models.export import ExportedSegmenter, load_model, save_model
 from segdistill.models.segmenter import build_segmenter
+from segdistill.report.inputs import Diverged
+from segdistill.report.results import Comparison, Protocol, Row, SeedResult, read_results
 from segdistill.stages import prepare
 from segdistill.stages import register as stage
 from segdistill.stages.register import Candidate, Config, choose, identity_of_test_data
@@ -82,7 +85,7 @@ def submission(
 
 
 def candidate(experiment: str, val_miou: float, *, student: str = "cnn", params: int = 10, macs: int = 10) -> Candidate:
-    return Candidate(experiment, 0, student, Path("none"), val_miou, 1 - val_miou, params, macs)
+    return Candidate(experiment, 0, student, Path("none"), val_miou, 1 - val_miou, params, macs, "weights")
 
 
 def test_the_choice_is_by_validation_and_never_by_test() -> None:
@@ -412,29 +415,42 @@ def test_the_identity_of_the_test_data_does_not_depend_on_the_shards_but_on_each
     assert identity_of_test_data(prepared) != identity_of_test_data(whole)
 
 
-def results(rows: list[dict]) -> str:
-    return json.dumps({"rows": rows, "passed": True})
+def compared(folder: Path, rows: list[Row], *, passed: bool = True) -> Comparison:
+    """What compare leaves in a folder."""
+    protocol = Protocol((0, 1), (), ("road", "sky"), {}, None, None, 0.95, 100, 0, "data", "teacher")
+    comparison = Comparison(row("teacher", {}), tuple(rows), ("kd", "cnn"), protocol, (), passed)
+    (folder / "results.json").write_text(json.dumps(to_dict(comparison)))
+    seal(folder)
+    return comparison
 
 
-def row(experiment: str, test_miou: float, student: str = "cnn") -> dict:
-    seeds = [{"seed": seed, "test_miou": test_miou + seed / 100} for seed in (0, 1)]
-    return {"experiment": experiment, "student": student, "seeds": seeds, "params": 10, "macs": 10}
+def row(experiment: str, seeds: dict[int, tuple[float, float, str]], diverged: tuple[int, ...] = ()) -> Row:
+    """Of seeds with their val and test mIoU and the hash of their weights."""
+    results = tuple(
+        SeedResult(seed, test, 0.9, val, 80, 1.0, None, None, weights) for seed, (val, test, weights) in seeds.items()
+    )
+    failures = tuple(Diverged(experiment, seed, 120, "kd.kl is not finite", None, None) for seed in diverged)
+    cost = (10, 10) if seeds else (None, None)
+    return Row(
+        experiment, "cnn", (), False, None, results, failures, None, None, None, {}, {}, *cost, None, None, None, None
+    )
 
 
 def test_a_comparison_of_other_jobs_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text(results([row("none", 0.3)]))
-    folder = tmp_path / "kd-s0"
-    folder.mkdir()
-    (folder / "metrics.json").write_text(json.dumps({"students": {"cnn": {"val/miou": 0.3}}}))
-    seal(folder)
-    seal(tmp_path)
-    with pytest.raises(UserError, match=r"results.json: nothing about kd \(cnn\) with seed 0; run compare again"):
-        stage.read_candidates(["kd"], [0], [folder], tmp_path)
+    results = compared(tmp_path, [row("none", {0: (0.3, 0.3, "w")})])
+    with pytest.raises(UserError, match=r"results.json: of other jobs than params.yaml has: .*kd with seed 0.*compare"):
+        stage.candidates(results, {("kd", 0): tmp_path, ("none", 0): tmp_path}, tmp_path)
+
+
+def test_seeds_that_diverged_are_no_candidates(tmp_path: Path) -> None:
+    results = compared(tmp_path, [row("kd", {1: (0.3, 0.4, "w")}, diverged=(0,)), row("cwd", {}, diverged=(0, 1))])
+    jobs = {(experiment, seed): tmp_path for experiment in ("kd", "cwd") for seed in (0, 1)}
+    candidates = stage.candidates(results, jobs, tmp_path)
+    assert [(one.experiment, one.seed, one.val_miou, one.test_miou) for one in candidates] == [("kd", 1, 0.3, 0.4)]
 
 
 def test_nothing_is_registered_if_no_student_passed_the_gate(root: Path, prepared: Path) -> None:
-    (root / "results.json").write_text(json.dumps({"rows": [row("kd", 0.3)], "passed": False}))
-    seal(root)
+    compared(root, [row("kd", {0: (0.3, 0.3, "w")})], passed=False)
     registration, one = root / "registration", tracker(root)
     stage.run(
         ANY, run=["kd"], seeds=[0], comparison=root, prepared=prepared, students=[root / "kd-s0"],
@@ -449,27 +465,48 @@ def test_nothing_is_registered_if_no_student_passed_the_gate(root: Path, prepare
 
 @pytest.mark.parametrize("verdict", [{}, {"passed": "false"}, {"passed": None}])
 def test_a_comparison_without_a_verdict_registers_nothing(verdict: dict[str, object], root: Path) -> None:
-    (root / "results.json").write_text(json.dumps({"rows": [row("kd", 0.3)], **verdict}))
+    content = to_dict(compared(root, [row("kd", {0: (0.3, 0.3, "w")})]))
+    del content["passed"]
+    (root / "results.json").write_text(json.dumps(content | verdict))
     seal(root)
-    with pytest.raises(UserError, match=r"results.json: passed: expected true or false, found .*; run compare again"):
-        stage.passed(root)
+    with pytest.raises(UserError, match=r"results\.json\.passed: .*; run the stage 'compare' again"):
+        read_results(root)
 
 
-def test_the_stage_registers_a_student_that_serves_any_image_size(root: Path, prepared: Path) -> None:
+def test_weights_that_were_not_compared_are_not_registered(root: Path, prepared: Path) -> None:
+    folder = root / "kd-s0"
+    save_student(folder, prepared, seed=0)
+    compared(root, [row("kd", {0: (0.3, 0.3, "others")})])
+    with pytest.raises(UserError, match=r"kd-s0: 'cnn' has other weights than were compared; run the stage 'compare'"):
+        stage.run(
+            ANY, run=["kd"], seeds=[0], comparison=root, prepared=prepared, students=[folder],
+            registration=root / "registration", tracker=tracker(root),
+        )  # fmt: skip
+    assert not (root / "registration").exists()
+
+
+def save_student(folder: Path, prepared: Path, seed: int) -> str:
+    """A folder as distill leaves it; returns the hash of its weights."""
     model = ModelConfig(
         architecture="DeepLabV3Plus", encoder="tu-mobilenetv3_small_050", output_stride=16,
         decoder={"decoder_channels": 64},
     )  # fmt: skip
-    folders = []
-    for experiment, seed, score in (("none", 0, 0.31), ("none", 1, 0.30), ("kd", 0, 0.33), ("kd", 1, 0.35)):
-        torch.manual_seed(seed)
-        folders.append(root / f"{experiment}-s{seed}")
-        classes = [{"name": entry.name, "color": entry.color} for entry in read_dataset_info(prepared).classes]
-        save_model(folders[-1], "cnn", build_segmenter(model, len(classes)), {"classes": classes, "data_content": "d"})
-        (folders[-1] / "metrics.json").write_text(json.dumps({"students": {"cnn": {"val/miou": score}}}))
-        seal(folders[-1])
-    (root / "results.json").write_text(results([row("none", 0.3), row("kd", 0.4)]))
-    seal(root)
+    torch.manual_seed(seed)
+    classes = [{"name": entry.name, "color": entry.color} for entry in read_dataset_info(prepared).classes]
+    save_model(folder, "cnn", build_segmenter(model, len(classes)), {"classes": classes, "data_content": "d"})
+    seal(folder)
+    return str(json.loads((folder / "cnn.json").read_text())["sha256"])
+
+
+def test_the_stage_registers_a_student_that_serves_any_image_size(root: Path, prepared: Path) -> None:
+    folders, rows = [], []
+    for experiment, scores in (("none", (0.31, 0.30)), ("kd", (0.33, 0.35))):
+        seeds = {}
+        for seed, score in enumerate(scores):
+            folders.append(root / f"{experiment}-s{seed}")
+            seeds[seed] = (score, score + 0.06, save_student(folders[-1], prepared, seed))
+        rows.append(row(experiment, seeds))
+    compared(root, rows)
     registration, one = root / "registration", tracker(root)
     stage.run(
         ANY, run=["none", "kd"], seeds=[0, 1], comparison=root, prepared=prepared, students=folders,

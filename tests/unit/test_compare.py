@@ -1,7 +1,9 @@
 import csv
+import html
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,10 +76,24 @@ class Inputs:
         facts = {
             "students": trained, "iterations": 80, "seconds": 75.0, "images_per_second": 20.0, "settings": settings,
             "config": {"train": {"select": "last"}}, "data_content": read_dataset_info(self.prepared).content_hash,
+            "identity": f"identity of {job}", "code": "code of all",
         }  # fmt: skip
         (model / "metrics.json").write_text(json.dumps(facts))
         report = {"models": evaluated, "split": "test", "samples": len(self.ids), "classes": list(CLASSES)}
         (evaluation / "evaluation.json").write_text(json.dumps(report))
+
+    def write_diverged(self, experiment: str, seed: int, iteration: int = 120) -> None:
+        """In place of the job's networks and their evaluation."""
+        job, settings = f"{experiment}-s{seed}", EXPERIMENTS[experiment]
+        for folder in (self.model(job), self.evaluation(job)):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.model(job).mkdir(parents=True)
+        facts = {
+            "experiment": experiment, "seed": seed, "students": list(settings["students"]), "iteration": iteration,
+            "reason": "cnn: kd.kl is not finite", "settings": settings, "config": {"train": {"select": "last"}},
+            "data_content": read_dataset_info(self.prepared).content_hash, "identity": f"identity of {job}",
+        }  # fmt: skip
+        (self.model(job) / "diverged.json").write_text(json.dumps(facts))
 
     def model(self, job: str) -> Path:
         return self.root / ("artifacts/teacher" if job == "teacher" else f"artifacts/students/{job}")
@@ -108,7 +124,7 @@ class Inputs:
             "teacher": self.model("teacher"),
             "teacher_evaluation": self.evaluation("teacher"),
             "students": [self.model(job) for job in jobs],
-            "evaluations": [self.evaluation(job) for job in jobs],
+            "evaluations": [path if (path := self.evaluation(job)).exists() else None for job in jobs],
             "report": self.report,
             "metrics": self.root / "reports/metrics.json",
             "tracker": tracker or NullTracker(),
@@ -374,6 +390,95 @@ def test_unequal_budgets_are_said(inputs: Inputs) -> None:
     assert "budgets differ" in (inputs.report / "report.html").read_text()
 
 
+def said(inputs: Inputs) -> list[str]:
+    """Whatever a person may read of a comparison."""
+    page = html.unescape((inputs.report / "report.html").read_text())
+    return [(inputs.report / "report.md").read_text(), page, shown_table(inputs.results(), width=300)]
+
+
+def test_an_experiment_of_which_one_seed_diverged_has_the_mean_of_the_others_and_says_so(inputs: Inputs) -> None:
+    inputs.write_diverged("kd", 1)
+    comparison = inputs.compare(["none", "kd"], [0, 1])
+    kd = row_of(comparison, "kd")
+    assert kd.test_miou.mean == pytest.approx(inputs.score("kd-s0", "cnn")) and kd.test_miou.std is None
+    pair = inputs.score("kd-s0", "cnn") - inputs.score("none-s0", "cnn")
+    assert kd.gain.seeds == (0,) and kd.gain.per_seed == pytest.approx([pair]), "paired on the seed that both have"
+    for text in said(inputs):
+        assert "1 of 2 seeds diverged (seed 1 at iteration 120: cnn: kd.kl is not finite)" in text
+    assert any(warning.startswith("kd (cnn): 1 of 2 seeds diverged") for warning in comparison.warnings)
+    assert "kd (cnn) is compared with none on the seeds that both have: 0." in comparison.warnings
+    assert json.loads((inputs.root / "reports/metrics.json").read_text())["kd"]["cnn"]["diverged"] == 1
+    assert comparison.best == ("kd", "cnn")
+
+
+def test_an_experiment_that_diverged_is_a_row_without_scores_and_never_the_best(inputs: Inputs) -> None:
+    for seed in (0, 1):
+        inputs.write_diverged("kd", seed)
+    comparison = inputs.compare(["none", "kd", "dml"], [0, 1])
+    kd = row_of(comparison, "kd")
+    assert (kd.seeds, kd.test_miou, kd.val_miou, kd.gain, kd.params) == ((), None, None, None, None)
+    assert comparison.best == ("dml", "cnn")
+    for text in said(inputs):
+        assert "diverged at iteration 120: cnn: kd.kl is not finite" in text
+    metrics = (inputs.root / "reports/metrics.json").read_text()
+    assert json.loads(metrics)["kd"] == {"cnn": {"diverged": 2}} and "NaN" not in metrics
+    assert compare.highlights({"report": inputs.report}).scores.keys() == {
+        "teacher/test/miou", "none.cnn/test/miou", "dml.cnn/test/miou", "dml.vit/test/miou",
+    }  # fmt: skip
+
+
+def test_seeds_that_diverged_for_different_reasons_are_told_apart(inputs: Inputs) -> None:
+    for seed in (0, 1):
+        inputs.write_diverged("kd", seed, iteration=120 + seed)
+    inputs.compare(["none", "kd"], [0, 1])
+    reason = "cnn: kd.kl is not finite"
+    for text in said(inputs):
+        assert f"every seed diverged (seed 0 at iteration 120: {reason}; seed 1 at iteration 121: {reason})" in text
+
+
+def test_a_row_whose_undistilled_twin_diverged_has_no_reference(inputs: Inputs) -> None:
+    for seed in (0, 1):
+        inputs.write_diverged("none", seed)
+    comparison = inputs.compare(["none", "kd"], [0, 1])
+    assert row_of(comparison, "kd").gain is None
+    assert (
+        "kd (cnn) and its undistilled reference, none, have nothing to compare: the reference diverged."
+        in comparison.warnings
+    )
+    assert all("no reference" in text for text in said(inputs))
+
+
+def test_rows_whose_seeds_do_not_meet_are_not_paired(inputs: Inputs) -> None:
+    inputs.write_diverged("none", 0)
+    inputs.write_diverged("kd", 1)
+    comparison = inputs.compare(["none", "kd"], [0, 1])
+    assert row_of(comparison, "kd").gain is None
+    assert "kd (cnn) and its undistilled reference, none, have no seed in common." in comparison.warnings
+
+
+def test_jobs_that_all_diverged_give_no_comparison(inputs: Inputs) -> None:
+    inputs.write_diverged("kd", 0)
+    with pytest.raises(UserError, match=r"every job diverged, .*; cnn: kd\.kl is not finite"):
+        inputs.compare(["kd"], [0])
+
+
+def test_a_job_without_evaluation_that_did_not_diverge_is_named(inputs: Inputs) -> None:
+    shutil.rmtree(inputs.evaluation("kd-s0"))
+    with pytest.raises(UserError, match=r"students/kd-s0: not evaluated; run the stage 'evaluate' again"):
+        inputs.compare(["kd"], [0])
+
+
+def test_results_name_the_identity_code_and_weights_of_every_network(compared: tuple[Inputs, Comparison]) -> None:
+    _, comparison = compared
+    kd = row_of(comparison, "kd")
+    assert [(seed.identity, seed.code) for seed in kd.seeds] == [
+        ("identity of kd-s0", "code of all"),
+        ("identity of kd-s1", "code of all"),
+    ]
+    assert kd.seeds[1].weights_sha256 == "weights of kd-s1/cnn"
+    assert comparison.protocol.teacher_sha256 == "weights of teacher/teacher"
+
+
 def test_plots_for_dvc_hold_every_measured_step_and_class(compared: tuple[Inputs, Comparison]) -> None:
     inputs, _ = compared
     curves = {path.stem: list(csv.DictReader(path.open())) for path in (inputs.report / "plots/curves").iterdir()}
@@ -392,9 +497,9 @@ def test_results_can_be_read_back(compared: tuple[Inputs, Comparison]) -> None:
     assert json.loads(json.dumps(to_dict(comparison))) == inputs.results()
 
 
-def shown_table(results: dict[str, Any]) -> str:
-    console = Console(width=140, file=io.StringIO(), record=True)
-    compare.print_table(results, console)
+def shown_table(results: dict[str, Any], width: int = 140) -> str:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(compare.table(parse(Comparison, results, "results.json")))
     return console.export_text()
 
 

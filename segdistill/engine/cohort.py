@@ -1,0 +1,270 @@
+"""The one training loop: a cohort of trainings on the same batches, with one pass of the teacher.
+
+A single training is a cohort of one. Laws (tests/contracts/test_loop_laws.py, test_cohort_laws.py): a cohort of K gives
+what K cohorts of one give, bit for bit on one CPU process, in any order; so does one that is interrupted and resumed,
+and one of which a member diverges. One batch of 8 = four of 2 accumulated = two processes of 4: this holds for the
+cross-entropy wherever labels are missing. Of a method's terms it holds for means over images or over all pixels; a mean
+over labelled pixels is one of the piece that a process has before it, and so is what relates the images of a batch.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from segdistill.data.loader import Share, training_batches
+from segdistill.data.shards import ShardDataset
+from segdistill.engine.distributed import Processes
+from segdistill.engine.evaluate import Evaluation, evaluate_together
+from segdistill.engine.progress import TrainingBar
+from segdistill.engine.settings import InferenceConfig, TrainConfig
+from segdistill.engine.stopwatch import timed
+from segdistill.engine.trainer import Diverged, Result, Trainer, Training, autocast
+from segdistill.errors import Interrupted, UserError, stop_on_sigterm
+from segdistill.losses import valid_mask
+from segdistill.models.segmenter import Segmenter
+from segdistill.models.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+# Iterations between two agreements of all processes on the clock and on a wish to stop.
+AGREE_EVERY = 10
+
+
+class Cohort:
+    """Trains several learners on one data set, each with the whole of one budget.
+
+    Members step one after another, so that their activations do not add up. One that is ahead of the others, after a
+    resume, waits for them.
+
+    Args:
+        trainings: the members.
+        train_set: what is learned from.
+        val_set: what is validated on; None never validates.
+        config: the loop.
+        inference: how students are validated.
+        seed: of data order, augmentation and what learners draw.
+        teacher: what members with offline methods learn from.
+        processes: this process and its peers.
+
+    Raises:
+        ValueError: two members of one name, a method without its teacher, or a budget in seconds for several members.
+        UserError: the batch does not divide among pieces and processes.
+    """
+
+    def __init__(
+        self,
+        trainings: Sequence[Training],
+        train_set: ShardDataset,
+        val_set: ShardDataset | None,
+        config: TrainConfig,
+        *,
+        inference: InferenceConfig,
+        seed: int,
+        teacher: Teacher | None,
+        processes: Processes,
+    ) -> None:
+        names = [training.name for training in trainings]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the members of a cohort have names of their own, not {names}")
+        if config.seconds is not None and len(names) > 1:
+            raise ValueError("a clock that several trainings share is not the clock of one: train them one by one")
+        if config.batch_size % (config.accumulate * processes.world_size):
+            raise UserError(
+                f"batch_size: {config.batch_size} is not divisible by accumulate {config.accumulate} "
+                f"times {processes.world_size} processes"
+            )
+        self.train_set, self.val_set, self.config = train_set, val_set, config
+        self.inference, self.seed, self.processes = inference, seed, processes
+        self.members = {
+            training.name: Trainer(training, config, seed=seed, processes=processes) for training in trainings
+        }
+        self.teacher = None
+        taught = [name for name, member in self.members.items() if member.learner.needs_teacher]
+        if taught:
+            if teacher is None:
+                raise ValueError(f"{taught} learn from a teacher, and there is none")
+            layout = torch.channels_last if config.channels_last else torch.contiguous_format
+            self.teacher = teacher.to(processes.device, memory_format=layout)  # type: ignore[call-overload]
+            if config.compile:
+                self.teacher.compile()
+        self.outcomes: dict[str, Result | Diverged] = {}
+        # What the cohort as a whole took of this process's time, by activity.
+        self.seconds = {"data": 0.0, "training": 0.0, "evaluation": 0.0}
+
+    def run(self) -> dict[str, Result | Diverged]:
+        """Trains to the end of the budget, from the checkpoints that are there; what became of each member, by name.
+
+        Raises:
+            Interrupted: SIGTERM came; the state is saved.
+        """
+        names = list(self.members)
+        for member in self.members.values():
+            member.resume()
+            member.wrapped.train()
+        self._train()
+        evaluations = self._validate(self.members)
+        better = {
+            (name, student): network
+            for name, member in self.members.items()
+            for student, network in member.restore_best(evaluations[name]).items()
+        }
+        for (name, student), evaluation in self._evaluate(better).items():
+            evaluations[name][student] = evaluation
+        self.outcomes |= {name: member.result(evaluations[name]) for name, member in self.members.items()}
+        return {name: self.outcomes[name] for name in names}
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def _train(self) -> None:
+        config, number = self.config, -1
+        with (
+            stop_on_sigterm() as stop,
+            TrainingBar(config, list(self.members), enabled=self.processes.is_main) as bar,
+        ):
+            while active := [member for member in self.members.values() if not self._finished(member)]:
+                iteration = min(member.progress.iteration for member in active)
+                takers = {
+                    name: member for name, member in self.members.items() if member.progress.iteration == iteration
+                }
+                started = time.monotonic()
+                if iteration != number:  # at first, and where one that was behind the others is no more
+                    batches = self._batches(iteration)
+                self._step(batches, list(takers.values()))
+                number = iteration + 1
+                self.seconds["training"] += time.monotonic() - started
+                fraction = next(iter(takers.values())).fraction
+                bar.update(number, fraction, self.seconds["data"] + self.seconds["training"], len(takers))
+                stopping = self._agree(stop, number, takers)  # once: a later signal is heard the next time, by all
+                finished = all(self._finished(member) for member in takers.values())
+                if number % config.log_every == 0 or finished:
+                    for name, member in takers.items():
+                        with self._ending_alone(name):
+                            member.log(finished=finished)
+                if number % config.validate_every == 0 and not finished:
+                    self._validate(takers)
+                # At the end, too: who is told to stop during the last validation trains nothing anew.
+                if number % config.checkpoint_every == 0 or stopping or finished:
+                    for name in [name for name in takers if name in self.members]:
+                        with self._ending_alone(name):
+                            takers[name].save()
+                if stopping and self.members:
+                    raise Interrupted(f"stopped at iteration {number}; the same command continues from there")
+
+    def _batches(self, iteration: int) -> Iterator[tuple[Tensor, Tensor]]:
+        config, processes = self.config, self.processes
+        share = Share(config.batch_size, config.accumulate, processes.rank, processes.world_size)
+        return training_batches(
+            self.train_set,
+            config.augmentation,
+            seed=self.seed,
+            share=share,
+            first_iteration=iteration,
+            workers=config.workers,
+        )
+
+    def _step(self, batches: Iterator[tuple[Tensor, Tensor]], takers: list[Trainer]) -> None:
+        """One step of each taker, one after another: what a backward pass needs is held for one at a time."""
+        config, device = self.config, self.processes.device
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        taught = [member for member in takers if member.learner.needs_teacher]
+        with timed(device, *(member.stopwatch for member in takers)):
+            asked = time.monotonic()
+            pieces = [next(batches) for _ in range(config.accumulate)]
+            waited = time.monotonic() - asked
+            self.seconds["data"] += waited
+            self.seconds["training"] -= waited
+            targets = [target.to(device, non_blocking=True) for _, target in pieces]
+            pixels = self._pixels(targets)
+        for number, (images, _) in enumerate(pieces):
+            last = number == len(pieces) - 1
+            with timed(device, *(member.stopwatch for member in takers)):
+                images = images.to(device, non_blocking=True).float().div_(255).contiguous(memory_format=layout)
+                target = targets[number].long()
+            teacher_outputs = None
+            if taught:
+                with timed(device, *(member.stopwatch for member in taught)), autocast(config, device):
+                    teacher_outputs = self.teacher(images)  # type: ignore[misc]
+            for member in takers:
+                with timed(device, member.stopwatch):
+                    outputs = teacher_outputs if member.learner.needs_teacher else None
+                    member.learn(images, target, pixels, outputs, last=last)
+                    if last:
+                        member.step()
+        for member in takers:
+            member.look_at_the_clock()
+
+    def _pixels(self, targets: list[Tensor]) -> Tensor | None:
+        """The labelled pixels of an average piece of the batch, over all processes; None if there is one piece."""
+        count = len(targets) * self.processes.world_size
+        if count == 1:
+            return None
+        labelled = torch.stack([valid_mask(target).sum() for target in targets]).sum()
+        return self.processes.sum(labelled).clamp_min(1) / count
+
+    def _finished(self, member: Trainer) -> bool:
+        if self.config.iterations is not None:
+            return member.progress.iteration >= self.config.iterations
+        # All processes must leave in the same iteration, so the clock counts only where they agree on it.
+        agreed = self.processes.world_size == 1 or member.progress.iteration % AGREE_EVERY == 0
+        return agreed and member.fraction >= 1.0
+
+    def _agree(self, stop: threading.Event, iteration: int, takers: Mapping[str, Trainer]) -> bool:
+        """Whether all processes stop now, because any of them was told to; makes all see the slowest clock."""
+        if self.processes.world_size == 1:
+            return stop.is_set()
+        if iteration % AGREE_EVERY:
+            return False
+        clocks = [member.progress.seconds for member in takers.values()]
+        seen = torch.tensor([*clocks, float(stop.is_set())], device=self.processes.device)
+        *clocks, wish = self.processes.maximum(seen).tolist()
+        for member, seconds in zip(takers.values(), clocks, strict=True):
+            member.progress.seconds = seconds
+        return bool(wish)
+
+    @contextlib.contextmanager
+    def _ending_alone(self, name: str) -> Iterator[None]:
+        """A member that diverges inside ends; the others go on."""
+        try:
+            yield
+        except Diverged as diverged:
+            logger.warning("%s: %s", name, diverged)
+            self.outcomes[name] = diverged
+            member = self.members.pop(name)
+            if self.processes.is_main:
+                for tracker in member.training.trackers.values():
+                    tracker.tags({"diverged": f"at iteration {diverged.iteration}: {diverged.reason}"})
+
+    # -- validation ---------------------------------------------------------------------------------------------------
+
+    def _validate(self, members: Mapping[str, Trainer]) -> dict[str, dict[str, Evaluation]]:
+        """The scores of the students of those members that are sound, by the members' names and their own."""
+        for name in [name for name in members if name in self.members]:
+            with self._ending_alone(name):
+                members[name].require_finite_weights()
+        sound = [name for name in members if name in self.members]
+        networks = {
+            (name, student): network for name in sound for student, network in members[name].learner.students.items()
+        }
+        evaluations: dict[str, dict[str, Evaluation]] = {name: {} for name in sound}
+        for (name, student), evaluation in self._evaluate(networks).items():
+            evaluations[name][student] = evaluation
+        for name in sound:
+            with self._ending_alone(name):
+                members[name].validated(evaluations[name])
+        return evaluations
+
+    def _evaluate(self, networks: Mapping[tuple[str, str], Segmenter]) -> dict[tuple[str, str], Evaluation]:
+        if self.val_set is None or not networks:
+            return {}
+        started = time.monotonic()
+        num_classes = next(iter(networks.values())).info.num_classes
+        evaluations = evaluate_together(
+            networks, self.val_set, self.inference, num_classes=num_classes, processes=self.processes
+        )
+        self.seconds["evaluation"] += time.monotonic() - started
+        return evaluations
