@@ -29,7 +29,7 @@ def check_matrix(parameters: Mapping[str, Any]) -> None:
     """
     cohorts = parameters["cohorts"]
     others = {name: value for name, value in parameters.items() if name != "cohorts"}
-    # ``compare`` gets two artifacts a cohort: its students and their evaluations. What a cohort's own tasks get is less.
+    # ``compare`` gets two artifacts a cohort: its students and their evaluations. A cohort's own tasks get less.
     fitting = min(
         _fitting([_size(cohort) for cohort in cohorts], _size(others)),
         _fitting([2 * ARTIFACT] * len(cohorts), _size(parameters["compare_params"])),
