@@ -55,7 +55,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]  # of an average that forgets, such a
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def config(cls: type[T]) -> type[T]:
     """A frozen, keyword-only dataclass whose values pydantic checks and whose unknown keys are errors."""
-    settings = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+    settings = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
     return pydantic_dataclass(cls, frozen=True, kw_only=True, config=settings)  # type: ignore[return-value]
 
 

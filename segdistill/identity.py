@@ -15,7 +15,7 @@ from segdistill.errors import UserError
 from segdistill.files import file_hash
 
 # Of a training's settings: how it is run and watched. What they are changes neither data nor updates.
-WITHOUT_EFFECT = ("workers", "log_every", "checkpoint_every", "gradient_share_every")
+WITHOUT_EFFECT = ("workers", "cache_gib", "log_every", "checkpoint_every", "gradient_share_every")
 PACKAGE = Path(__file__).parent
 # The rooms whose code decides numbers, but for two tables: for a method speaks its own module, for a layout the data.
 DECISIVE = ("data", "engine", "geometry", "losses", "methods", "metrics", "models")

@@ -134,12 +134,12 @@ def _fill(out: Path, store: ObjectStore, version: Version, files: Mapping[str, s
         def bring(number: int, path: str, md5: str) -> str | None:
             key, half = _key(version.remote, md5), incoming / str(number)
             try:
-                found = store.download(key, half)
+                arrived_md5 = store.download(key, half)
             except MissingObject:
                 return f"{store.url(key)} ({path}) is missing"
-            if found != md5:
+            if arrived_md5 != md5:
                 half.unlink()
-                return f"{store.url(key)} ({path}) is corrupted: expected md5 {md5}, found {found}"
+                return f"{store.url(key)} ({path}) is corrupted: expected md5 {md5}, found {arrived_md5}"
             half.rename(arrived / path)
             return None
 
@@ -249,10 +249,10 @@ def _in_threads(function: Callable[[T], R], items: Iterable[T], threads: int) ->
 
 def _check_record(record: Path, version: Version) -> None:
     """Raises a UserError where ``<name>.dvc`` says that the folder is another version: later stages believe it."""
-    found = re.search(r"md5:\s*(\S+)", read_text(record)) if record.exists() else None
-    if found and found.group(1) != version.md5:
+    recorded = re.search(r"md5:\s*(\S+)", read_text(record)) if record.exists() else None
+    if recorded and recorded[1] != version.md5:
         raise UserError(
-            f"{record}: says that the folder beside it is {found.group(1)}, but {version.commit[:12]} has "
+            f"{record}: says that the folder beside it is {recorded[1]}, but {version.commit[:12]} has "
             f"{version.md5}; choose another folder, or bring that file to the same revision"
         )
 

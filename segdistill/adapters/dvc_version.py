@@ -58,9 +58,9 @@ def find(repository: str, revision: str) -> Version:
     Raises:
         UserError: no such repository or revision, or one whose data is not a folder in a remote of DVC 3.
     """
-    found = read_revision(repository, revision, (DATA_FILE, CONFIG_FILE))
-    where = f"{masked_text(repository)} at {found.commit[:12]}"
-    recorded, configured = found.files[DATA_FILE], found.files[CONFIG_FILE]
+    address, read = masked_text(repository), read_revision(repository, revision, (DATA_FILE, CONFIG_FILE))
+    where = f"{address} at {read.commit[:12]}"
+    recorded, configured = read.files[DATA_FILE], read.files[CONFIG_FILE]
     if recorded is None:
         raise UserError(f"{where}: has no {DATA_FILE}; expected a folder 'data' under DVC: dvc add data")
     entry = _entry(recorded, f"{where}: {DATA_FILE}")
@@ -68,10 +68,10 @@ def find(repository: str, revision: str) -> Version:
     base = Path(repository).absolute() / ".dvc"  # what relative paths in its config are relative to
     cache = base / str(sections.get("cache", {}).get("dir", "cache"))
     if _is_cached(cache, entry["md5"]):
-        return Version(masked_text(repository), found.commit, entry, Remote(None, str(cache)))
-    return Version(
-        masked_text(repository), found.commit, entry, _remote(sections, entry, base, f"{where}: {CONFIG_FILE}")
-    )
+        remote = Remote(None, str(cache))
+    else:
+        remote = _remote(sections, entry, base, f"{where}: {CONFIG_FILE}")
+    return Version(address, read.commit, entry, remote)
 
 
 def parse_list(content: bytes, md5: str, where: str) -> dict[str, str]:
@@ -80,9 +80,9 @@ def parse_list(content: bytes, md5: str, where: str) -> dict[str, str]:
     Raises:
         UserError: the list is corrupted, or names what can be no file below one folder.
     """
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if f"{found}.dir" != md5:
-        raise UserError(f"{where}: the list of files is corrupted: expected md5 {md5[:32]}, found {found}")
+    digest = _md5(content)
+    if f"{digest}.dir" != md5:
+        raise UserError(f"{where}: the list of files is corrupted: expected md5 {md5[:32]}, found {digest}")
     entries = parse_json(content, where)
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{where}: not a list of files, as dvc push writes it")
@@ -101,6 +101,10 @@ def parse_list(content: bytes, md5: str, where: str) -> dict[str, str]:
     if both := folders & files.keys():
         raise UserError(f"{where}: {min(both)!r} is a file and a folder there")
     return files
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _is_path(path: str) -> bool:
@@ -122,7 +126,7 @@ def _is_cached(cache: Path, md5: str) -> bool:
         content = read_bytes(path, limit=LIST_LIMIT)
     except UserError:
         return False
-    if f"{hashlib.md5(content, usedforsecurity=False).hexdigest()}.dir" != md5:
+    if f"{_md5(content)}.dir" != md5:
         return False
     return all((objects / name[:2] / name[2:]).is_file() for name in parse_list(content, md5, str(path)).values())
 
@@ -175,11 +179,8 @@ def _remote(sections: Mapping[str, Mapping[str, Any]], entry: Mapping[str, Any],
         if is_true(settings.get(key)):
             raise UserError(f"{where}: remote '{name}' has {key}; only a remote without it can be fetched")
     if ignored := [key for key in CREDENTIALS if key in settings]:
-        logger.warning(
-            "%s: %s of remote '%s' ignored: S3 credentials come from the environment or a mounted secret; "
-            "what is in git is no secret",
-            where, ", ".join(ignored), name,
-        )  # fmt: skip
+        advice = "S3 credentials come from the environment or a mounted secret; what is in git is no secret"
+        logger.warning("%s: %s of remote '%s' ignored: %s", where, ", ".join(ignored), name, advice)
     rest = {key: value for key, value in settings.items() if key not in ("url", *CREDENTIALS)}
     if match is None:
         return Remote(None, str(folder), rest)

@@ -14,11 +14,10 @@ from segdistill.secrets import masked_text
 GIT_SECONDS = 600
 PROTOCOLS = "file:git:http:https:ssh"  # of an address that the user gives
 # What `git rev-parse --local-env-vars` lists but for configuration, in which an environment may have its credentials.
-OF_A_REPOSITORY = {
-    "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_OBJECT_DIRECTORY", "GIT_DIR", "GIT_WORK_TREE", "GIT_IMPLICIT_WORK_TREE",
-    "GIT_GRAFT_FILE", "GIT_INDEX_FILE", "GIT_REPLACE_REF_BASE", "GIT_PREFIX", "GIT_SHALLOW_FILE", "GIT_COMMON_DIR",
-    "GIT_NAMESPACE",
-}  # fmt: skip
+OF_A_REPOSITORY = re.compile(
+    "GIT_(ALTERNATE_OBJECT_DIRECTORIES|OBJECT_DIRECTORY|DIR|WORK_TREE|IMPLICIT_WORK_TREE|GRAFT_FILE|INDEX_FILE"
+    "|REPLACE_REF_BASE|PREFIX|SHALLOW_FILE|COMMON_DIR|NAMESPACE)"
+)
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,10 @@ def _bring(folder: Path, repository: str, revision: str) -> str:
 def _read(
     folder: Path, repository: str, revision: str, paths: Sequence[str], prefix: str = "", protocols: str = ""
 ) -> Revision:
-    found = _git(folder, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", protocols=protocols)
-    if found.returncode:
+    parsed = _git(folder, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", protocols=protocols)
+    if parsed.returncode:
         raise UserError(f"{masked_text(repository)}: no revision '{revision}'; expected a branch, a tag or a commit")
-    commit = found.stdout.strip()
+    commit = parsed.stdout.strip()
     files: dict[str, str | None] = {}
     for path in paths:
         listed = _git(folder, "ls-tree", "--full-tree", "--name-only", commit, "--", prefix + path, protocols=protocols)
@@ -105,15 +104,15 @@ def _git(folder: Path, *arguments: str, protocols: str = "") -> subprocess.Compl
     no protocol but those asked for, whatever is configured there.
     """
     # Another repository that a caller (a git hook) points at is not the one that is asked for.
-    environment = {key: value for key, value in os.environ.items() if key not in OF_A_REPOSITORY}
+    environment = {key: value for key, value in os.environ.items() if not OF_A_REPOSITORY.fullmatch(key)}
     environment |= {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_ALLOW_PROTOCOL": protocols}
     environment |= {"GIT_NO_REPLACE_OBJECTS": "1"}  # a commit is what its hash says
     environment.setdefault("GIT_SSH_COMMAND", "ssh -o BatchMode=yes")
+    command, nothing = ["git", "-C", str(folder), *arguments], subprocess.DEVNULL
     try:
         return subprocess.run(
-            ["git", "-C", str(folder), *arguments], env=environment, stdin=subprocess.DEVNULL, capture_output=True,
-            text=True, errors="replace", timeout=GIT_SECONDS,
-        )  # fmt: skip
+            command, env=environment, stdin=nothing, capture_output=True, errors="replace", timeout=GIT_SECONDS
+        )
     except FileNotFoundError:
         raise UserError(
             "git: not installed; it reads the version of the data from its repository. Install it, on Debian with "

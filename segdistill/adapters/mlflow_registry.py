@@ -127,21 +127,24 @@ def _register(
 
 def find_version(client: "MlflowClient", name: str, tags: Mapping[str, str]) -> "ModelVersion | None":
     """The lowest version with these weights for these classes; one without checksums can no longer be verified."""
-    found = client.search_model_versions(f"name = '{name}' and tags.{WEIGHTS} = '{tags[WEIGHTS]}'")
-    same = [one for one in found if one.tags.get(CLASSES) == tags[CLASSES] and CHECKSUMS in one.tags]
+    versions = client.search_model_versions(f"name = '{name}' and tags.{WEIGHTS} = '{tags[WEIGHTS]}'")
+    same = [one for one in versions if one.tags.get(CLASSES) == tags[CLASSES] and CHECKSUMS in one.tags]
     return min(same, key=lambda version: int(version.version), default=None)
 
 
 def find_training_run(client: "MlflowClient", store: Store, submission: Submission) -> str | None:
-    """The latest run of this job's name whose validation scores include the student's, to the last bit."""
-    experiment = experiment_id(client, store)
-    for prefix in (submission.experiment, f"{submission.experiment}.{submission.student}"):
-        condition = f"attributes.run_name = '{prefix}-s{submission.seed}' and tags.`{ROLE_TAG}` = 'run'"
-        runs = client.search_runs([experiment], condition, order_by=["attributes.start_time DESC"])
-        for run in runs:
-            history = client.get_metric_history(run.info.run_id, "val/miou")
-            if any(math.isclose(point.value, submission.val_miou, rel_tol=1e-12) for point in history):
-                return str(run.info.run_id)
+    """The latest finished run that trained this student with this identity; None, which is said, if there is none."""
+    identity = submission.facts.get("identity", "")
+    condition = (
+        f"tags.identity = '{identity}' and tags.student = '{submission.student}' and tags.`{ROLE_TAG}` = 'run' "
+        "and attributes.status = 'FINISHED'"
+    )
+    order = ["attributes.start_time DESC"]
+    runs = client.search_runs([experiment_id(client, store)], condition, max_results=1, order_by=order)
+    if runs:
+        return str(runs[0].info.run_id)
+    unknown = "%s knows no finished run with the tags identity '%s' and student '%s': the model gets a run of its own"
+    logger.warning(unknown, store.shown, identity, submission.student)
     return None
 
 
@@ -217,8 +220,8 @@ def check_served(
     for number, (height, width) in enumerate(sizes):
         images = torch.rand((number + 1, 3, height, width), generator=generator)
         with torch.no_grad():
-            expected, found = model.eval()(images), served(images)
-        difference = float((expected - found).abs().max()) if expected.shape == found.shape else math.inf
+            expected, logits = model.eval()(images), served(images)
+        difference = float((expected - logits).abs().max()) if expected.shape == logits.shape else math.inf
         if not difference <= 1e-4 * max(1.0, float(expected.abs().max())):
             raise UserError(f"{uri}: served logits at {height}x{width} differ from the network's by {difference:g}")
 

@@ -48,10 +48,10 @@ class Meta:
     database: str | None = None
     injected: str | None = None
     tags: dict[str, str]
-    dataset: DatasetFacts | None
+    dataset: DatasetFacts | None = None
     # A new run in any case, whatever others of this name there are.
     fresh: bool
-    run_id: str | None
+    run_id: str | None = None
 
 
 class Spool:
@@ -80,20 +80,20 @@ class Spool:
             if spool is None:
                 continue
             if not spool.meta.exists():
-                spool.write_meta(
-                    Meta(
-                        name=name, pipeline_run=pipeline_run, uri=store.shown, database=database,
-                        injected=store.injected, tags=dict(tags), dataset=dataset, fresh=not resume, run_id=None,
-                    )
-                )  # fmt: skip
+                meta = Meta(name=name, pipeline_run=pipeline_run, uri=store.address, tags=dict(tags), fresh=not resume)
+                spool.write_meta(replace(meta, database=database, injected=store.injected, dataset=dataset))
                 return spool
             # A damaged one is left as it is, for `sync` to tell of.
-            meta = None
+            known = None
             with contextlib.suppress(UserError):
-                meta = spool.read_meta()
-            if resume and meta and (meta.name, meta.pipeline_run, spool.uri()) == (name, pipeline_run, store.shown):
-                spool.write_meta(replace(meta, tags={**meta.tags, **tags}, database=database, uri=store.shown))
-                spool.write_resume()
+                known = spool.read_meta()
+            if (
+                resume
+                and known
+                and (known.name, known.pipeline_run, spool.uri()) == (name, pipeline_run, store.address)
+            ):
+                spool.write_meta(replace(known, tags={**known.tags, **tags}, database=database, uri=store.address))
+                spool.lines._write("resume", {})  # another process goes on, perhaps from an earlier iteration
                 return spool
             spool.release()
         raise AssertionError("unreachable")
@@ -159,10 +159,6 @@ class Spool:
             self._lines = JsonLinesTracker(self.records)
         return self._lines
 
-    def write_resume(self) -> None:
-        """Marks that another process goes on from here, perhaps from an earlier iteration."""
-        self.lines._write("resume", {})
-
     def keep(self, path: Path) -> Path:
         """Copies an artifact into the spool."""
         self.files.mkdir(exist_ok=True)
@@ -186,13 +182,10 @@ class Spool:
         """How many bytes of the records were sent; 0 where that cannot be true, since sending again is harmless."""
         if not self.position.exists():
             return 0
-        try:
-            found = read_json(self.position)
-            offset = found.get("offset") if isinstance(found, dict) else None
+        with contextlib.suppress(UserError, AttributeError):
+            offset = read_json(self.position).get("offset")
             if isinstance(offset, int) and self._begins_line(offset):
                 return offset
-        except UserError:
-            pass
         logger.warning("%s: damaged; all of %s is sent again", self.position, self.records)
         write_json(self.position, {"offset": 0})
         return 0
@@ -206,10 +199,7 @@ class Spool:
 
     def refusals(self) -> int:
         """How many items the store refused for good."""
-        if not self.refused.exists():
-            return 0
-        with self.refused.open("rb") as file:
-            return sum(1 for _ in file)
+        return self.refused.read_bytes().count(b"\n") if self.refused.exists() else 0
 
     def unsent(self) -> int:
         return sum(1 for _ in self._read(self.offset()))
@@ -311,7 +301,11 @@ class Sender:
     def _send(self, group: list[dict[str, Any]]) -> None:
         client, run_id = self._connect()
         if group[0]["kind"] == "artifact":
-            self._send_artifact(client, run_id, group[0]["values"])
+            path = self.spool.base.parent / group[0]["values"]["path"]
+            if path.exists():  # else it was sent, and the process ended before it noted so
+                self._send_artifact(client, run_id, path, group[0]["values"]["folder"])
+            with contextlib.suppress(OSError):  # what was refused is kept there
+                path.parent.rmdir()
         elif group[0]["kind"] == "close":
             status, moment = group[0]["values"]["status"], round(1000 * group[0]["time"])
             client.set_terminated(run_id, status, moment)
@@ -335,36 +329,22 @@ class Sender:
             self.spool.write_meta(replace(meta, run_id=self._run_id))
         return self._client, self._run_id
 
-    def _send_artifact(self, client: "MlflowClient", run_id: str, values: Mapping[str, Any]) -> None:
+    def _send_artifact(self, client: "MlflowClient", run_id: str, path: Path, folder: str) -> None:
         """An artifact; of a folder that the store refuses for good, only the refused files are left out, and kept."""
-        path, folder = self.spool.base.parent / values["path"], values["folder"]
-        if not path.exists():  # it was sent, and the process ended before it noted so
-            return
+        send = client.log_artifacts if path.is_dir() else client.log_artifact
         try:
-            if path.is_dir():
-                client.log_artifacts(run_id, str(path), folder or None)
-            else:
-                client.log_artifact(run_id, str(path), folder or None)
+            send(run_id, str(path), folder or None)
         except Exception as error:
             if not refused_for_good(error):
                 raise
-            if path.is_dir():
-                for file in sorted(file for file in path.rglob("*") if file.is_file()):
-                    self._send_file(client, run_id, file, "/".join((folder, *file.relative_to(path).parts[:-1])))
-            else:
+            if not path.is_dir():
                 self._set_aside({"path": str(path), "folder": folder}, error)
+                return
+            for entry in sorted(path.iterdir()):
+                place = f"{folder}/{entry.name}".lstrip("/") if entry.is_dir() else folder
+                self._send_artifact(client, run_id, entry, place)
         else:
-            shutil.rmtree(path.parent, ignore_errors=True)
-
-    def _send_file(self, client: "MlflowClient", run_id: str, path: Path, folder: str) -> None:
-        try:
-            client.log_artifact(run_id, str(path), folder.strip("/") or None)
-        except Exception as error:
-            if not refused_for_good(error):
-                raise
-            self._set_aside({"path": str(path), "folder": folder}, error)
-        else:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _set_aside(self, item: Mapping[str, Any], error: Exception) -> None:
         reason = masked_text(str(error).partition("\n")[0])

@@ -18,7 +18,6 @@ import re
 import sqlite3
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,19 +27,24 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from segdistill import environment
 from segdistill.errors import UserError
 from segdistill.files import require_regular
+from segdistill.patience import Patience
 from segdistill.secrets import MaskingFilter, masked_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+logger = logging.getLogger(__name__)
+
 EXPERIMENT = "segdistill"
 ARTIFACTS = "mlartifacts"  # the folder beside an embedded store's database
 # Where MLflow's tables record places of artifacts.
-_PLACES = (
-    ("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"),
-    ("model_versions", "source"), ("model_versions", "storage_location"),
-)  # fmt: skip
+_PLACES = {
+    "experiments": ["artifact_location"],
+    "runs": ["artifact_uri"],
+    "logged_models": ["artifact_location"],
+    "model_versions": ["source", "storage_location"],
+}
 PIPELINE_TAG = "segdistill.pipeline_run"
 ROLE_TAG = "segdistill.role"  # "parent" or "run"
 PARENT_TAG = "mlflow.parentRunId"
@@ -87,7 +91,7 @@ class Store:
         return Path(path) if path and not given else None
 
     @property
-    def shown(self) -> str:
+    def address(self) -> str:
         """The URI without a user name and password."""
         return masked_text(self.uri)
 
@@ -95,7 +99,7 @@ class Store:
         """The file by which processes on this machine take turns."""
         if self.database is not None:
             return self.database.with_name(f"{self.database.name}{purpose}.lock")
-        name = hashlib.sha256(self.shown.encode()).hexdigest()[:16]
+        name = hashlib.sha256(self.address.encode()).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"segdistill-{os.getuid()}-{name}{purpose}.lock"
 
     @contextlib.contextmanager
@@ -234,7 +238,7 @@ def _make_tables(database: Path) -> None:
     for left in (database, journal):
         if left.exists() and left.stat().st_size:
             aside = left.with_name(f"{left.name}.unfinished")
-            logging.getLogger(__name__).warning("%s: its tables were never finished; kept as %s", left, aside)
+            logger.warning("%s: its tables were never finished; kept as %s", left, aside)
             left.replace(aside)
     partial.replace(database)
 
@@ -246,11 +250,10 @@ def _is_without_experiments(database: Path) -> bool:
     with contextlib.closing(sqlite3.connect(database, timeout=20)) as connection:
         names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         # Alembic rebuilds a table under such a name, and only then drops the one before.
-        ours = [f"{prefix}{name}" for prefix in ("", "_alembic_tmp_") for name in ("experiments", "runs")]
-        present = names.intersection(ours)
-        if names and not present:
+        of_mlflow = names & {"experiments", "runs", "_alembic_tmp_experiments", "_alembic_tmp_runs"}
+        if names and not of_mlflow:
             return False  # somebody else's tables
-        return not any(connection.execute(f"SELECT 1 FROM {name} LIMIT 1").fetchone() for name in present)
+        return not any(connection.execute(f"SELECT 1 FROM {name} LIMIT 1").fetchone() for name in of_mlflow)
 
 
 def _settle(database: Path) -> None:
@@ -261,20 +264,21 @@ def _settle(database: Path) -> None:
     """
     home = database.resolve().parent
     with contextlib.closing(sqlite3.connect(database, timeout=20)) as connection, connection:
-        found = connection.execute("SELECT artifact_location FROM experiments WHERE name = ?", [EXPERIMENT]).fetchone()
-        place = urlsplit(found[0] or "") if found else None
-        if place is None or place.scheme != "file" or not place.path.endswith(f"/{ARTIFACTS}"):
+        row = connection.execute("SELECT artifact_location FROM experiments WHERE name = ?", [EXPERIMENT]).fetchone()
+        place = urlsplit(row[0] or "" if row else "")
+        if place.scheme != "file" or not place.path.endswith(f"/{ARTIFACTS}"):
             return
         former = Path(unquote(place.path)).parent
         if former == home or ((former / ARTIFACTS).is_dir() and not (home / ARTIFACTS).is_dir()):
             return
-        for table, column in _PLACES:
+        columns = [(table, column) for table, names in _PLACES.items() for column in names]
+        for table, column in columns:
             for before, now in ((former.as_uri(), home.as_uri()), (str(former), str(home))):
                 connection.execute(
                     f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
                     [now, len(before) + 1, len(before) + 1, f"{before}/"],
                 )
-        logging.getLogger(__name__).warning("%s: was in %s; its artifacts are looked for here now", database, former)
+        logger.warning("%s: was in %s; its artifacts are looked for here now", database, former)
 
 
 def import_mlflow() -> None:
@@ -297,9 +301,9 @@ def import_mlflow() -> None:
         import mlflow.store.tracking.sqlalchemy_store
         import mlflow.tracking  # noqa: F401
 
-        logger = logging.getLogger("mlflow")
-        logger.setLevel(logging.WARNING)
-        for handler in logger.handlers:
+        of_mlflow = logging.getLogger("mlflow")
+        of_mlflow.setLevel(logging.WARNING)
+        for handler in of_mlflow.handlers:
             if not any(isinstance(item, MaskingFilter) for item in handler.filters):
                 handler.addFilter(MaskingFilter())
 
@@ -310,22 +314,19 @@ def experiment_id(client: "MlflowClient", store: Store) -> str:
 
     if store.injected is not None:
         return str(client.get_run(store.injected).info.experiment_id)
-    found = client.get_experiment_by_name(EXPERIMENT)
-    if found is None:
-        database = store.database
-        place = (database.resolve().parent / ARTIFACTS).as_uri() if database else None
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        place = (store.database.resolve().parent / ARTIFACTS).as_uri() if store.database else None
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on training runs, not on prompts
         try:
-            kind = {
-                "mlflow.experimentKind": "custom_model_development"
-            }  # the UI opens on training runs, not on prompts
             return str(client.create_experiment(EXPERIMENT, artifact_location=place, tags=kind))
         except MlflowException:
-            found = client.get_experiment_by_name(EXPERIMENT)  # another machine was faster
-            if found is None:
+            experiment = client.get_experiment_by_name(EXPERIMENT)  # another machine was faster
+            if experiment is None:
                 raise
-    if found.lifecycle_stage == "deleted":
-        client.restore_experiment(found.experiment_id)
-    return str(found.experiment_id)
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    return str(experiment.experiment_id)
 
 
 def ensure_parent(client: "MlflowClient", store: Store, pipeline_run: str, tags: Mapping[str, str]) -> "Run":
@@ -345,9 +346,8 @@ def ensure_parent(client: "MlflowClient", store: Store, pipeline_run: str, tags:
             client.set_tag(run.info.run_id, key, own[key])
         return run
     experiment = experiment_id(client, store)
-    found = _search(client, experiment, pipeline_run, "parent")
-    if found:
-        return found[0]
+    if parents := _search(client, experiment, pipeline_run, "parent"):
+        return parents[0]
     created = client.create_run(experiment, run_name=pipeline_run, tags=own)
     oldest = _search(client, experiment, pipeline_run, "parent")[0]
     if oldest.info.run_id != created.info.run_id:
@@ -371,9 +371,9 @@ def ensure_run(
     """
     with store.lock():
         parent = ensure_parent(client, store, pipeline_run, tags)
-        found = [] if fresh else _search(client, parent.info.experiment_id, pipeline_run, "run", name)
-        if found:
-            run = found[-1]
+        runs = [] if fresh else _search(client, parent.info.experiment_id, pipeline_run, "run", name)
+        if runs:
+            run = runs[-1]
             if run.info.status != "RUNNING":
                 client.update_run(run.info.run_id, status="RUNNING")
             for key, value in tags.items():
@@ -395,29 +395,32 @@ def finish_parent(store: Store, pipeline_run: str, status: str | None, *, second
 
     After a failure, children that still run belong to processes that were killed: they become KILLED.
     """
-    deadline, pause = time.monotonic() + seconds, 1.0
-    while True:
-        try:
-            client = store.client()
-            with store.lock():
-                parent = ensure_parent(client, store, pipeline_run, {})
-            if status is None:
-                status = parent.info.status if parent.info.status in ("FINISHED", "KILLED") else "FAILED"
-            if status != "FINISHED":
-                for run in _search(client, parent.info.experiment_id, pipeline_run, "run"):
-                    if run.info.status == "RUNNING":
-                        client.set_terminated(run.info.run_id, "KILLED")
-            client.set_terminated(parent.info.run_id, status)
-            return True
-        except Exception as error:
-            if time.monotonic() + pause > deadline:
-                logging.getLogger(__name__).warning(
-                    "%s did not take the status %s of pipeline run %s: %s",
-                    store.shown, status, pipeline_run, masked_text(str(error)),
-                )  # fmt: skip
-                return False
-            time.sleep(pause)
-            pause = min(2 * pause, 10.0)
+
+    def finish() -> None:
+        client = store.client()
+        with store.lock():
+            parent = ensure_parent(client, store, pipeline_run, {})
+        final = status or (parent.info.status if parent.info.status in ("FINISHED", "KILLED") else "FAILED")
+        if final != "FINISHED":
+            for run in _search(client, parent.info.experiment_id, pipeline_run, "run"):
+                if run.info.status == "RUNNING":
+                    client.set_terminated(run.info.run_id, "KILLED")
+        client.set_terminated(parent.info.run_id, final)
+
+    def outage(error: Exception) -> str | None:
+        return None if isinstance(error, UserError) else one_line(error)
+
+    try:
+        Patience(store.address, seconds).ask(finish, outage)
+    except UserError as error:
+        logger.warning("pipeline run %s did not get its status %s: %s", pipeline_run, status or "", error)
+        return False
+    return True
+
+
+def one_line(error: Exception) -> str:
+    """An error of a store for a message."""
+    return masked_text(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
 
 
 def check_name(what: str, value: str) -> str:
@@ -434,8 +437,8 @@ def _search(
     condition = f"tags.`{PIPELINE_TAG}` = '{pipeline_run}' and tags.`{ROLE_TAG}` = '{role}'"
     if name is not None:
         condition += f" and attributes.run_name = '{name}'"
-    found = client.search_runs([experiment], condition, order_by=["attributes.start_time ASC"])
-    return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+    runs = client.search_runs([experiment], condition, order_by=["attributes.start_time ASC"])
+    return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
 
 def _git(tags: Mapping[str, str]) -> dict[str, str]:
@@ -448,14 +451,6 @@ def _dataset_input(dataset: DatasetFacts) -> Any:
 
     kind = "s3" if dataset.source.startswith("s3:") else "http" if dataset.source.startswith("http") else "local"
     source = {"url" if kind == "http" else "uri": masked_text(dataset.source)}
-    return DatasetInput(
-        Dataset(
-            name=dataset.name,
-            digest=dataset.md5[:36],
-            source_type=kind,
-            source=json.dumps(source),
-            schema=None,
-            profile=json.dumps(dict(dataset.counts)),
-        ),
-        tags=[InputTag("mlflow.data.context", "training")],
-    )
+    counts = json.dumps(dict(dataset.counts))
+    entity = Dataset(dataset.name, dataset.md5[:36], source_type=kind, source=json.dumps(source), profile=counts)
+    return DatasetInput(entity, tags=[InputTag("mlflow.data.context", "training")])

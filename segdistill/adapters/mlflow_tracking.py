@@ -26,6 +26,7 @@ from segdistill.adapters.mlflow_store import (
     default_store,
     finish_parent,
     main_copy,
+    one_line,
 )
 from segdistill.errors import UserError
 from segdistill.secrets import masked, masked_text
@@ -161,18 +162,14 @@ class MlflowTracker:
         self._closing.set()
         self._thread.join(self.settings.flush_seconds)
         self._given_up.set()
-        left = self._spool.unsent()
-        if left:
-            logger.warning(
-                "%s: %d records wait in %s since %s does not answer; send them later: segdistill sync %s",
-                self.name, left, self._spool.records, self.settings.store.shown, self.settings.spool,
-            )  # fmt: skip
-        if refused := self._spool.refusals():
-            logger.warning(
-                "%s: %s refused %d items for good; what and why: %s",
-                self.name, self.settings.store.shown, refused, self._spool.refused,
-            )  # fmt: skip
-        self._spool.release()
+        spool, store = self._spool, self.settings.store.address
+        if left := spool.unsent():
+            later = f"since {store} does not answer; send them later: segdistill sync {self.settings.spool}"
+            logger.warning("%s: %d records wait in %s %s", self.name, left, spool.records, later)
+        if refused := spool.refusals():
+            why = spool.refused
+            logger.warning("%s: %s refused %d items for good; what and why: %s", self.name, store, refused, why)
+        spool.release()
 
     def finish_pipeline(self, status: str) -> None:
         """Ends the parent run; a failure before anything was logged leaves no trace."""
@@ -183,11 +180,10 @@ class MlflowTracker:
         if self._closed:
             raise RuntimeError(f"the run {self.name} is closed")
         if self._spool is None:
-            settings = self.settings
+            of = self.settings
             self._spool = Spool.create(
-                settings.spool, settings.pipeline_run, self.name, settings.store, settings.tags, settings.dataset,
-                resume=settings.resume,
-            )  # fmt: skip
+                of.spool, of.pipeline_run, self.name, of.store, of.tags, of.dataset, resume=of.resume
+            )
             # Else the thread waits for the first number, when the caller has finished his own imports.
             if "mlflow" in sys.modules:
                 self._start()
@@ -201,22 +197,20 @@ class MlflowTracker:
     def _work(self) -> None:
         """Sends until closed; while the store is away, asks it again after 1, 2, 4 .. 30 seconds."""
         assert self._spool is not None
-        sender, pause = Sender(self._spool, self.settings.store), 0.0
+        sender, pause, store = Sender(self._spool, self.settings.store), 0.0, self.settings.store.address
         while True:
             ending = self._closing.wait(pause or self.settings.interval)
             try:
                 sender.send()
                 if pause > 0:
-                    logger.info("%s: %s answers again", self.name, self.settings.store.shown)
+                    logger.info("%s: %s answers again", self.name, store)
                 pause = 0.0
                 if ending:
                     return
             except Exception as error:
                 if pause == 0.0:
-                    logger.warning(
-                        "%s: %s does not answer, its records wait in %s: %s",
-                        self.name, self.settings.store.shown, self._spool.records, _short(error),
-                    )  # fmt: skip
+                    wait = f"does not answer, its records wait in {self._spool.records}"
+                    logger.warning("%s: %s %s: %s", self.name, store, wait, one_line(error))
                 pause = min(max(2 * pause, 1.0), 30.0)
                 if ending and self._given_up.wait(min(pause, 5.0)):
                     return
@@ -264,12 +258,8 @@ def _sync_one(meta: Path, uri: str | None) -> Synced:
             try:
                 Sender(spool, store).send()
             except Exception as failure:
-                error = f"{store.shown}: {_short(failure)}"
+                error = f"{store.address}: {one_line(failure)}"
         left, refused = spool.unsent(), spool.refusals()
         return Synced(name, before - left, left, error, f"{refused} ({spool.refused})" if refused else None)
     finally:
         spool.release()
-
-
-def _short(error: Exception) -> str:
-    return masked_text(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")

@@ -1,6 +1,7 @@
 """Where DVC's objects are read from: a bucket (``s3.py``) or a folder that this machine sees."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -15,12 +16,11 @@ class MissingObject(UserError):
     """The store answers, but has no such object."""
 
 
-class Stopped(Exception):
-    """The store was closed while a thread was reading from it."""
-
-
 class ObjectStore(Protocol):
-    """Objects by key; several threads may read at a time."""
+    """Objects by key; several threads may read at a time.
+
+    Reading raises a UserError where an object is missing (:class:`MissingObject`), or cannot be read.
+    """
 
     def url(self, key: str) -> str:
         """An object's name for people."""
@@ -43,29 +43,18 @@ class ObjectFolder:
         return str(self.root / key)
 
     def read(self, key: str) -> bytes:
-        """A small object, whole.
-
-        Raises:
-            UserError: it is missing, or cannot be read.
-        """
+        """A small object, whole."""
         return read_bytes(self._regular(key), limit=LIST_LIMIT)
 
     def download(self, key: str, target: Path) -> str:
-        """Copies an object into a file; returns its md5.
-
-        Raises:
-            UserError: it is missing, or cannot be read.
-        """
-        path, digest = self._regular(key), hashlib.md5(usedforsecurity=False)
+        """Copies an object into a file; returns its md5."""
+        path = self._regular(key)
         try:
             source = path.open("rb")
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        with source, target.open("wb") as file:
-            while chunk := source.read(CHUNK_BYTES):
-                digest.update(chunk)
-                file.write(chunk)
-        return digest.hexdigest()
+        with source:
+            return write_chunks(iter(lambda: source.read(CHUNK_BYTES), b""), target)
 
     def _regular(self, key: str) -> Path:
         path = self.root / key
@@ -73,3 +62,13 @@ class ObjectFolder:
             raise MissingObject(f"{path}: no such object")
         require_regular(path)
         return path
+
+
+def write_chunks(chunks: Iterable[bytes], target: Path) -> str:
+    """Writes an object into a file; returns its md5."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with target.open("wb") as file:
+        for chunk in chunks:
+            digest.update(chunk)
+            file.write(chunk)
+    return digest.hexdigest()

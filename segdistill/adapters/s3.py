@@ -1,20 +1,17 @@
 """A bucket to read from: outages are waited for, and every other failure is one sentence."""
 
-import hashlib
-import logging
-import random
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
-from segdistill.adapters.objects import CHUNK_BYTES, LIST_LIMIT, MissingObject, Stopped
+from segdistill.adapters.objects import CHUNK_BYTES, LIST_LIMIT, MissingObject, write_chunks
 from segdistill.errors import UserError
 from segdistill.files import MIB
+from segdistill.patience import Patience
 from segdistill.secrets import masked_text
 
 try:
@@ -24,19 +21,12 @@ try:
 except ModuleNotFoundError as error:
     raise UserError(f"{error.name}: not installed; S3 needs the extra 'pipeline' of segdistill") from None
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
-
-LONGEST_PAUSE_SECONDS = 5.0
 
 AWS = re.compile(r"s3(-[a-z0-9-]+)?(\.dualstack)?(\.[a-z]{2}(-[a-z]+)+-\d)?\.amazonaws\.com(\.cn)?")
 
-WRONG_KEY = {
-    "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "TokenRefreshRequired", "401",
-}  # fmt: skip
+DENIED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "TokenRefreshRequired", "401"}
 FORBIDDEN = {"AccessDenied", "AllAccessDisabled", "Forbidden", "403"}
-NO_BUCKET = {"NoSuchBucket"}
 NO_KEY = {"NoSuchKey", "404", "NotFound"}
 BUSY = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests"}
 
@@ -62,8 +52,7 @@ class Bucket:
         self, name: str, *, endpoint: str | None = None, region: str | None = None, tls: bool | str = True,
         anonymous: bool = False, connections: int = 16, patience: float = 120.0,
     ) -> None:  # fmt: skip
-        self.name, self.patience = name, patience
-        self._stopped, self._away = threading.Event(), threading.Event()
+        self.name, self._stopped = name, threading.Event()
         # The retries are ours: boto3 counts attempts, and an outage lasts seconds. The caller verifies what comes.
         settings: dict[str, Any] = {
             "retries": {"mode": "standard", "total_max_attempts": 1},
@@ -81,6 +70,7 @@ class Bucket:
         except (ValueError, OSError, exceptions.BotoCoreError) as error:
             raise UserError(f"s3://{name}: {_one_line(error)}") from None
         self.endpoint = masked_text(self._client.meta.endpoint_url)
+        self._patience = Patience(self.endpoint, patience, self._stopped)
         if not anonymous:
             _require_trust(self._client.meta.endpoint_url, allowed, tls)
 
@@ -107,56 +97,26 @@ class Bucket:
                     raise UserError(f"{self.url(key)}: at most {LIST_LIMIT / MIB:g} MiB are read of such an object")
             return bytes(content)
 
-        return self._patiently(key, once)
+        return self._ask(key, once)
 
     def download(self, key: str, target: Path) -> str:
         """Streams an object into a file; returns its md5."""
-
-        def once() -> str:
-            digest = hashlib.md5(usedforsecurity=False)
-            with target.open("wb") as file:
-                for chunk in self._chunks(key):
-                    digest.update(chunk)
-                    file.write(chunk)
-            return digest.hexdigest()
-
-        return self._patiently(key, once)
+        return self._ask(key, lambda: write_chunks(self._chunks(key), target))
 
     def _chunks(self, key: str) -> Iterator[bytes]:
         body = self._client.get_object(Bucket=self.name, Key=key)["Body"]
         try:
             for chunk in body.iter_chunks(CHUNK_BYTES):
-                if self._stopped.is_set():
-                    raise Stopped
+                self._patience.pause(0)  # the store may have been closed
                 yield chunk
         finally:
             body.close()
 
-    def _patiently(self, key: str, act: Callable[[], T]) -> T:
-        deadline, pause = None, 0.25
-        while True:
-            try:
-                result = act()
-            except (exceptions.ClientError, exceptions.BotoCoreError) as error:
-                reason = _outage(error)
-                if reason is None:
-                    raise self._sentence(key, error) from None
-                deadline = deadline or time.monotonic() + self.patience
-                if time.monotonic() >= deadline:
-                    sentence = f"{self.endpoint}: {reason}; gave up after trying for {self.patience:g} seconds"
-                    raise UserError(sentence) from None
-                if not self._away.is_set():  # said once an outage, not once a thread
-                    self._away.set()
-                    logger.warning("%s: %s; trying for up to %g seconds", self.endpoint, reason, self.patience)
-            else:
-                if self._away.is_set():
-                    self._away.clear()
-                    logger.info("%s: answers again", self.endpoint)
-                return result
-            self._stopped.wait(min(pause * random.uniform(0.75, 1.25), max(0.0, deadline - time.monotonic())))
-            if self._stopped.is_set():
-                raise Stopped
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+    def _ask(self, key: str, act: Callable[[], T]) -> T:
+        try:
+            return self._patience.ask(act, _outage)
+        except (exceptions.ClientError, exceptions.BotoCoreError) as error:
+            raise self._sentence(key, error) from None
 
     def _sentence(self, key: str, error: Exception) -> UserError:
         """What a failure that no waiting mends means for the user."""
@@ -170,7 +130,7 @@ class Bucket:
         if not isinstance(error, exceptions.ClientError):
             return UserError(f"{self.url(key)}: {_one_line(error)}")
         code, message = _code(error), _one_line(error.response.get("Error", {}).get("Message", ""))
-        if code in WRONG_KEY:
+        if code in DENIED:
             return UserError(
                 f"s3://{self.name}: {self.endpoint} does not accept the S3 credentials ({code}); "
                 "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
@@ -180,7 +140,7 @@ class Bucket:
                 f"{self.url(key)}: {self.endpoint} forbids reading it with these S3 credentials ({code}), "
                 "which it also says of a missing object to those who may not list the bucket"
             )
-        if code in NO_BUCKET:
+        if code == "NoSuchBucket":
             return UserError(f"s3://{self.name}: {self.endpoint} has no such bucket")
         if code in NO_KEY:
             return MissingObject(f"{self.url(key)}: {self.endpoint} has no such object")

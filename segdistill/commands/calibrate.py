@@ -77,6 +77,7 @@ def run(
     Raises:
         UserError: the experiment has no method, or no teacher was trained yet.
     """
+    from segdistill.data.memory import Memory
     from segdistill.data.shards import ShardDataset, read_dataset_info
     from segdistill.engine.building import build_learner
     from segdistill.engine.cohort import Cohort
@@ -105,11 +106,12 @@ def run(
             supervised=settings.supervised, auxiliary=settings.auxiliary,
         )  # fmt: skip
         optimizers = {name: student.optimizer for name, student in settings.students.items()}
+        train_set = ShardDataset(prepared, "train", Memory(train.cache_gib))
         training = Training(experiment, learner, optimizers, "calibration", Path(work), recorders)
         (outcome,) = (
             Cohort(
-                [training], ShardDataset(prepared, "train"), None, train, inference=config.inference, seed=seed,
-                teacher=frozen, processes=processes,
+                [training], train_set, None, train, inference=config.inference, seed=seed, teacher=frozen,
+                processes=processes,
             )
             .run()
             .values()

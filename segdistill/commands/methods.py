@@ -19,6 +19,8 @@ EVIDENCE = {
     "reconstruction": "no code was found: the formula is put together from the abstract and texts about the paper",
 }
 
+VERBATIM = {"Example": "yaml", "Formula": "text"}  # section -> what it is written in
+
 LEGEND = (
     "Default weight: the factor of all terms, then that of each term that has its own. "
     "0 is off; auto follows from other parameters."
@@ -46,11 +48,12 @@ experiments:
       - {name: cwd, logits_weight: 0.0, feature_weight: 50.0, ramp: 0.1}
 ```
 
-What is left out has the default below. A term whose weight is 0 is neither built nor computed, so an ablation is a
-change of parameters. Offline methods need one student, online methods two or more; `methods: []` is the student without
-distillation. Networks of any kind and size go together: features and logits (never probabilities) are resized, and
-channels projected, inside the method. A coarser map is interpolated at the places of a finer one, and a finer one is
-averaged over the cells of a coarser one, at every crop size. A pair that a method is not defined for is refused with
+What is left out has the default below. The example of each method is an entry of `experiments`, too; `*cnn` and `*vit`
+are the students that `params.yaml` calls so. A term whose weight is 0 is neither built nor computed, so an ablation is
+a change of parameters. Offline methods need one student, online methods two or more; `methods: []` is the student
+without distillation. Networks of any kind and size go together: features and logits (never probabilities) are resized,
+and channels projected, inside the method. A coarser map is interpolated at the places of a finer one, and a finer one
+is averaged over the cells of a coarser one, at every crop size. A pair that a method is not defined for is refused with
 the reason.
 
 ## Weights
@@ -102,7 +105,7 @@ def show_method(name: str, console: Console | None = None) -> None:
     console.print(Text(method.summary))
     for heading, text in {"Needs": method.needs, **_body(method), "Code": method.source}.items():
         console.print(f"\n[bold]{heading}[/bold]")
-        verbatim = heading == "Formula"
+        verbatim = heading in VERBATIM
         paragraphs = [block if verbatim else _filled(block, console.width - 2) for block in text.split("\n\n")]
         # What is still wider than the terminal is for the terminal to break.
         console.print(Text(textwrap.indent("\n\n".join(paragraphs), "  ")), soft_wrap=True)
@@ -143,9 +146,10 @@ def _section(method: Entry) -> list[str]:
     blocks = [f"## {method.name}", _prose(method.summary), _prose(f"{method.paper}. {facts}")]
     for heading, text in _body(method).items():
         blocks.append(f"**{heading}**")
-        for block in [text] if heading == "Formula" else text.split("\n\n"):
-            verbatim = heading == "Formula" or _is_layout(block)
-            blocks.append(f"```text\n{textwrap.dedent(block)}\n```" if verbatim else _prose(block))
+        language = VERBATIM.get(heading)
+        for block in [text] if language else text.split("\n\n"):
+            verbatim = language or _is_layout(block)
+            blocks.append(f"```{language or 'text'}\n{textwrap.dedent(block)}\n```" if verbatim else _prose(block))
     rows = [_row("parameter", "default", "allowed", "meaning"), "|---|---|---|---|"]
     for parameter in method.parameters:
         rows.append(_row(f"`{parameter.name}`", f"`{parameter.default}`", parameter.allowed, parameter.meaning))

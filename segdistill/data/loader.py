@@ -1,17 +1,25 @@
 """Training batches in an order that only the seed decides."""
 
-import os
-from collections.abc import Iterator
+import functools
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from segdistill.data.settings import AugmentationConfig
 from segdistill.data.shards import ShardDataset
-from segdistill.data.transforms import Augmentation
+from segdistill.data.transforms import Augmentation, Crop, cut
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -29,39 +37,6 @@ class Share:
         return self.batch_size // (self.accumulate * self.world_size)
 
 
-class SampleNumbers(Sampler[list[int]]):
-    """Batches of sample numbers, without end: number s is the s-th sample ever drawn, in this run or a resumed one."""
-
-    def __init__(self, share: Share, first_iteration: int) -> None:
-        self.share, self.first_iteration = share, first_iteration
-
-    def __iter__(self) -> Iterator[list[int]]:
-        share, iteration = self.share, self.first_iteration
-        while True:
-            for piece in range(share.accumulate):
-                start = iteration * share.batch_size
-                start += (piece * share.world_size + share.rank) * share.micro_batch
-                yield list(range(start, start + share.micro_batch))
-            iteration += 1
-
-
-class NumberedSamples(Dataset[tuple[Tensor, Tensor]]):
-    """The s-th augmented sample: shuffled anew each epoch, all randomness from (seed, s)."""
-
-    def __init__(self, source: ShardDataset, augmentation: AugmentationConfig, seed: int) -> None:
-        self.source, self.augmentation, self.seed = source, Augmentation(augmentation), seed
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        epoch, position = divmod(number, len(self.source))
-        if epoch != self._epoch:
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
-            self._epoch = epoch
-        image, label = self.source[int(self._order[position])]
-        draw = int(np.random.SeedSequence((self.seed, number, 1)).generate_state(1, np.uint64)[0] >> 1)
-        return self.augmentation(image, label, draw)
-
-
 def training_batches(
     source: ShardDataset,
     augmentation: AugmentationConfig,
@@ -70,25 +45,72 @@ def training_batches(
     share: Share,
     first_iteration: int,
     workers: int,
+    device: torch.device = CPU,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless micro-batches of this process, ``share.accumulate`` of them an iteration.
 
+    Args:
+        workers: threads that read ahead, twice as many samples as there are threads. Reading, hashing, decoding and
+            copying leave Python to the others, so threads are enough, and they share what is kept in memory.
+        device: where the crops are augmented and wanted. A GPU does that in a stream of its own, beside the step.
+
     Shape:
-        images [b, 3, h, w] uint8 and labels [b, h, w] uint8.
+        images [b, 3, h, w] float32 in 0..1 and labels [b, h, w] uint8.
     """
-    loader = DataLoader(
-        NumberedSamples(source, augmentation, seed),
-        batch_sampler=SampleNumbers(share, first_iteration),
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_leave_the_group,
-        generator=torch.Generator(),  # its own, so that building a loader moves no other random stream
-    )
-    return iter(loader)
+    augment, cuda = Augmentation(augmentation), device.type == "cuda"
+    read = functools.partial(_read, source, augment, seed, pinned=cuda)
+    samples = _ahead(read, sample_numbers(share, first_iteration), workers)
+    stream = torch.cuda.Stream(device) if cuda else None
+    while True:
+        crops = list(itertools.islice(samples, share.micro_batch))
+        if stream is None:
+            yield augment(crops, device)
+            continue
+        with torch.cuda.stream(stream):
+            batch = augment(crops, device)
+        training = torch.cuda.current_stream(device)
+        training.wait_stream(stream)
+        for part in batch:
+            part.record_stream(training)
+        yield batch
 
 
-def _leave_the_group(_worker: int) -> None:
-    """A signal to the whole group is for the training, which stops where it can save; workers end with it."""
-    os.setpgid(0, 0)
+def sample_numbers(share: Share, first_iteration: int) -> Iterator[int]:
+    """What this process sees, without end: number s is the s-th sample ever drawn, in this run or a resumed one."""
+    for iteration in itertools.count(first_iteration):
+        for piece in range(share.accumulate):
+            start = iteration * share.batch_size + (piece * share.world_size + share.rank) * share.micro_batch
+            yield from range(start, start + share.micro_batch)
+
+
+def _read(
+    source: ShardDataset, augmentation: Augmentation, seed: int, number: int, *, pinned: bool
+) -> tuple[Tensor, Crop]:
+    """What the s-th sample shows, and what becomes of it: all randomness is from (seed, s)."""
+    epoch, position = divmod(number, len(source))
+    image, label = source[int(_order(seed, epoch, len(source))[position])]
+    draw = int(np.random.SeedSequence((seed, number, 1)).generate_state(1, np.uint64)[0] >> 1)
+    crop = augmentation.draw(label.shape, draw)
+    return cut(image, label, crop.window, pinned=pinned), crop
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, samples: int) -> np.ndarray:
+    """Shuffled anew each epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(samples)
+
+
+def _ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """``function`` over ``items``, in order; threads are at most two items each ahead of who asks."""
+    if not workers:
+        yield from map(function, items)
+        return
+    waiting: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="reader")
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

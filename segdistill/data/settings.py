@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from segdistill.config import Fraction, config
 
 Side = Annotated[int, Field(ge=1, le=16384)]  # pixels
-Workers = Annotated[int, Field(ge=0, le=1024)]  # processes
+Workers = Annotated[int, Field(ge=0, le=1024)]  # processes or threads
 Scale = Annotated[float, Field(ge=0.05, le=8)]
 
 

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 
 from segdistill.data.decoding import decode_image
 from segdistill.data.layouts.layout import ClassInfo
+from segdistill.data.memory import Memory
 from segdistill.errors import UserError
 from segdistill.files import MIB, read_sealed, read_sealed_json, require_regular
 
@@ -62,32 +64,34 @@ def read_dataset_info(prepared: Path) -> DatasetInfo:
 
 
 class ShardDataset:
-    """One split of the prepared data.
+    """One split of the prepared data, for any number of threads.
 
     Files are opened on first use, so that a data set may be pickled; a fork reads through the files of its parent.
+
+    Args:
+        prepared: the folder.
+        split: its name.
+        memory: where decoded samples are kept, as far as they fit; None decodes each time.
     """
 
-    def __init__(self, prepared: Path, split: str) -> None:
+    def __init__(self, prepared: Path, split: str, memory: Memory | None = None) -> None:
         info = read_dataset_info(prepared)
         if split not in info.splits:
             raise UserError(f"{prepared / INFO_FILE}: no split '{split}'; it has {', '.join(info.splits)}")
         self.prepared, self.split = prepared, split
         self._class_names = [entry.name for entry in info.classes]
         self._samples = _read_manifest(prepared, split)
-        self._files: dict[str, int] = {}
+        self._files: dict[str, _File] = {}
+        self._memory, self._kept = memory, dict[int, tuple[np.ndarray, np.ndarray]]()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
-
-    def __del__(self) -> None:
-        for descriptor in self.__dict__.get("_files", {}).values():
-            os.close(descriptor)
+        return {**self.__dict__, "_files": {}, "_memory": None, "_kept": {}}
 
     def __len__(self) -> int:
         return self._samples.num_rows
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The image and its train ids.
+        """The image and its train ids; whoever changes them changes what is kept.
 
         Shape:
             image [H, W, 3] uint8 RGB; label [H, W] uint8, ``losses.IGNORE_INDEX`` where there is no label.
@@ -95,11 +99,20 @@ class ShardDataset:
         Raises:
             UserError: the sample is not what ``prepare`` wrote; names shard and sample.
         """
+        if index in self._kept:
+            return self._kept[index]
+        sample = self._decoded(index)
+        if self._memory and self._memory.take(sum(part.nbytes for part in sample)):
+            self._kept[index] = sample
+        return sample
+
+    def _decoded(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         place = {name: self._value(name, index) for name in PLACE}
         shard = place.pop("shard")
         path = self.prepared / SHARD_FOLDER / shard
         try:
-            image, label = read_encoded(self._open(shard), **place)
+            file = self._open(shard)
+            image, label = read_encoded(file.descriptor, **place)
         except ValueError as error:
             raise UserError(f"{path}: sample '{self.sample_id(index)}': {error}; {MEND}") from None
         return np.array(decode_image(image, verified=True)), np.array(Image.open(io.BytesIO(label)))
@@ -114,22 +127,37 @@ class ShardDataset:
         columns = (self._samples[name].to_pylist() for name in ("split", "id", "sha256"))
         return content_hash(self._class_names, zip(*columns, strict=True))
 
-    def _open(self, shard: str) -> int:
-        if shard not in self._files:
-            path = self.prepared / SHARD_FOLDER / shard
-            try:
-                require_regular(path)
-            except UserError as error:
-                raise UserError(f"{error}; {MEND}") from None
-            if len(self._files) == MOST_OPEN:
-                os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._files[shard]
+    def _open(self, shard: str) -> "_File":
+        with _OPENING:
+            if shard not in self._files:
+                path = self.prepared / SHARD_FOLDER / shard
+                try:
+                    require_regular(path)
+                except UserError as error:
+                    raise UserError(f"{error}; {MEND}") from None
+                if len(self._files) == MOST_OPEN:
+                    del self._files[next(iter(self._files))]
+                self._files[shard] = _File(path)
+            return self._files[shard]
 
     def _value(self, name: str, index: int) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in split '{self.split}'")
         return self._samples[name][index].as_py()
+
+
+_OPENING = threading.Lock()
+
+
+class _File:
+    """An open shard: closed when nobody has it any more, though another thread may have put it out of the list."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
 # The columns of the manifest that say where a sample lies, and what must be found there.

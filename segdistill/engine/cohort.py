@@ -83,6 +83,8 @@ class Cohort:
         self.members = {
             training.name: Trainer(training, config, seed=seed, processes=processes) for training in trainings
         }
+        if config.compile:  # Dynamo counts by function, and all learners share theirs
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(trainings))
         self.teacher = None
         taught = [name for name, member in self.members.items() if member.learner.needs_teacher]
         if taught:
@@ -165,6 +167,7 @@ class Cohort:
             share=share,
             first_iteration=iteration,
             workers=config.workers,
+            device=processes.device,
         )
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]], takers: list[Trainer]) -> None:
@@ -178,13 +181,11 @@ class Cohort:
             waited = time.monotonic() - asked
             self.seconds["data"] += waited
             self.seconds["training"] -= waited
-            targets = [target.to(device, non_blocking=True) for _, target in pieces]
-            pixels = self._pixels(targets)
-        for number, (images, _) in enumerate(pieces):
+            pixels = self._pixels([labels for _, labels in pieces])
+        for number, (images, labels) in enumerate(pieces):
             last = number == len(pieces) - 1
             with timed(device, *(member.stopwatch for member in takers)):
-                images = images.to(device, non_blocking=True).float().div_(255).contiguous(memory_format=layout)
-                target = targets[number].long()
+                images, target = images.contiguous(memory_format=layout), labels.long()
             teacher_outputs = None
             if taught:
                 with timed(device, *(member.stopwatch for member in taught)), autocast(config, device):

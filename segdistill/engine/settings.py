@@ -107,8 +107,10 @@ class TrainConfig:
     compile: bool
     # Largest gradient norm; null is off.
     max_grad_norm: Annotated[float, Field(ge=1e-6, le=1e6)] | None
-    # Data loading processes; 0 loads in the training process.
+    # Threads that read, decode and cut samples ahead of the training; 0 does so between its steps.
     workers: Workers
+    # Memory for decoded samples, in GiB; what does not fit is decoded again each time. Auto: half of what is free.
+    cache_gib: Annotated[float, Field(ge=0, le=1e6)] | Literal["auto"]
     # Iterations between two log entries, two validations and two checkpoints.
     log_every: Iterations
     validate_every: Iterations

@@ -1,19 +1,22 @@
 """Losses that several methods share: pure functions, aware of the ignore label, in float32."""
 
 from segdistill.geometry import finest, resize_labels, size_of
-from segdistill.losses.align import Projection, projection, resize_features, resize_logits
+from segdistill.losses.align import Projection, align_logits, projection, resize_features, resize_logits
 from segdistill.losses.blocks import sum_over_blocks
-from segdistill.losses.masks import IGNORE_INDEX, class_members, masked_mean, valid_mask
-from segdistill.losses.pixelwise import pixel_kl
+from segdistill.losses.divergence import divergence, pixel_kl
+from segdistill.losses.masks import IGNORE_INDEX, LEFT_OUT, class_members, masked_mean, valid_mask
 from segdistill.losses.precision import in_float32
 from segdistill.losses.supervised import cross_entropy
 from segdistill.losses.vectors import unit
 
 __all__ = [
     "IGNORE_INDEX",
+    "LEFT_OUT",
     "Projection",
+    "align_logits",
     "class_members",
     "cross_entropy",
+    "divergence",
     "finest",
     "in_float32",
     "masked_mean",

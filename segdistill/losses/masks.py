@@ -5,6 +5,8 @@ from torch import Tensor
 
 IGNORE_INDEX = 255
 """The label of a pixel that has none, everywhere inside the project."""
+LEFT_OUT = -1e9
+"""The logit of what is left out of a softmax. Finite, because 0 * inf is not 0; exp of it is exactly 0."""
 
 
 def valid_mask(target: Tensor) -> Tensor:

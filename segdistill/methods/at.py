@@ -56,14 +56,19 @@ def attention_distance(
     size = min(student.shape[-2], teacher.shape[-2]), min(student.shape[-1], teacher.shape[-1])
     maps = []
     for features in (student, teacher.detach()):
-        seen = attention(average(features, size)) if pool == "feature" else average(attention(features), size)
-        maps.append(unit(seen.flatten(1), dim=1))  # [B, h * w]
+        looks = attention(average(features, size)) if pool == "feature" else average(attention(features), size)
+        maps.append(unit(looks.flatten(1), dim=1))  # [B, h * w]
     distance = (maps[0] - maps[1]).square()
     return distance.sum(1).mean() if reduction == "sum" else distance.mean()
 
 
-class AttentionTransfer(OfflineMethod):
+class AttentionTransfer(OfflineMethod[ATConfig]):
     """Attention transfer (AT), with the activation-based attention map of exponent 2.
+
+    Example:
+        at_deep:
+          students: {cnn: *cnn}
+          methods: [{name: kd}, {name: at, taps: [stage4, last_feature]}]
 
     Formula:
         A = mean over channels of f^2, a = A / |A| over the h x w positions;
@@ -91,20 +96,15 @@ class AttentionTransfer(OfflineMethod):
         default is the setting of CIRKD (Yang et al., CVPR 2022).
     """
 
-    Config = ATConfig
     paper = "Zagoruyko and Komodakis, ICLR 2017"
     needs = "last feature, or several stages"
     evidence = "public code"
-    config: ATConfig
+    term = "attention"
 
     def __init__(self, config: ATConfig, student: ModelInfo, teacher: ModelInfo) -> None:
         super().__init__(config, student, teacher)
         if len(set(config.taps)) < len(config.taps):
             raise UserError(f"at: a tap is named twice in {list(config.taps)}; every tap counts once")
-
-    @property
-    def weights(self) -> dict[str, float]:
-        return {"attention": self.config.weight} if self.config.weight else {}
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
         if not self.weights:

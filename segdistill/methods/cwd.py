@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from segdistill.config import config
 from segdistill.losses import (
+    LEFT_OUT,
+    divergence,
     in_float32,
     masked_mean,
     projection,
@@ -17,9 +19,6 @@ from segdistill.losses import (
 )
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Temperature
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
-
-# The value of a position that is left out. Finite, because 0 * inf is not 0; exp of it is exactly 0.
-ABSENT = -1e9
 
 
 @config
@@ -56,17 +55,21 @@ def channel_kl(student: Tensor, teacher: Tensor, valid: Tensor | None = None, *,
     Shape:
         student, teacher: [B, C, h, w]; valid: [B, h, w] bool.
     """
-    ours, theirs = (maps.flatten(2) / temperature for maps in (student, teacher.detach()))  # [B, C, h * w]
+    student, teacher = (maps.flatten(2) / temperature for maps in (student, teacher.detach()))  # [B, C, h * w]
     if valid is not None:
-        absent = ~valid.flatten(1)[:, None]
-        ours, theirs = ours.masked_fill(absent, ABSENT), theirs.masked_fill(absent, ABSENT)
-    ours, theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
-    divergence = (theirs.exp() * (theirs - ours)).sum(-1).mean(1)  # [B]
-    return masked_mean(divergence, None if valid is None else valid.flatten(1).any(1)) * temperature**2
+        ignored = ~valid.flatten(1)[:, None]
+        student, teacher = student.masked_fill(ignored, LEFT_OUT), teacher.masked_fill(ignored, LEFT_OUT)
+    values = divergence(student.log_softmax(-1), teacher.log_softmax(-1), -1).mean(1)  # [B]
+    return masked_mean(values, None if valid is None else valid.flatten(1).any(1)) * temperature**2
 
 
-class ChannelWise(OfflineMethod):
+class ChannelWise(OfflineMethod[CWDConfig]):
     """Channel-wise knowledge distillation (CWD).
+
+    Example:
+        cwd_feature:
+          students: {cnn: *cnn}
+          methods: [{name: kd}, {name: cwd, logits_weight: 0.0, feature_weight: 50.0, temperature: 1.0}]
 
     Formula:
         L = T^2 / (B C) * sum over images and channels of KL(phi_teacher || phi_student), phi = softmax(x / T) over the
@@ -102,11 +105,9 @@ class ChannelWise(OfflineMethod):
         Shu, Liu, Gao, Yan, Shen: Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021, arXiv:2011.13256.
     """
 
-    Config = CWDConfig
     paper = "Shu et al., ICCV 2021"
     needs = "logits; for the feature term a feature, 1x1 projection"
     evidence = "official code"
-    config: CWDConfig
 
     def __init__(self, config: CWDConfig, student: ModelInfo, teacher: ModelInfo) -> None:
         super().__init__(config, student, teacher)
@@ -114,21 +115,16 @@ class ChannelWise(OfflineMethod):
         if "feature" in self.weights:
             self.projection = projection(student.channels(config.tap), teacher.channels(config.tap))
 
-    @property
-    def weights(self) -> dict[str, float]:
-        factors = {"logits": self.config.logits_weight, "feature": self.config.feature_weight}
-        return {term: self.config.weight * factor for term, factor in factors.items() if self.config.weight * factor}
-
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
         terms, align_corners = {}, self.config.align_corners
         if "logits" in self.weights:
             logits = resize_logits(student.logits, size_of(teacher.logits), align_corners=align_corners)
             terms["logits"] = self._divergence(logits, teacher.logits, target)
         if self.projection is not None:
-            theirs = teacher.tap(self.config.tap)
-            ours = self.projection(student.tap(self.config.tap))
-            ours = resize_features(ours, size_of(theirs), align_corners=align_corners)
-            terms["feature"] = self._divergence(ours, theirs, target)
+            goal = teacher.tap(self.config.tap)
+            feature = self.projection(student.tap(self.config.tap))
+            feature = resize_features(feature, size_of(goal), align_corners=align_corners)
+            terms["feature"] = self._divergence(feature, goal, target)
         return terms
 
     def _divergence(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from segdistill.config import config
-from segdistill.losses import in_float32, masked_mean, resize_labels, resize_logits, size_of, valid_mask
+from segdistill.losses import align_logits, in_float32, masked_mean, valid_mask
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Temperature
-from segdistill.models.outputs import ModelInfo, Outputs
+from segdistill.models.outputs import Outputs
 
 EPS = 1e-8  # official code: added to the product of the norms
 
@@ -51,8 +51,8 @@ def inter_distance(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Te
     Shape:
         student, teacher: [B, K, h, w] probabilities; valid: [B, h, w] bool, None for all pixels.
     """
-    ours, theirs = (maps - maps.mean(1, keepdim=True) for maps in (student, teacher.detach()))
-    return masked_mean(1 - _cosine(ours, theirs, dim=[1]), valid)
+    student, teacher = (maps - maps.mean(1, keepdim=True) for maps in (student, teacher.detach()))
+    return masked_mean(1 - _cosine(student, teacher, dim=[1]), valid)
 
 
 @in_float32
@@ -67,18 +67,23 @@ def intra_distance(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Te
     """
     pixels = [0, 2, 3]
     if valid is None:
-        ours, theirs = (maps - maps.mean(pixels, keepdim=True) for maps in (student, teacher.detach()))
-        return 1 - _cosine(ours, theirs, dim=pixels).mean()
+        student, teacher = (maps - maps.mean(pixels, keepdim=True) for maps in (student, teacher.detach()))
+        return 1 - _cosine(student, teacher, dim=pixels).mean()
     counts = valid[:, None].to(student.dtype)  # [B, 1, h, w]
     number = counts.sum().clamp_min(1)
-    ours, theirs = (
+    student, teacher = (
         (maps - (maps * counts).sum(pixels, keepdim=True) / number) * counts for maps in (student, teacher.detach())
     )
-    return torch.where(valid.any(), 1 - _cosine(ours, theirs, dim=pixels).mean(), 0.0)
+    return torch.where(valid.any(), 1 - _cosine(student, teacher, dim=pixels).mean(), 0.0)
 
 
-class Correlation(OfflineMethod):
+class Correlation(OfflineMethod[DISTConfig]):
     """DIST: knowledge distillation from a stronger teacher, by correlation instead of divergence.
+
+    Example:
+        dist_soft:
+          students: {cnn: *cnn}
+          methods: [{name: dist, inter_weight: 1.0, intra_weight: 2.0, temperature: 2.0}]
 
     Formula:
         p = softmax(z / T) over classes, rho the Pearson correlation (centre, then cosine, 1e-8 added to the norms):
@@ -104,23 +109,15 @@ class Correlation(OfflineMethod):
         Huang et al.: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, arXiv:2205.10536.
     """
 
-    Config = DISTConfig
     paper = "Huang et al., NeurIPS 2022"
     needs = "logits; auxiliary logits where both networks have them"
     evidence = "official code"
-    config: DISTConfig
 
-    def __init__(self, config: DISTConfig, student: ModelInfo, teacher: ModelInfo) -> None:
-        super().__init__(config, student, teacher)
-        self.both_aux = student.aux and teacher.aux
-
-    @property
-    def weights(self) -> dict[str, float]:
-        config = self.config
-        factors = {"inter": config.inter_weight, "intra": config.intra_weight}
-        if self.both_aux and any(factors.values()):
-            factors["aux"] = config.aux_weight
-        return {term: config.weight * factor for term, factor in factors.items() if config.weight * factor}
+    def term_weights(self) -> dict[str, float]:
+        weights = super().term_weights()
+        if not (self.student_info.aux and self.teacher_info.aux and (weights["inter"] or weights["intra"])):
+            weights["aux"] = 0.0
+        return weights
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
         weights = self.weights
@@ -129,24 +126,25 @@ class Correlation(OfflineMethod):
         terms = self._distances(student.logits, teacher.logits, target)
         if "aux" in weights:
             assert student.aux_logits is not None and teacher.aux_logits is not None
-            found = self._distances(student.aux_logits, teacher.aux_logits, target)
-            factors = {"inter": self.config.inter_weight, "intra": self.config.intra_weight}
-            terms["aux"] = torch.stack([factors[term] * loss for term, loss in found.items()]).sum()
+            distances = self._distances(student.aux_logits, teacher.aux_logits, target)
+            factors = self.term_weights()
+            terms["aux"] = torch.stack([factors[term] * loss for term, loss in distances.items()]).sum()
         return terms
 
     def _distances(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The two distances that are switched on, between logits of any size."""
         config = self.config
-        size = size_of(target if config.upsample else teacher)
-        ours, theirs = (
-            probabilities(resize_logits(logits, size, align_corners=config.align_corners), config.temperature)
-            for logits in (student, teacher.detach())
+        student, teacher, labels = align_logits(
+            student, teacher.detach(), target, upsample=config.upsample, align_corners=config.align_corners
         )
-        valid = valid_mask(resize_labels(target, size)) if config.mask_ignore else None
+        student, teacher = (probabilities(logits, config.temperature) for logits in (student, teacher))
+        valid = valid_mask(labels) if config.mask_ignore else None
         scale = config.temperature**2 if config.squared_temperature else 1.0
         distances = {"inter": inter_distance, "intra": intra_distance}
         return {
-            term: scale * distance(ours, theirs, valid) for term, distance in distances.items() if term in self.weights
+            term: scale * distance(student, teacher, valid)
+            for term, distance in distances.items()
+            if term in self.weights
         }
 
 

@@ -8,12 +8,9 @@ from torch.nn import functional as F
 
 from segdistill.config import config
 from segdistill.errors import UserError
-from segdistill.losses import in_float32, masked_mean, resize_labels, resize_logits, size_of, valid_mask
+from segdistill.losses import LEFT_OUT, align_logits, divergence, in_float32, masked_mean, valid_mask
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Temperature
 from segdistill.models.outputs import ModelInfo, Outputs
-
-# Stands in for the labelled class among the others. Finite, because 0 * inf is not 0; exp of it is exactly 0.
-LEFT_OUT = -1e9
 
 
 @config
@@ -46,14 +43,9 @@ def target_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *,
         student_logits, teacher_logits: [B, K, h, w]; labels: [B, h, w].
     """
     labelled = _labelled(labels, student_logits.shape[1])
-    student, teacher = (
-        _log_odds(logits / temperature, labelled) for logits in (student_logits, teacher_logits.detach())
-    )  # [B, h, w]
-    divergence = teacher.new_zeros(())
-    for sign in (1, -1):  # the labelled class, the rest
-        source, sink = F.logsigmoid(sign * teacher), F.logsigmoid(sign * student)
-        divergence = divergence + source.exp() * (source - sink)
-    return masked_mean(divergence, valid_mask(labels)) * temperature**2
+    odds = (_log_odds(logits / temperature, labelled) for logits in (student_logits, teacher_logits.detach()))
+    student, teacher = (torch.stack([F.logsigmoid(each), F.logsigmoid(-each)]) for each in odds)  # [2, B, h, w]
+    return masked_mean(divergence(student, teacher, 0), valid_mask(labels)) * temperature**2
 
 
 @in_float32
@@ -70,12 +62,16 @@ def non_target_kl(
         (logits / temperature).masked_fill(labelled, LEFT_OUT).log_softmax(1)
         for logits in (student_logits, teacher_logits.detach())
     )
-    divergence = (teacher.exp() * (teacher - student)).sum(1)  # [B, h, w]
-    return masked_mean(divergence, valid_mask(labels)) * temperature**2
+    return masked_mean(divergence(student, teacher, 1), valid_mask(labels)) * temperature**2
 
 
-class Decoupled(OfflineMethod):
+class Decoupled(OfflineMethod[DKDConfig]):
     """Decoupled knowledge distillation (DKD), pixel-wise.
+
+    Example:
+        dkd_strong:
+          students: {cnn: *cnn}
+          methods: [{name: dkd, target_weight: 1.0, non_target_weight: 8.0, temperature: 4.0, ramp: 0.083}]
 
     Formula:
         At a valid pixel with label y let b = p_teacher[y] and a = p_student[y], p = softmax(z / T), and let q be p
@@ -108,32 +104,22 @@ class Decoupled(OfflineMethod):
         Zhao et al.: Decoupled Knowledge Distillation, CVPR 2022, arXiv:2203.08679.
     """
 
-    Config = DKDConfig
     paper = "Zhao et al., CVPR 2022"
     needs = "logits, labels"
     evidence = "official code"
-    config: DKDConfig
 
     def __init__(self, config: DKDConfig, student: ModelInfo, teacher: ModelInfo) -> None:
         super().__init__(config, student, teacher)
         if student.num_classes < 2:
             raise UserError(f"dkd parts the labelled class from the others and needs two, not {student.num_classes}")
 
-    @property
-    def weights(self) -> dict[str, float]:
-        config = self.config
-        factors = {"target": config.target_weight, "non_target": config.non_target_weight}
-        return {term: config.weight * factor for term, factor in factors.items() if config.weight * factor}
-
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
         if not self.weights:
             return {}
         config = self.config
-        size = size_of(target if config.upsample else teacher.logits)
-        student_logits, teacher_logits = (
-            resize_logits(outputs.logits, size, align_corners=config.align_corners) for outputs in (student, teacher)
+        student_logits, teacher_logits, labels = align_logits(
+            student.logits, teacher.logits, target, upsample=config.upsample, align_corners=config.align_corners
         )
-        labels = resize_labels(target, size)
         losses = {"target": target_kl, "non_target": non_target_kl}
         return {
             term: losses[term](student_logits, teacher_logits, labels, temperature=config.temperature)

@@ -6,10 +6,9 @@ from typing import Literal
 from torch import Tensor
 
 from segdistill.config import config
-from segdistill.errors import UserError
 from segdistill.losses import finest, pixel_kl, resize_labels, resize_logits, size_of, valid_mask
 from segdistill.methods.method import MethodConfig, NonNegative, OnlineMethod, Temperature
-from segdistill.models.outputs import ModelInfo, Outputs
+from segdistill.models.outputs import Outputs
 
 
 @config
@@ -29,8 +28,13 @@ class DMLConfig(MethodConfig):
     """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
-class MutualLearning(OnlineMethod):
+class MutualLearning(OnlineMethod[DMLConfig]):
     """Deep mutual learning (DML) of K >= 2 students.
+
+    Example:
+        dml_soft:
+          students: {cnn: *cnn, vit: *vit}
+          methods: [{name: dml, temperature: 3.0}]
 
     Formula:
         L_k = T^2 / (K - 1) * sum over peers l != k of mean over valid pixels of KL(p_l || p_k), p = softmax(z / T).
@@ -45,21 +49,10 @@ class MutualLearning(OnlineMethod):
         pixels is our reduction of its per-image loss, so weight 1 and T = 1 carry over.
     """
 
-    Config = DMLConfig
     paper = "Zhang et al., CVPR 2018"
     needs = "logits of two or more students"
     evidence = "public code"
-    config: DMLConfig
-
-    def __init__(self, config: DMLConfig, peers: Mapping[str, ModelInfo]) -> None:
-        super().__init__(config, peers)
-        if len(peers) < 2:
-            raise UserError(f"dml needs at least two students that teach each other, not {list(peers)}")
-        self.peers = tuple(peers)
-
-    @property
-    def weights(self) -> dict[str, float]:
-        return {"kl": self.config.weight} if self.config.weight else {}
+    term = "kl"
 
     def forward(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, Tensor]:
         if not self.weights:

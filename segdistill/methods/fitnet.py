@@ -129,8 +129,13 @@ def _over_processes(value: Tensor) -> Tensor:
     return value
 
 
-class FeatureRegression(OfflineMethod):
+class FeatureRegression(OfflineMethod[FitNetConfig]):
     """Feature regression (FitNet): the mean squared distance of two features.
+
+    Example:
+        fitnet_kd:
+          students: {cnn: *cnn}
+          methods: [{name: kd}, {name: fitnet, tap: stage4, standardize: true}]
 
     Formula:
         L = mean over images, channels and positions of (R(f_student) - f_teacher)^2,
@@ -155,11 +160,10 @@ class FeatureRegression(OfflineMethod):
         (Yang et al., CVPR 2022).
     """
 
-    Config = FitNetConfig
     paper = "Romero et al., ICLR 2015"
     needs = "last feature or a stage, 1x1 projection"
     evidence = "public code"
-    config: FitNetConfig
+    term = "regression"
 
     def __init__(self, config: FitNetConfig, student: ModelInfo, teacher: ModelInfo) -> None:
         super().__init__(config, student, teacher)
@@ -172,17 +176,13 @@ class FeatureRegression(OfflineMethod):
         if config.standardize:
             self.standardize = Standardize(teacher.channels(config.tap), config.warmup_steps)
 
-    @property
-    def weights(self) -> dict[str, float]:
-        return {"regression": self.config.weight} if self.config.weight else {}
-
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
         if self.projection is None:
             return {}
-        theirs, size = teacher.tap(self.config.tap), size_of(teacher.tap(self.config.tap))
-        ours = self.projection(student.tap(self.config.tap))
-        ours = resize_features(ours, size, align_corners=self.config.align_corners)
+        goal, size = teacher.tap(self.config.tap), size_of(teacher.tap(self.config.tap))
+        feature = self.projection(student.tap(self.config.tap))
+        feature = resize_features(feature, size, align_corners=self.config.align_corners)
         valid = valid_mask(resize_labels(target, size)) if self.config.mask_ignore else None
         if self.standardize is not None:
-            theirs = self.standardize(theirs, valid)
-        return {"regression": feature_regression(ours, theirs, valid)}
+            goal = self.standardize(goal, valid)
+        return {"regression": feature_regression(feature, goal, valid)}

@@ -17,7 +17,7 @@ from segdistill.losses import (
     valid_mask,
 )
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod
-from segdistill.models.outputs import ModelInfo, Outputs, Tap
+from segdistill.models.outputs import Outputs, Tap
 
 
 @config
@@ -69,8 +69,13 @@ def variation_distance(student: Tensor, teacher: Tensor, valid: Tensor, *, keep_
     return masked_mean(squared, valid)
 
 
-class IntraClassVariation(OfflineMethod):
+class IntraClassVariation(OfflineMethod[IFVDConfig]):
     """Intra-class feature variation distillation (IFVD).
+
+    Example:
+        ifvd_kd: # the released code's three terms
+          students: {cnn: *cnn}
+          methods: [{name: kd}, {name: ifvd}, {name: skd, pairwise_weight: 0.0, holistic_weight: 0.001}]
 
     Formula:
         In each image, centre_c = mean of the features f over the pixels labelled c, labels brought to the feature's
@@ -98,29 +103,20 @@ class IntraClassVariation(OfflineMethod):
         division by an epsilon.
     """
 
-    Config = IFVDConfig
     paper = "Wang et al., ECCV 2020"
     needs = "last feature, labels"
     evidence = "official code"
-    config: IFVDConfig
-
-    def __init__(self, config: IFVDConfig, student: ModelInfo, teacher: ModelInfo) -> None:
-        super().__init__(config, student, teacher)
-        self.num_classes = student.num_classes
-
-    @property
-    def weights(self) -> dict[str, float]:
-        return {"variation": self.config.weight} if self.config.weight else {}
+    term = "variation"
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
         if not self.weights:
             return {}
         config = self.config
-        theirs = teacher.tap(config.tap).detach()
-        ours = resize_features(student.tap(config.tap), size_of(theirs), align_corners=config.align_corners)
-        labels = resize_labels(target, size_of(theirs))
+        goal = teacher.tap(config.tap).detach()
+        feature = resize_features(student.tap(config.tap), size_of(goal), align_corners=config.align_corners)
+        labels = resize_labels(target, size_of(goal))
         student_cosine, teacher_cosine = (
-            centre_similarity(features, labels, self.num_classes) for features in (ours, theirs)
+            centre_similarity(features, labels, self.student_info.num_classes) for features in (feature, goal)
         )
         valid, keep_ignored = valid_mask(labels), config.keep_ignored_in_mean
         return {"variation": variation_distance(student_cosine, teacher_cosine, valid, keep_ignored=keep_ignored)}

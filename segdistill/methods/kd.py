@@ -5,9 +5,9 @@ from typing import Literal
 from torch import Tensor
 
 from segdistill.config import config
-from segdistill.losses import pixel_kl, resize_labels, resize_logits, size_of, valid_mask
+from segdistill.losses import align_logits, pixel_kl, valid_mask
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Temperature
-from segdistill.models.outputs import ModelInfo, Outputs
+from segdistill.models.outputs import Outputs
 
 
 @config
@@ -27,8 +27,13 @@ class KDConfig(MethodConfig):
     """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
-class PixelWise(OfflineMethod):
+class PixelWise(OfflineMethod[KDConfig]):
     """Pixel-wise knowledge distillation (KD).
+
+    Example:
+        kd_soft:
+          students: {cnn: *cnn}
+          methods: [{name: kd, temperature: 4.0}]
 
     Formula:
         L = T^2 / M * sum over the M valid pixels of KL(p_teacher || p_student), p = softmax(z / T) over classes.
@@ -54,26 +59,17 @@ class PixelWise(OfflineMethod):
         of CIRKD (Yang et al., CVPR 2022), with ignored pixels left out.
     """
 
-    Config = KDConfig
     paper = "Hinton et al., 2015"
     needs = "logits"
     evidence = "public code"
-    config: KDConfig
-
-    def __init__(self, config: KDConfig, student: ModelInfo, teacher: ModelInfo) -> None:
-        super().__init__(config, student, teacher)
-
-    @property
-    def weights(self) -> dict[str, float]:
-        return {"kl": self.config.weight} if self.config.weight else {}
+    term = "kl"
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
         if not self.weights:
             return {}
-        size = size_of(target if self.config.upsample else teacher.logits)
-        student_logits, teacher_logits = (
-            resize_logits(outputs.logits, size, align_corners=self.config.align_corners)
-            for outputs in (student, teacher)
+        config = self.config
+        student_logits, teacher_logits, labels = align_logits(
+            student.logits, teacher.logits, target, upsample=config.upsample, align_corners=config.align_corners
         )
-        valid = valid_mask(resize_labels(target, size)) if self.config.mask_ignore else None
-        return {"kl": pixel_kl(student_logits, teacher_logits, valid, temperature=self.config.temperature)}
+        valid = valid_mask(labels) if config.mask_ignore else None
+        return {"kl": pixel_kl(student_logits, teacher_logits, valid, temperature=config.temperature)}

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from segdistill.config import config
-from segdistill.errors import UserError
 from segdistill.losses import finest, in_float32, pixel_kl, resize_labels, resize_logits, size_of, valid_mask
 from segdistill.methods.method import Count, MethodConfig, NonNegative, OnlineMethod, Temperature
-from segdistill.models.outputs import ModelInfo, Outputs
+from segdistill.models.outputs import Outputs
 
 TINY = 1e-12
 
@@ -98,8 +97,13 @@ def linear_weights(logits: Tensor, labels: Tensor, valid: Tensor, *, steps: int)
     return candidates.index_select(0, torch.stack(losses).argmin()[None])[0]
 
 
-class CollaborativeEnsemble(OnlineMethod):
+class CollaborativeEnsemble(OnlineMethod[KDCLConfig]):
     """Knowledge distillation via collaborative learning (KDCL) of S >= 2 students.
+
+    Example:
+        kdcl_image:
+          students: {cnn: *cnn, vit: *vit}
+          methods: [{name: kdcl, ensemble: naive, naive_per: image}]
 
     Formula:
         L_s = T^2 * mean over valid pixels of KL(p_ensemble || p_s), p = softmax(z / T). The ensemble's logits are
@@ -126,21 +130,10 @@ class CollaborativeEnsemble(OnlineMethod):
         Guo et al.: Online Knowledge Distillation via Collaborative Learning, CVPR 2020.
     """
 
-    Config = KDCLConfig
     paper = "Guo et al., CVPR 2020"
     needs = "logits of two or more students"
     evidence = "partly second-hand"
-    config: KDCLConfig
-
-    def __init__(self, config: KDCLConfig, peers: Mapping[str, ModelInfo]) -> None:
-        super().__init__(config, peers)
-        if len(peers) < 2:
-            raise UserError(f"kdcl needs at least two students to make an ensemble of, not {list(peers)}")
-        self.peers = tuple(peers)
-
-    @property
-    def weights(self) -> dict[str, float]:
-        return {"kl": self.config.weight} if self.config.weight else {}
+    term = "kl"
 
     def forward(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, Tensor]:
         if not self.weights:

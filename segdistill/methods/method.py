@@ -8,14 +8,16 @@ table in ``methods/__init__.py``; its contract tests ask for its formula, writte
 tests/contracts/formulas.py.
 """
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from segdistill.config import Fraction
 from segdistill.config import config as config_class
+from segdistill.errors import UserError
 from segdistill.models.outputs import ModelInfo, Outputs
 
 # Ranges that hold what was ever published with much to spare; beyond them a run ends in infinities, or not at all.
@@ -32,34 +34,59 @@ Evidence = Literal["official code", "public code", "partly second-hand", "recons
 class MethodConfig:
     """What every method can be told; a method's own config adds its ``name`` and its parameters."""
 
+    name: str
     weight: NonNegative = 1.0
     """Factor of all of the method's terms; 0 switches the method off."""
     ramp: Fraction = 0.0
     """Part of the budget over which the factors of what teaches a student rise from 0; 0: full from the start."""
 
 
-class Method(nn.Module):
+ConfigT = TypeVar("ConfigT", bound=MethodConfig)
+
+
+class Method(nn.Module, Generic[ConfigT]):
     """What frozen-teacher and co-trained methods share.
 
-    The class attributes and the sections of the docstring (Formula, Weights, Masks, Inferred, Reference) are what
-    ``segdistill methods`` prints. They are read from the source without importing it, so the attributes are literals.
+    The class attributes and the sections of the docstring (Example, Formula, Weights, Masks, Inferred, Reference) are
+    what ``segdistill methods`` prints; the example is an entry of ``experiments`` in params.yaml.
     """
 
-    Config: ClassVar[type]
+    Config: ClassVar[type[MethodConfig]]
+    """What the brackets say: that of ``OfflineMethod[KDConfig]`` is KDConfig."""
+    kind: ClassVar[Literal["offline", "online"]]
+    """Whether a frozen teacher teaches, or co-trained students each other."""
     paper: ClassVar[str]
     """Short citation."""
     needs: ClassVar[str]
     """What it compares, and what it builds for that."""
     evidence: ClassVar[Evidence]
     """Where the formula comes from: the authors' code, another public implementation, texts about the paper, ..."""
-    helper_terms: ClassVar[tuple[str, ...]] = ()
-    """Terms that train helpers alone, and no student: neither ``weight`` nor ``ramp`` scales them."""
+    term: ClassVar[str] = ""
+    """The only term, of a method whose config has no ``<term>_weight``."""
+    helper_terms: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Terms that train helpers alone, and no student: neither ``weight`` nor ``ramp`` scales them, and they are off
+    where all of the terms that they are named with here are off."""
 
-    config: Any
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for argument in (argument for base in getattr(cls, "__orig_bases__", ()) for argument in get_args(base)):
+            if isinstance(argument, type):  # and no type variable, as in the two classes below
+                cls.Config = argument
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: ConfigT) -> None:
         super().__init__()
         self.config = config
+        own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        self._term_weights = {
+            name.removesuffix("_weight"): weight for name, weight in own.items() if name.endswith("_weight")
+        } or {self.term: 1.0}
+
+    def term_weights(self) -> dict[str, float]:
+        """What each term is multiplied with beside ``weight``: its ``<term>_weight`` in the config.
+
+        For the method that translates one, or has a term that other settings switch off.
+        """
+        return dict(self._term_weights)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -67,7 +94,11 @@ class Method(nn.Module):
 
         A term with factor 0 is switched off and is not computed.
         """
-        raise NotImplementedError
+        own = self.term_weights()
+        factors = {term: self.config.weight * own[term] for term in own if term not in self.helper_terms}
+        for term, served in self.helper_terms.items():
+            factors[term] = own[term] if any(factors[each] for each in served) else 0.0
+        return {term: factor for term, factor in factors.items() if factor}
 
     def attach(self, students: Mapping[str, nn.Module]) -> None:
         """Shows the method the networks it works between, once, before training.
@@ -85,13 +116,14 @@ class Method(nn.Module):
         raise NotImplementedError
 
 
-class OfflineMethod(Method):
+class OfflineMethod(Method[ConfigT]):
     """A frozen teacher teaches one student."""
 
-    kind: ClassVar[str] = "offline"
+    kind = "offline"
 
-    def __init__(self, config: Any, student: ModelInfo, teacher: ModelInfo) -> None:
+    def __init__(self, config: ConfigT, student: ModelInfo, teacher: ModelInfo) -> None:
         super().__init__(config)
+        self.student_info, self.teacher_info = student, teacher
 
     def helper_parameters(self, student: str) -> list[nn.Parameter]:
         own = {id(parameter) for parameters, _ in self.own_optimizers().values() for parameter in parameters}
@@ -106,13 +138,16 @@ class OfflineMethod(Method):
         raise NotImplementedError
 
 
-class OnlineMethod(Method):
+class OnlineMethod(Method[ConfigT]):
     """Peers, trained together from the start, teach each other."""
 
-    kind: ClassVar[str] = "online"
+    kind = "online"
 
-    def __init__(self, config: Any, peers: Mapping[str, ModelInfo]) -> None:
+    def __init__(self, config: ConfigT, peers: Mapping[str, ModelInfo]) -> None:
         super().__init__(config)
+        if len(peers) < 2:
+            raise UserError(f"{config.name} needs at least two students that teach each other, not {list(peers)}")
+        self.peers = tuple(peers)
         self.helpers = nn.ModuleDict()  # one entry per peer that needs one: what its sink side learns through
 
     def helper_parameters(self, student: str) -> list[nn.Parameter]:

@@ -73,8 +73,13 @@ class Generator(nn.Sequential):
         return super().forward(input.to(next(self.parameters()).dtype))  # type: ignore[no-any-return]
 
 
-class MaskedGeneration(OfflineMethod):
+class MaskedGeneration(OfflineMethod[MGDConfig]):
     """Masked generative distillation (MGD).
+
+    Example:
+        mgd_cwd:
+          students: {cnn: *cnn}
+          methods: [{name: mgd, mask_ratio: 0.75}, {name: cwd}]
 
     Formula:
         L = mean over images of the sum over channels and positions of (G(m * R(f_student)) - f_teacher)^2,
@@ -108,11 +113,10 @@ class MaskedGeneration(OfflineMethod):
         Yang, Li, Shao, Shi, Yuan, Yuan: Masked Generative Distillation, ECCV 2022, arXiv:2205.01529.
     """
 
-    Config = MGDConfig
     paper = "Yang et al., ECCV 2022"
     needs = "stage 4, 1x1 projection, a generator of two 3x3 convolutions"
     evidence = "official code"
-    config: MGDConfig
+    term = "generation"
 
     def __init__(self, config: MGDConfig, student: ModelInfo, teacher: ModelInfo) -> None:
         super().__init__(config, student, teacher)
@@ -123,15 +127,11 @@ class MaskedGeneration(OfflineMethod):
             self.projection = projection(student.channels(config.tap), width, bias=True)
             self.generator = Generator(width)
 
-    @property
-    def weights(self) -> dict[str, float]:
-        return {"generation": self.config.weight} if self.config.weight else {}
-
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
         if self.projection is None or self.generator is None:
             return {}
-        theirs = teacher.tap(self.config.tap)
-        ours = self.projection(student.tap(self.config.tap))
-        ours = resize_features(ours, size_of(theirs), align_corners=self.config.align_corners)
-        generated = self.generator(visible(ours, self.config.mask_ratio))
-        return {"generation": generation_distance(generated, theirs, reduction=self.config.reduction)}
+        goal = teacher.tap(self.config.tap)
+        feature = self.projection(student.tap(self.config.tap))
+        feature = resize_features(feature, size_of(goal), align_corners=self.config.align_corners)
+        generated = self.generator(visible(feature, self.config.mask_ratio))
+        return {"generation": generation_distance(generated, goal, reduction=self.config.reduction)}

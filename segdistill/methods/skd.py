@@ -1,7 +1,7 @@
 """Structured knowledge distillation: how alike the places of an image are, and whether a critic is deceived."""
 
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +85,8 @@ def pairwise_distance(student: Tensor, teacher: Tensor, *, block_rows: int | Non
     teacher = teacher.detach()
     if block_rows is None:
         products = ((student, student), (student, teacher), (teacher, teacher))
-        own, mixed, theirs = (torch.bmm(one.mT, other).square().sum() for one, other in products)
-        total = own - 2 * mixed + theirs
+        of_student, mixed, of_teacher = (torch.bmm(one.mT, other).square().sum() for one, other in products)
+        total = of_student - 2 * mixed + of_teacher
     else:
         total = sum_over_blocks(_squared_differences, [student, teacher], student, teacher, block=block_rows, dim=1)
     return total / (len(student) * student.shape[1] ** 2)
@@ -156,8 +156,15 @@ def slope_penalty(probabilities: Tensor, critic: nn.Module) -> Tensor:
     return ((torch.linalg.vector_norm(slopes, dim=1) - 1) ** 2).mean()
 
 
-class Structured(OfflineMethod):
+class Structured(OfflineMethod[SKDConfig]):
     """Structured knowledge distillation (SKD): pair-wise similarity, and optionally a critic (holistic).
+
+    Example:
+        skd_kd: # CIRKD's port
+          students: {cnn: *cnn}
+          methods:
+            - {name: kd}
+            - {name: skd, grid: stride2, detach_norm: false, block_rows: null, holistic_weight: 0.001}
 
     Formula:
         With q the max-pooled features, each node's vector of unit length, and A = q^T q in each image:
@@ -196,12 +203,10 @@ class Structured(OfflineMethod):
         Liu et al.: Structured Knowledge Distillation for Semantic Segmentation, CVPR 2019, arXiv:1903.04197.
     """
 
-    Config = SKDConfig
     paper = "Liu et al., CVPR 2019"
     needs = "last feature; holistic: logits, a critic with an optimiser of its own"
     evidence = "official code"
-    helper_terms = ("critic",)
-    config: SKDConfig
+    helper_terms: ClassVar = {"critic": ("holistic",)}
 
     def __init__(self, config: SKDConfig, student: ModelInfo, teacher: ModelInfo) -> None:
         super().__init__(config, student, teacher)
@@ -210,14 +215,11 @@ class Structured(OfflineMethod):
             self.critic = Critic(student.num_classes, config.critic_channels)
             self.critic.requires_grad_("critic" in self.weights)
 
-    @property
-    def weights(self) -> dict[str, float]:
-        config = self.config
-        own = PUBLISHED[config.grid] if config.pairwise_weight is None else config.pairwise_weight
-        factors = {"pairwise": config.weight * own, "holistic": config.weight * config.holistic_weight}
-        if factors["holistic"]:
-            factors["critic"] = config.critic_weight
-        return {term: factor for term, factor in factors.items() if factor}
+    def term_weights(self) -> dict[str, float]:
+        weights = super().term_weights()
+        if self.config.pairwise_weight is None:
+            weights["pairwise"] = PUBLISHED[self.config.grid]
+        return weights
 
     def own_optimizers(self) -> dict[str, tuple[list[nn.Parameter], Any]]:
         if self.critic is None or "critic" not in self.weights:
@@ -237,21 +239,21 @@ class Structured(OfflineMethod):
     def _pairwise(self, student: Tensor, teacher: Tensor) -> Tensor:
         config = self.config
         student = resize_features(student, size_of(teacher), align_corners=config.align_corners)
-        ours, theirs = (
+        student, teacher = (
             nodes(features, grid=config.grid, detach_norm=config.detach_norm) for features in (student, teacher)
         )
-        return pairwise_distance(ours, theirs, block_rows=config.block_rows)
+        return pairwise_distance(student, teacher, block_rows=config.block_rows)
 
     def _adversarial_terms(self, student: Tensor, teacher: Tensor, critic: Critic) -> dict[str, Tensor]:
         config = self.config
-        ours, theirs = (
+        student, teacher = (
             _probabilities(resize_logits(logits, size_of(teacher), align_corners=config.align_corners))
             for logits in (student, teacher)
         )
-        terms = {"holistic": holistic_gain(ours, theirs, critic)}
+        terms = {"holistic": holistic_gain(student, teacher, critic)}
         if "critic" in self.weights:
             terms["critic"] = critic_loss(
-                ours, theirs, critic, adversarial=config.adversarial, gradient_penalty=config.gradient_penalty
+                student, teacher, critic, adversarial=config.adversarial, gradient_penalty=config.gradient_penalty
             )
         return terms
 

@@ -2,12 +2,13 @@
 
 import io
 import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from segdistill.report.inputs import Curve
-from segdistill.report.results import Comparison, Row
+from markupsafe import Markup
+
+from segdistill.report.inputs import Measured
+from segdistill.report.results import Comparison
 
 # Light values; in the page each becomes its CSS variable, which the dark theme redefines.
 SERIES = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a3aa7", "#e34948")
@@ -41,7 +42,6 @@ STYLE = {
     "ytick.major.size": 0,
 }
 NEAR, LABEL_SPACING = 70.0, 12.0  # points on paper: labels that could touch, and what keeps them apart
-Drawing = Callable[[Any], None]  # draws into a matplotlib figure
 
 
 class Palette:
@@ -64,143 +64,133 @@ class Palette:
         """Matplotlib marker of a student; a star for the teacher."""
         return MARKERS[self.students.index(student) % len(MARKERS)] if student in self.students else "*"
 
-    def label(self, row: Row) -> str:
+    def label(self, experiment: str, student: str) -> str:
         """Short name of a row: the student is named only where there are several."""
-        if len(self.students) < 2 or row.student not in self.students:
-            return row.experiment
-        return f"{row.experiment} · {row.student}"
+        return f"{experiment} · {student}" if len(self.students) > 1 and student in self.students else experiment
 
 
-def gains(comparison: Comparison) -> tuple[Drawing, float] | None:
-    """Difference to the undistilled student of every row that has one, and the figure's height in inches."""
-    palette = Palette(comparison)
-    rows = [row for row in comparison.rows if row.gain is not None]
-    if not rows:
-        return None
-
-    def draw(figure: Any) -> None:
-        axes = figure.add_subplot()
-        axes.axvline(0, color=INK, linewidth=1)
-        for position, row in enumerate(rows):
-            gain, color = row.gain, palette.color(row.experiment)
-            assert gain is not None
-            axes.plot([100 * gain.low, 100 * gain.high], [position] * 2, color=color, linewidth=2.5)
-            face = color if gain.is_evidence else "none"
-            axes.scatter(
-                [100 * gain.mean], [position], s=64, marker="o", color=face, edgecolor=color, linewidth=2, zorder=3
-            )
-            if len(gain.per_seed) > 1:
-                seeds = [100 * value for value in gain.per_seed]
-                axes.scatter(seeds, [position + 0.27] * len(seeds), s=26, marker="|", color=color, linewidth=1.4)
-        axes.set_yticks(range(len(rows)), [palette.label(row) for row in rows])
-        axes.tick_params(axis="y", labelcolor=INK)
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.margins(x=0.08)
-        axes.grid(axis="x")
-        axes.set_xlabel("difference in test mIoU to the same student undistilled, percentage points")
-        axes.spines["left"].set_visible(False)
-        _fix_layout(figure)
-
-    return draw, 0.8 + 0.42 * len(rows)
-
-
-def cost(comparison: Comparison) -> tuple[Drawing, float]:
-    """Test mIoU against parameters and against multiply-accumulates."""
-    palette = Palette(comparison)
-    rows = [(row, row.test_miou.mean) for row in comparison.scored if row.test_miou]
-
-    def draw(figure: Any) -> None:
-        panels, labels = figure.subplots(1, 2, sharey=True), []
-        for axes, name, unit, scale in (
-            (panels[0], "params", "parameters, millions", 1e6),
-            (panels[1], "macs", "GMACs per image", 1e9),
-        ):
-            points = []
-            for row, score in rows:
-                value = getattr(row, name)
-                if not value:
-                    continue
-                scores = [100 * item.test_miou for item in row.seeds]
-                x, y, color = value / scale, 100 * score, palette.color(row.experiment)
-                axes.plot([x, x], [min(scores), max(scores)], color=color, linewidth=1.6, alpha=0.55)
-                size = 130 if row is comparison.teacher else 52
-                axes.scatter([x], [y], s=size, marker=palette.marker(row.student), color=color, zorder=3, linewidth=0)
-                points.append((x, y, palette.label(row)))
-            axes.set_xscale("log")
-            axes.margins(x=0.32, y=0.12)
-            axes.grid()
-            axes.set_xlabel(unit + " (log scale)")
-            _plain_log_ticks(axes)
-            labels.append((axes, points))
-        panels[0].set_ylabel("test mIoU, %")
-        _place_labels(figure, labels)
-
-    return draw, 4.2
-
-
-def curves(comparison: Comparison, measured: Sequence[Curve]) -> tuple[Drawing, float] | None:
-    """Validation mIoU while training, one panel for each student; thin lines are seeds, thick ones their mean."""
-    palette = Palette(comparison)
-    shown = [curve for curve in measured if len(curve.steps) > 1 and curve.student in palette.students]
-    students = [student for student in palette.students if any(curve.student == student for curve in shown)]
-    if not students:
-        return None
-    columns = min(2, len(students))
-    lines = -(-len(students) // columns)
-
-    def draw(figure: Any) -> None:
-        panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
-        labels: list[Any] = []
-        for axes, student in zip(panels, students, strict=False):
-            ends = []
-            mine = [curve for curve in shown if curve.student == student]
-            for experiment in dict.fromkeys(curve.experiment for curve in mine):
-                color = palette.color(experiment)
-                seeds = [curve for curve in mine if curve.experiment == experiment]
-                for curve in seeds:
-                    axes.plot(curve.steps, [100 * v for v in curve.values], color=color, linewidth=1, alpha=0.4)
-                common = sorted(set.intersection(*(set(curve.steps) for curve in seeds)))
-                if not common:
-                    continue
-                tables = [dict(zip(curve.steps, curve.values, strict=True)) for curve in seeds]
-                means = [100 * sum(table[step] for table in tables) / len(tables) for step in common]
-                dashes = "-" if palette.color(experiment) != MUTED else (0, (5, 2))
-                axes.plot(common, means, color=color, linewidth=2.2, linestyle=dashes)
-                ends.append((common[-1], means[-1], experiment))
-            axes.set_title(student)
-            axes.grid(axis="y")
-            axes.margins(x=0.02)
-            axes.set_xlabel("iteration")
-            ticks, last = axes.get_xticks(), max(curve.steps[-1] for curve in mine)
-            axes.set_xlim(right=axes.get_xlim()[1] + 0.22 * last)  # room for the labels
-            axes.set_xticks([tick for tick in ticks if 0 <= tick <= last])
-            labels.append((axes, ends))
-        for axes in list(panels):  # what is left of the grid
-            axes.set_visible(False)
-        figure.axes[0].set_ylabel("validation mIoU, %")
-        _place_labels(figure, labels)
-
-    return draw, 3.3 * lines
-
-
-def draw_all(comparison: Comparison, measured: Sequence[Curve]) -> dict[str, Any]:
-    """Every chart this comparison has data for, as matplotlib figures by name."""
+def draw_all(comparison: Comparison, networks: Sequence[Measured]) -> dict[str, Any]:
+    """Every chart that this comparison has data for, as matplotlib figures by name."""
     import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        charts = {"gains": _gains(comparison), "scatter": _cost(comparison), "curves": _curves(comparison, networks)}
+    return {name: figure for name, figure in charts.items() if figure is not None}
+
+
+def _figure(height: float) -> Any:
+    """An empty figure, of a height in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawings = {"gains": gains(comparison), "scatter": cost(comparison), "curves": curves(comparison, measured)}
-    figures = {}
-    with matplotlib.rc_context(STYLE):
-        for name, drawing in drawings.items():
-            if drawing is not None:
-                figures[name] = Figure(figsize=(9, drawing[1]), layout="constrained")
-                FigureCanvasAgg(figures[name])
-                drawing[0](figures[name])
-    return figures
+    figure = Figure(figsize=(9, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
-def svg(figure: Any, title: str) -> str:
+def _gains(comparison: Comparison) -> Any:
+    """Difference to the undistilled student of every row that has one; None without any."""
+    palette = Palette(comparison)
+    gains = [(row, row.gain) for row in comparison.rows if row.gain is not None]
+    if not gains:
+        return None
+    figure = _figure(0.8 + 0.42 * len(gains))
+    axes = figure.add_subplot()
+    axes.axvline(0, color=INK, linewidth=1)
+    for y, (row, gain) in enumerate(gains):
+        color = palette.color(row.experiment)
+        axes.plot([100 * gain.low, 100 * gain.high], [y, y], color=color, linewidth=2.5)
+        face = color if gain.is_evidence else "none"
+        axes.scatter([100 * gain.mean], [y], s=64, marker="o", color=face, edgecolor=color, linewidth=2, zorder=3)
+        if len(gain.per_seed) > 1:
+            seeds = [100 * value for value in gain.per_seed]
+            axes.scatter(seeds, [y + 0.27] * len(seeds), s=26, marker="|", color=color, linewidth=1.4)
+    axes.set_yticks(range(len(gains)), [palette.label(row.experiment, row.student) for row, _ in gains])
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.set_ylim(len(gains) - 0.4, -0.6)
+    axes.margins(x=0.08)
+    axes.grid(axis="x")
+    axes.set_xlabel("difference in test mIoU to the same student undistilled, percentage points")
+    axes.spines["left"].set_visible(False)
+    _fix_layout(figure)
+    return figure
+
+
+def _cost(comparison: Comparison) -> Any:
+    """Test mIoU against parameters and against multiply-accumulates."""
+    palette, figure, labels = Palette(comparison), _figure(4.2), []
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, name, unit, scale in (
+        (panels[0], "params", "parameters, millions", 1e6),
+        (panels[1], "macs", "GMACs per image", 1e9),
+    ):
+        points = []
+        for row in comparison.scored:
+            cost = getattr(row, name)
+            if not cost or row.test_miou is None:
+                continue
+            scores = [100 * seed.test_miou for seed in row.seeds]
+            x, y, color = cost / scale, 100 * row.test_miou.mean, palette.color(row.experiment)
+            axes.plot([x, x], [min(scores), max(scores)], color=color, linewidth=1.6, alpha=0.55)
+            size = 130 if row is comparison.teacher else 52
+            axes.scatter([x], [y], s=size, marker=palette.marker(row.student), color=color, zorder=3, linewidth=0)
+            points.append((x, y, palette.label(row.experiment, row.student)))
+        axes.set_xscale("log")
+        axes.margins(x=0.32, y=0.12)
+        axes.grid()
+        axes.set_xlabel(unit + " (log scale)")
+        _plain_log_ticks(axes)
+        labels.append((axes, points))
+    panels[0].set_ylabel("test mIoU, %")
+    _place_labels(figure, labels)
+    return figure
+
+
+def _curves(comparison: Comparison, networks: Sequence[Measured]) -> Any:
+    """Validation mIoU while training, one panel for each student; thin lines are seeds, thick ones their mean.
+
+    None without any student of whom more than one step was validated.
+    """
+    palette = Palette(comparison)
+    panels: dict[str, dict[str, list[dict[int, float]]]] = {student: {} for student in palette.students}
+    for network in networks:
+        if len(network.curve) > 1 and network.student in panels:
+            panels[network.student].setdefault(network.experiment, []).append(network.curve)
+    panels = {student: experiments for student, experiments in panels.items() if experiments}
+    if not panels:
+        return None
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, labels = _figure(3.3 * lines), []
+    grid = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
+    for axes, (student, experiments) in zip(grid, panels.items(), strict=False):
+        ends = []
+        for experiment, seeds in experiments.items():
+            color = palette.color(experiment)
+            for curve in seeds:
+                axes.plot(curve.keys(), [100 * value for value in curve.values()], color=color, linewidth=1, alpha=0.4)
+            steps = sorted(set.intersection(*(set(curve) for curve in seeds)))
+            if not steps:
+                continue
+            means = [100 * sum(curve[step] for curve in seeds) / len(seeds) for step in steps]
+            axes.plot(steps, means, color=color, linewidth=2.2, linestyle=(0, (5, 2)) if color == MUTED else "-")
+            ends.append((steps[-1], means[-1], experiment))
+        axes.set_title(student)
+        axes.grid(axis="y")
+        axes.margins(x=0.02)
+        axes.set_xlabel("iteration")
+        ticks, last = axes.get_xticks(), max(max(curve) for seeds in experiments.values() for curve in seeds)
+        axes.set_xlim(right=axes.get_xlim()[1] + 0.22 * last)  # room for the labels
+        axes.set_xticks([tick for tick in ticks if 0 <= tick <= last])
+        labels.append((axes, ends))
+    for axes in figure.axes[len(panels) :]:
+        axes.set_visible(False)
+    figure.axes[0].set_ylabel("validation mIoU, %")
+    _place_labels(figure, labels)
+    return figure
+
+
+def svg(figure: Any, title: str) -> Markup:
     """A chart as an inline ``<svg>`` whose colours and font are those of the page."""
     import matplotlib
 
@@ -218,12 +208,7 @@ def svg(figure: Any, title: str) -> str:
     body = re.sub(r'(url\(#|href="#)', rf"\1{prefix}-", body)
     for color, variable in VARIABLES.items():
         body = body.replace(color, variable)
-    return body
-
-
-def png(figure: Any, path: Path) -> None:
-    """A chart as a picture."""
-    figure.savefig(path, format="png", dpi=130)
+    return Markup(body)
 
 
 def _plain_log_ticks(axes: Any) -> None:

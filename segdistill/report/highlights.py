@@ -29,5 +29,5 @@ def scores_of(networks: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -
 
 def trained(folder: Path) -> Highlights:
     """Of a folder of trained networks: their validation scores."""
-    found = read_sealed_json(folder, "metrics.json", mend="run the stage that trains it again")["students"]
-    return Highlights(scores=scores_of(found, ("val/miou", "val/pixel_accuracy")))
+    students = read_sealed_json(folder, "metrics.json", mend="run the stage that trains it again")["students"]
+    return Highlights(scores=scores_of(students, ("val/miou", "val/pixel_accuracy")))

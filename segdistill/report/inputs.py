@@ -24,17 +24,6 @@ COUNTS_LIMIT = 4 * 2**30  # bytes of one network's counts, which grow with the t
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Validation mIoU of one run at the steps where it was measured."""
-
-    experiment: str
-    student: str
-    seed: int | None
-    steps: tuple[int, ...]
-    values: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class Measured:
     """One network of one job: how it was trained and what it did on the test split."""
 
@@ -47,7 +36,7 @@ class Measured:
     confusion: NDArray[np.int64]  # [K, K]
     counts: NDArray[np.float64]  # [N, 3, K], see iou_counts
     accuracies: dict[str, float]  # share of right pixels of each test image, by id
-    curve: Curve
+    curve: dict[int, float]  # validation mIoU by the step at which it was measured
     overlays: Path
 
     @property
@@ -136,7 +125,7 @@ def read_networks(
                 confusion=confusion,
                 counts=iou_counts(per_image),
                 accuracies=dict(zip(ids, accuracies, strict=True)),
-                curve=_read_curve(model, experiment, name, seed),
+                curve=_read_curve(model, name),
                 overlays=evaluation / "overlays" / name,
             )
         )
@@ -172,19 +161,19 @@ def read_settings(models: Sequence[tuple[str, Path]], data: str, teacher: Path) 
     Raises:
         UserError: settings are missing, or one experiment's jobs were trained with different ones.
     """
-    settings: dict[str, tuple[Path, Any]] = {}
+    recorded: dict[str, tuple[Path, Any]] = {}  # by experiment: the first file, and what it says
     teacher_weights = read_sealed_json(teacher, "teacher.json", mend=TRAIN).get("sha256")
     for experiment, model in models:
         path, training = read_training(model)
-        given = {key: _part(training, key, path, TRAIN) for key in ("settings", "config")}
+        settings = {key: _part(training, key, path, TRAIN) for key in ("settings", "config")}
         if training.get("data_content") != data:
             raise UserError(f"{path}: trained on other data than is prepared; {TRAIN}")
         if training.get("teacher_sha256", teacher_weights) != teacher_weights:
             raise UserError(f"{path}: learnt from another teacher than the one in {teacher}; {TRAIN}")
-        first, known = settings.setdefault(experiment, (path, given))
-        if known != given:
+        first, expected = recorded.setdefault(experiment, (path, settings))
+        if settings != expected:
             raise UserError(f"{path}: '{experiment}' was trained with other settings than {first} says; {TRAIN}")
-    return {experiment: known["settings"] for experiment, (_, known) in settings.items()}
+    return {experiment: settings["settings"] for experiment, (_, settings) in recorded.items()}
 
 
 def _part(document: Any, key: str, path: Path, mend: str) -> dict[str, Any]:
@@ -222,15 +211,13 @@ def _read_counts(
     return confusion, per_image, ids
 
 
-def _read_curve(model: Path, experiment: str, name: str, seed: int | None) -> Curve:
-    """The rows that have a validation score; an imported teacher's curve has none."""
-    path, steps, values = model / "curves" / f"{name}.csv", [], []
-    content = read_sealed(model, f"curves/{name}.csv", mend=TRAIN).decode()
-    for row in csv.DictReader(content.splitlines()):
+def _read_curve(model: Path, name: str) -> dict[int, float]:
+    """The steps that have a validation score; an imported teacher's curve has none."""
+    file, curve = f"curves/{name}.csv", {}
+    for row in csv.DictReader(read_sealed(model, file, mend=TRAIN).decode().splitlines()):
         if row.get("val/miou"):
             try:
-                steps.append(int(row["step"]))
-                values.append(float(row["val/miou"]))
+                curve[int(row["step"])] = float(row["val/miou"])
             except (KeyError, ValueError):
-                raise UserError(f"{path}: expected numbers under step and val/miou, found {row}") from None
-    return Curve(experiment, name, seed, tuple(steps), tuple(values))
+                raise UserError(f"{model / file}: expected numbers under step and val/miou, found {row}") from None
+    return curve

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from segdistill.data.shards import ShardDataset, read_dataset_info
+from segdistill.data.shards import ShardDataset
 from segdistill.errors import UserError
 from segdistill.files import read_sealed
 from segdistill.report.inputs import EVALUATE, Measured
@@ -41,52 +41,59 @@ class Scene:
     tiles: tuple[Tile, ...]
 
 
-def read(prepared: Path, teacher: Measured, measured: Sequence[Measured], number: int) -> list[Scene]:
+def read(
+    prepared: Path, networks: Sequence[Measured], colors: Sequence[tuple[int, int, int]], number: int
+) -> list[Scene]:
     """Up to ``number`` evenly spread ones of the test images whose predictions were kept.
 
-    Of several seeds the first is shown.
+    Args:
+        prepared: the data set.
+        networks: whose predictions to show, the teacher's first; of several seeds the first is shown.
+        colors: of the classes.
+        number: of scenes.
 
     Raises:
         UserError: a prediction is missing or of another size than its image.
     """
-    kept = {path.stem for path in teacher.overlays.glob("*.png")}
-    order = list(teacher.accuracies)
-    available = [index for index, sample in enumerate(order) if sample in kept]
+    kept = {path.stem for path in networks[0].overlays.glob("*.png")}
+    samples = list(networks[0].accuracies)
+    available = [index for index, sample in enumerate(samples) if sample in kept]
     if not number or not available:
         return []
     positions = np.unique(np.linspace(0, len(available) - 1, number).round().astype(int))
     test_set = ShardDataset(prepared, "test")
-    colors = [item.color for item in read_dataset_info(prepared).classes]
-    shown: dict[tuple[str, str], Measured] = {}
-    for item in (teacher, *measured):
-        shown.setdefault((item.experiment, item.student), item)
+    first: dict[tuple[str, str], Measured] = {}
+    for network in networks:
+        first.setdefault((network.experiment, network.student), network)
     scenes = []
     for index in (available[position] for position in positions):
-        if index >= len(test_set) or test_set.sample_id(index) != order[index]:
-            raise UserError(f"{prepared}: test image {index} is not '{order[index]}'; run evaluate again")
-        scenes.append(_scene(test_set, index, list(shown.values()), colors))
+        if index >= len(test_set) or test_set.sample_id(index) != samples[index]:
+            raise UserError(f"{prepared}: test image {index} is not '{samples[index]}'; run evaluate again")
+        scenes.append(_scene(samples[index], *test_set[index], list(first.values()), colors))
     return scenes
 
 
 def _scene(
-    test_set: ShardDataset, index: int, shown: Sequence[Measured], colors: Sequence[tuple[int, int, int]]
+    sample: str,
+    image: NDArray[np.uint8],
+    truth: NDArray[np.uint8],
+    networks: Sequence[Measured],
+    colors: Sequence[tuple[int, int, int]],
 ) -> Scene:
-    sample = test_set.sample_id(index)
-    image, truth = test_set[index]
     height, width = truth.shape
     factor = min(1.0, MAX_WIDTH / width)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
     tiles = [Tile("truth", "", _paint(truth, colors, size), None, None)]
-    for item in shown:
-        mask = _read_mask(item.overlays / f"{sample}.png", truth.shape)
-        wrong = ((mask != truth) & (truth != IGNORED)).astype(np.uint8)
+    for network in networks:
+        mask = _read_mask(network.overlays / f"{sample}.png", truth.shape)
+        errors = np.where((mask != truth) & (truth != IGNORED), 0, IGNORED).astype(np.uint8)
         tiles.append(
             Tile(
-                experiment=item.experiment,
-                student=item.student,
+                experiment=network.experiment,
+                student=network.student,
                 classes=_paint(mask, colors, size),
-                errors=_paint(np.where(wrong, 0, IGNORED).astype(np.uint8), [ERROR_COLOR], size),
-                accuracy=item.accuracies[sample],
+                errors=_paint(errors, [ERROR_COLOR], size),
+                accuracy=network.accuracies[sample],
             )
         )
     photograph = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)

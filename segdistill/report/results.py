@@ -15,7 +15,7 @@ import numpy as np
 from segdistill.config import parse
 from segdistill.errors import UserError
 from segdistill.files import read_sealed_json
-from segdistill.metrics import iou, paired_difference_of_counts
+from segdistill.metrics import Difference, iou, paired_difference_of_counts
 from segdistill.metrics.confusion import mean_over_present
 from segdistill.report.inputs import Diverged, Measured
 
@@ -55,20 +55,11 @@ class SeedResult:
 
 
 @dataclass(frozen=True)
-class Gain:
+class Gain(Difference):
     """Difference in test mIoU to the undistilled student, with its bootstrap interval."""
 
     seeds: tuple[int | None, ...]  # those that both have
-    mean: float
-    low: float
-    high: float
-    per_seed: tuple[float, ...]
     per_class: dict[str, float | None]
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of zero."""
-        return self.low > 0 or self.high < 0
 
     @property
     def seeds_agree(self) -> bool:
@@ -182,19 +173,15 @@ def find_reference(experiment: str, student: str, run: Sequence[str], experiment
 
     "This very student" has the same name and an equal configuration. An undistilled student has no reference.
     """
-    mine = experiments.get(experiment) or {}
-    if student not in mine.get("students", {}) or is_undistilled(mine):
+    settings = experiments.get(experiment) or {}
+    if student not in settings.get("students", {}) or not settings.get("methods"):
         return None
+    alone = {student: settings["students"][student]}
     for name in run:
-        other = experiments.get(name) or {}
-        if is_undistilled(other) and other["students"] == {student: mine["students"][student]}:
+        candidate = experiments.get(name) or {}
+        if not candidate.get("methods") and candidate.get("students") == alone:
             return name
     return None
-
-
-def is_undistilled(experiment: Mapping[str, Any]) -> bool:
-    """Whether an experiment is one student without any method."""
-    return not experiment.get("methods") and len(experiment.get("students", {})) == 1
 
 
 def compare_runs(
@@ -291,14 +278,8 @@ def _gain(
     references = [by_seed[network.seed] for network in systems]
     counts = [np.stack([network.counts for network in side]) for side in (systems, references)]
     difference = paired_difference_of_counts(*counts, **bootstrap)
-    return Gain(
-        seeds=tuple(network.seed for network in systems),
-        mean=difference.mean,
-        low=difference.low,
-        high=difference.high,
-        per_seed=difference.per_seed,
-        per_class=_by_class(class_names, _mean_iou_by_class(systems) - _mean_iou_by_class(references)),
-    )
+    per_class = _by_class(class_names, _mean_iou_by_class(systems) - _mean_iou_by_class(references))
+    return Gain(**vars(difference), seeds=tuple(network.seed for network in systems), per_class=per_class)
 
 
 def _row(
@@ -329,7 +310,8 @@ def _row(
         if len(scores) == len(seeds) and (spread := Spread.of(scores)):
             views[view] = spread
     # The fastest pass of all seeds: the network is the same, and slower passes tell what else the machine was doing.
-    latency = min((known for network in networks if (known := network.test.get("latency_ms"))), default=None)
+    latencies = [network.test["latency_ms"] for network in networks if network.test.get("latency_ms")]
+    latency = min(latencies, default=None)
     durations = [seed.training_seconds for seed in seeds if seed.training_seconds is not None]
     first = networks[0].test if networks else {}
     return Row(
@@ -354,8 +336,8 @@ def _row(
     )
 
 
-def _mean_iou_by_class(items: Sequence[Measured]) -> Any:  # [K], nan where no seed has the class
-    return mean_over_present(np.stack([iou(item.confusion) for item in items], axis=-1))
+def _mean_iou_by_class(networks: Sequence[Measured]) -> Any:  # [K], nan where no seed has the class
+    return mean_over_present(np.stack([iou(network.confusion) for network in networks], axis=-1))
 
 
 def _by_class(class_names: Sequence[str], values: Any) -> dict[str, float | None]:

@@ -4,6 +4,7 @@ from segdistill.report.results import Comparison, Protocol, Row, Spread
 
 NOTHING = "–"
 DISPUTED = "†"
+VIEWS = {"flip": "with flip", "multi_scale": "multi-scale"}
 
 
 def percent(value: float | None, decimals: int = 1) -> str:
@@ -65,14 +66,9 @@ def giga(value: float | None) -> str:
     return NOTHING if value is None else f"{value / 1e9:.3g}"
 
 
-def rate(value: float | None) -> str:
-    """Whole numbers from ten on."""
-    return NOTHING if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
-
-
-def milliseconds(value: float | None) -> str:
-    """One decimal below a hundred."""
-    return NOTHING if value is None else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+def rounded(value: float | None, whole_from: float = 10) -> str:
+    """One decimal, none from ``whole_from`` on."""
+    return NOTHING if value is None else f"{value:.{0 if value >= whole_from else 1}f}"
 
 
 def seconds(value: float | None) -> str:
@@ -82,6 +78,11 @@ def seconds(value: float | None) -> str:
     if value < 120:
         return f"{value:.0f} s"
     return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+
+
+def share(value: float) -> str:
+    """``2.5 %``."""
+    return f"{100 * value:.1f} %" if value >= 0.001 or value == 0 else "< 0.1 %"
 
 
 def plural(number: int, word: str) -> str:
@@ -113,11 +114,6 @@ def caption(protocol: Protocol) -> str:
     )
 
 
-def headline(comparison: Comparison) -> str:
-    """The finding in one honest paragraph."""
-    return " ".join(findings(comparison))
-
-
 def findings(comparison: Comparison) -> list[str]:
     """The finding, a sentence for each kind of result."""
     rows = [row for row in comparison.rows if row.gain]
@@ -130,24 +126,66 @@ def findings(comparison: Comparison) -> list[str]:
     worse = [row for row in rows if row.gain and row.gain.is_evidence and row.gain.mean < 0]
     disputed = [row for row in rows if row.gain and row.gain.is_disputed]
     undecided = [row for row in rows if row.gain and not row.gain.excludes_zero]
-    found = []
-    if better:
-        found.append(f"Better than the same student undistilled: {_listed(better)}.")
-    else:
-        found.append("No distilled student is shown to be better than the same student undistilled.")
-    if worse:
-        found.append(f"Worse: {_listed(worse)}.")
-    if disputed:
-        found.append(f"Open, since the seeds disagree about the sign: {_listed(disputed)}.")
-    if undecided:
-        found.append(f"Undecided: {_listed(undecided)}. Differences whose interval includes zero are not evidence.")
-    return found
+    sentences = [] if better else ["No distilled student is shown to be better than the same student undistilled."]
+    for finding, members in (
+        ("Better than the same student undistilled: {}.", better),
+        ("Worse: {}.", worse),
+        ("Open, since the seeds disagree about the sign: {}.", disputed),
+        ("Undecided: {}. Differences whose interval includes zero are not evidence.", undecided),
+    ):
+        if members:
+            differences = (f"{name(row)} {points(row.gain.mean)} points {interval(row)}" for row in members if row.gain)
+            sentences.append(finding.format("; ".join(differences)))
+    return sentences
+
+
+def protocol(comparison: Comparison) -> list[tuple[str, str]]:
+    """The facts under which the numbers hold."""
+    facts = comparison.protocol
+    budgets = ", ".join(f"{value:,}" for value in facts.iterations) or "not recorded"
+    same = "the same for every student" if len(facts.iterations) == 1 else "not the same for every student"
+    weights = {"best": "those with the best validation score of the run", "last": "those at the end of the run"}.get(
+        facts.selection or ""
+    )
+    stated = [
+        ("Budget", f"{budgets} training iterations, {same}"),
+        ("Seeds", ", ".join(str(seed) for seed in facts.seeds) + "; the same for every student"),
+        ("Data", ", ".join(f"{name} {number:,}" for name, number in facts.splits.items()) + " images"),
+        ("Classes", f"{len(facts.classes)}; a class absent from truth and prediction is left out of the mean"),
+        ("Score", "mIoU from one confusion matrix over the whole test split, at the resolution of the labels"),
+        (
+            "Interval",
+            f"paired bootstrap, {facts.resamples:,} draws of the {facts.splits['test']:,} test images (generator seed "
+            f"{facts.bootstrap_seed}), the same draw for both systems and all seeds, mIoU of each draw averaged over "
+            f"seeds, {confidence(facts)} percentiles",
+        ),
+    ]
+    if weights:
+        stated.insert(2, ("Weights", weights))
+    if facts.input_size:
+        size = f"{facts.input_size[0]} x {facts.input_size[1]}"
+        stated.append(("Cost", f"parameters, multiply-accumulates and the fastest forward pass of one {size} image"))
+    stated.append(("Provenance", provenance(comparison)))
+    return stated
+
+
+def provenance(comparison: Comparison) -> str:
+    """From which data, teacher and code each student came, in hashes; ``results.json`` has them whole."""
+    protocol = comparison.protocol
+    codes = dict.fromkeys(seed.code[:8] for row in comparison.rows for seed in row.seeds if seed.code)
+    identities = {
+        name(row): " ".join(seed.identity[:8] for seed in row.seeds if seed.identity) for row in comparison.rows
+    }
+    parts = [f"data {protocol.data_content}", f"teacher {protocol.teacher_sha256[:8]}"]
+    parts += [f"code {' '.join(codes)}"] if codes else []
+    named = ", ".join(f"{student} {identity}" for student, identity in identities.items() if identity)
+    return ", ".join(parts) + (f"; identities by seed: {named}" if named else "")
 
 
 def limits(protocol: Protocol) -> list[str]:
     """What the intervals do not cover."""
     number = len(protocol.seeds)
-    found = [
+    sentences = [
         f"The {confidence(protocol)} interval says what other test images, drawn like these, could have given. It does "
         f"not cover the choice of training seed: read the seeds' own differences beside it"
         + (", and with a single seed there are none, so that a gain may be luck." if number == 1 else "."),
@@ -156,10 +194,7 @@ def limits(protocol: Protocol) -> list[str]:
         "Test images that resemble each other, such as frames of one video, make every interval too narrow.",
     ]
     if number == 2:
-        found.append("Two seeds show whether a difference repeats at all, not how much it varies; use three or more.")
-    return found
-
-
-def _listed(rows: list[Row]) -> str:
-    parts = [f"{name(row)} {points(row.gain.mean)} points {interval(row)}" for row in rows if row.gain]
-    return "; ".join(parts)
+        sentences.append(
+            "Two seeds show whether a difference repeats at all, not how much it varies; use three or more."
+        )
+    return sentences

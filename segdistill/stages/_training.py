@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from segdistill.data.memory import Memory
 from segdistill.data.shards import DatasetInfo, ShardDataset, read_dataset_info
 from segdistill.engine.learner import Learner
 from segdistill.engine.tracker import Tracker
@@ -16,9 +17,10 @@ from segdistill.identity import Identity
 from segdistill.models.export import count_parameters, save_model
 
 
-def dataset(prepared: Path) -> tuple[DatasetInfo, ShardDataset, ShardDataset]:
-    """The prepared data set's facts, its train split and its val split."""
-    return read_dataset_info(prepared), ShardDataset(prepared, "train"), ShardDataset(prepared, "val")
+def dataset(prepared: Path, memory: Memory | None = None) -> tuple[DatasetInfo, ShardDataset, ShardDataset]:
+    """The prepared data set's facts, its train split and its val split, whose decoded samples share the memory."""
+    train_set, val_set = (ShardDataset(prepared, split, memory) for split in ("train", "val"))
+    return read_dataset_info(prepared), train_set, val_set
 
 
 def write(

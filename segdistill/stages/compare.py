@@ -3,7 +3,7 @@
 import csv
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from segdistill.data.shards import DatasetInfo
-    from segdistill.report.inputs import Curve, Measured
+    from segdistill.report.inputs import Measured
     from segdistill.report.results import Comparison, Protocol, Row
 
 PAGE_LIMIT = 2**30  # bytes; the page holds its pictures
@@ -102,7 +102,7 @@ def run(
     bootstrap = {"confidence": config.confidence, "resamples": config.resamples, "seed": config.bootstrap_seed}
     rows = compare_runs(taught, measured, diverged, run, experiments, names, bootstrap)
     comparison = _judged(config, *rows, _protocol(config, seeds, info, taught, measured))
-    _write(config, comparison, taught, measured, prepared, report)
+    _write(config, comparison, [taught, *measured], [item.color for item in info.classes], prepared, report)
     summary = metrics_of(comparison)
     with disk_errors(metrics):
         metrics.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def table(comparison: "Comparison") -> "Table":
             _escape(text.score(row)),
             f"[{style}]{_escape(difference)}[/]" if style else _escape(difference),
             text.millions(row.params),
-            text.rate(row.images_per_second),
+            text.rounded(row.images_per_second),
             end_section=row is comparison.teacher,
         )
     return table
@@ -203,35 +203,33 @@ def _judged(config: Config, teacher: "Row", rows: Sequence["Row"], protocol: "Pr
 def _write(
     config: Config,
     comparison: "Comparison",
-    taught: "Measured",
-    measured: Sequence["Measured"],
+    networks: Sequence["Measured"],
+    colors: Sequence[tuple[int, int, int]],
     prepared: Path,
     report: Path,
 ) -> None:
-    """Everything in ``report``, sealed, which appears complete or not at all."""
+    """Everything in ``report``, sealed, which appears complete or not at all; the teacher is the first network."""
     import numpy as np
 
-    from segdistill.data.shards import read_dataset_info
     from segdistill.report import charts as drawing
     from segdistill.report import overlays, page
     from segdistill.report.pictures import confusion_map
 
-    best = np.sum([item.confusion for item in measured if (item.experiment, item.student) == comparison.best], axis=0)
-    lines = [item.curve for item in (taught, *measured)]
-    colors = [item.color for item in read_dataset_info(prepared).classes]
-    pictures = overlays.read(prepared, taught, measured, config.overlays)
-    charts = drawing.draw_all(comparison, lines)
+    best = [network.confusion for network in networks if (network.experiment, network.student) == comparison.best]
+    confusion = np.sum(best, axis=0)
+    scenes = overlays.read(prepared, networks, colors, config.overlays)
+    charts = drawing.draw_all(comparison, networks)
     with new_folder(report) as partial:
         plots = partial / "plots"
         plots.mkdir()
         _write_text(partial / "results.json", json.dumps(to_dict(comparison), indent=2, allow_nan=False) + "\n")
         _write_text(partial / "report.md", page.markdown(comparison))
-        _write_text(partial / "report.html", page.page(comparison, best, charts, pictures, colors))
-        _write_curves(plots / "curves", lines)
+        _write_text(partial / "report.html", page.page(comparison, confusion, charts, scenes, colors))
+        _write_curves(plots / "curves", networks)
         _write_per_class(plots / "per_class_iou.csv", [comparison.teacher, *comparison.rows])
-        confusion_map(best, comparison.protocol.classes, plots / "confusion.png")
+        confusion_map(confusion, comparison.protocol.classes, plots / "confusion.png")
         for name, figure in charts.items():
-            drawing.png(figure, plots / f"{name}.png")
+            figure.savefig(plots / f"{name}.png", dpi=130)
         seal(partial)
 
 
@@ -239,26 +237,33 @@ def _write_text(path: Path, text: str) -> None:
     write_file(path, text.encode())
 
 
-def _write_curves(folder: Path, curves: Sequence["Curve"]) -> None:
+def _write_curves(folder: Path, networks: Sequence["Measured"]) -> None:
     """One file a run, as ``dvc plots`` draws one line a file."""
     folder.mkdir()
-    for curve in curves:
-        job = curve.experiment if curve.seed is None else f"{curve.experiment}.{curve.student}-s{curve.seed}"
-        with (folder / f"{job}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["step", "val_miou"])
-            writer.writerows([step, f"{value:.6f}"] for step, value in zip(curve.steps, curve.values, strict=True))
+    for network in networks:
+        job = network.experiment if network.seed is None else f"{network.experiment}.{network.student}-s{network.seed}"
+        _write_table(
+            folder / f"{job}.csv",
+            ["step", "val_miou"],
+            ([step, f"{value:.6f}"] for step, value in network.curve.items()),
+        )
 
 
 def _write_per_class(path: Path, rows: Sequence["Row"]) -> None:
+    cells = []
+    for row in rows:
+        for name, value in row.per_class_iou.items():
+            numbers = (value, row.gain.per_class[name] if row.gain else None)
+            texts = ("" if number is None else f"{number:.6f}" for number in numbers)
+            cells.append([row.experiment, row.student, name, *texts])
+    _write_table(path, ["experiment", "student", "class", "iou", "difference"], cells)
+
+
+def _write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["experiment", "student", "class", "iou", "difference"])
-        for row in rows:
-            for name, value in row.per_class_iou.items():
-                difference = row.gain.per_class[name] if row.gain else None
-                cells = ("" if number is None else f"{number:.6f}" for number in (value, difference))
-                writer.writerow([row.experiment, row.student, name, *cells])
+        writer.writerow(columns)
+        writer.writerows(rows)
 
 
 def highlights(paths: Mapping[str, Any]) -> Highlights:

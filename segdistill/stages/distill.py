@@ -1,7 +1,6 @@
 """One cohort of the matrix: students that learn from the frozen teacher, or from each other, on the same batches."""
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from segdistill.engine.distributed import Processes
     from segdistill.engine.trainer import Training
     from segdistill.models.teacher import Teacher
-
-logger = logging.getLogger(__name__)
 
 AGAIN = "run the stage 'distill' again"
 
@@ -95,6 +92,7 @@ def run(
     Returns:
         Seconds by activity.
     """
+    from segdistill.data.memory import Memory
     from segdistill.engine.distributed import processes as join
     from segdistill.stages._training import dataset, forget
 
@@ -102,7 +100,7 @@ def run(
     protocol, work = cohort.protocol, work or students.with_name(students.name + ".work")
     spent = {"data": 0.0, "training": 0.0, "evaluation": 0.0}
     with join(device) as processes:
-        info, train_set, val_set = dataset(prepared)
+        info, train_set, val_set = dataset(prepared, Memory(protocol.train.cache_gib))
         members = _members(cohort, info, teacher)
         waiting = [member for member in members if not _is_there(students, member)]
         processes.barrier()  # all have seen what is there
@@ -216,7 +214,6 @@ def learner_of(planned: PlannedJob, num_classes: int, teacher: "Teacher | None")
 
 
 def _record_divergence(output: Path, member: Member, iteration: int, reason: str) -> None:
-    logger.warning("%s: diverged at iteration %d: %s", member.planned.job, iteration, reason)
     record = {
         **member.facts, "students": list(member.planned.settings.students), "iteration": iteration, "reason": reason,
     }  # fmt: skip

@@ -61,12 +61,13 @@ def _train(
     config: TeacherConfig, identity: Identity, prepared: Path, teacher: Path, work: Path | None, tracker: Tracker,
     processes: "Processes",
 ) -> dict[str, float]:  # fmt: skip
+    from segdistill.data.memory import Memory
     from segdistill.engine.building import build_learner
     from segdistill.engine.cohort import Cohort
     from segdistill.engine.trainer import Diverged, Training
     from segdistill.stages._training import dataset, forget, write
 
-    info, train_set, val_set = dataset(prepared)
+    info, train_set, val_set = dataset(prepared, Memory(config.train.cache_gib))
     work = work or teacher.with_name(teacher.name + ".work")
     training = Training(
         name=TEACHER, learner=build_learner({TEACHER: config.model}, seed=config.seed, num_classes=info.num_classes),

@@ -140,7 +140,8 @@ def test_identity_knows_data_teacher_seed_and_settings_and_nothing_that_changes_
     others = [identity(data="e"), identity(teacher="u"), identity(teacher=None), identity(seed=1)]
     others += [identity(train=replace(train, **change)) for change in ({"iterations": 9}, {"precision": "bf16"})]
     assert len({mine, *others}) == len(others) + 1
-    same = {"workers": 7, "log_every": 1, "checkpoint_every": 1, "validate_every": 1, "gradient_share_every": 5}
+    same = {"workers": 7, "cache_gib": 3.0, "log_every": 1, "checkpoint_every": 1, "validate_every": 1}
+    same |= {"gradient_share_every": 5}
     assert identity(train=replace(train, **same)) == mine
     best = tiny.train_config(select="best")
     assert identity(train=best) != identity(train=replace(best, validate_every=1)), "it decides which weights are kept"

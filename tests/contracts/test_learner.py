@@ -105,30 +105,35 @@ def test_gradient_shares_of_a_compiled_step_are_refused() -> None:
 def test_a_compiled_step_is_one_graph_compiled_once_and_has_the_values_of_the_plain_one(
     tmp_path: Path, method: str
 ) -> None:
-    """With the graphs run as they are: what is compiled here is what torch.compile would make kernels of."""
+    """With the graphs run as they are: what is compiled here is what torch.compile would make kernels of.
+
+    The teacher is a graph of its own, which a cohort shares.
+    """
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
     plain, compiled = (tiny.make_trainer(tmp_path, ALONE, method=method).learner for _ in range(2))
-    graphs = []
+    teacher, graphs = tiny.make_teacher(), []
 
     def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         graphs.append(graph)
         return graph.forward
 
     compiled.compile(backend=keep)
+    teacher.compile(backend=keep)
     for _ in range(2):
-        found = []
+        outcomes = []
         for learner in (plain, compiled):
             torch.manual_seed(1)
             with torch.autocast("cpu", torch.bfloat16):
-                terms = learner(*BATCH)
+                teacher_outputs = teacher(IMAGES) if learner.needs_teacher else None
+                terms = learner(IMAGES, TARGET, None, teacher_outputs)
             learner.total(terms).backward()
-            found.append(terms)
-        for key, term in found[0].items():
-            torch.testing.assert_close(found[1][key], term, rtol=1e-5, atol=1e-6)
-    assert len(graphs) == 1 and not counters["graph_break"] and not counters["recompile_limit"]
+            outcomes.append(terms)
+        for key, term in outcomes[0].items():
+            torch.testing.assert_close(outcomes[1][key], term, rtol=1e-5, atol=1e-6)
+    assert len(graphs) == 1 + plain.needs_teacher and not counters["graph_break"] and not counters["recompile_limit"]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -87,7 +87,7 @@ def train_config(**changes: Any) -> TrainConfig:
     base = {
         "iterations": 8, "seconds": None, "batch_size": 8, "accumulate": 1, "augmentation": augmentation,
         "precision": "fp32", "channels_last": False, "compile": False, "max_grad_norm": None, "workers": 0,
-        "log_every": 4, "validate_every": 3, "checkpoint_every": 2, "gradient_share_every": 0,
+        "cache_gib": 0, "log_every": 4, "validate_every": 3, "checkpoint_every": 2, "gradient_share_every": 0,
         "select": "last",
     }  # fmt: skip
     return parse(TrainConfig, base | changes, "train")
@@ -178,23 +178,33 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 def main(work: str, out: str, *options: str) -> int:
     """Keys: method, dropout, supervised, void, any of TrainConfig's, slow, started, stop_after, and steps of signals.
 
-    Those, to this process, are ``die_at`` and ``die_in_save`` (SIGKILL), and ``told_in_save`` (SIGTERM).
+    Several methods, with commas between them, make a cohort; ``dead`` is a method whose loss is not finite. Signals, to
+    this process, are ``die_at`` and ``die_in_save`` (SIGKILL), and ``told_in_save`` (SIGTERM).
     """
     changes: dict[str, Any] = dict(option.split("=") for option in options)
     die_at, slow = int(changes.pop("die_at", -1)), float(changes.pop("slow", 0))
     started, stop_after = changes.pop("started", ""), int(changes.pop("stop_after", -1))
     in_save = {signal.SIGKILL: changes.pop("die_in_save", None), signal.SIGTERM: changes.pop("told_in_save", None)}
     deadly = {int(step): number for number, step in in_save.items() if step is not None}
-    method = changes.pop("method", "none")
+    methods, dead = changes.pop("method", "none").split(","), changes.pop("dead", "")
     changes |= {key: int(text) for key, text in changes.items() if text.isdigit()}
     changes |= {key: float(changes[key]) for key in ("dropout", "supervised", "void") if key in changes}
+    own = {key: changes.pop(key) for key in ("dropout", "supervised") if key in changes}
     torch.set_num_threads(1)
     with processes("cpu") as here:
-        trainer = make_trainer(Path(work), here, method=method, **changes)
-        step, agree = trainer.step, trainer.cohort._agree
+        folders = [Path(work), *(Path(work) / method for method in methods[1:])]
+        trainings = [
+            make_training(method, folder, method=method, **own) for method, folder in zip(methods, folders, strict=True)
+        ]
+        cohort = make_cohort(trainings, here, **changes)
+        members = list(cohort.members.values())
+        step, agree = members[0].step, cohort._agree
+        for member in members:
+            if member.training.name == dead:
+                member.learner.total = lambda terms, progress: sum(terms.values()) * float("nan")
 
         def dying_step() -> None:
-            if trainer.progress.iteration == die_at:
+            if members[0].progress.iteration == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             if started:
                 Path(started).touch()
@@ -205,19 +215,22 @@ def main(work: str, out: str, *options: str) -> int:
             return agree(stop, iteration, takers) or iteration == stop_after
 
         def dying_replace(self: Path, target: Path) -> Path:
-            if trainer.progress.iteration in deadly:
-                os.kill(os.getpid(), deadly[trainer.progress.iteration])
+            if members[0].progress.iteration in deadly:
+                os.kill(os.getpid(), deadly[members[0].progress.iteration])
             return self.rename(target)
 
-        trainer.step, trainer.cohort._agree = dying_step, told
+        members[0].step, cohort._agree = dying_step, told
         if deadly:
             Path.replace = dying_replace  # type: ignore[method-assign, assignment]
         try:
-            trainer.run()
+            outcomes = cohort.run()
         except Interrupted:
             return 75
+        sound = [member for member in members if isinstance(outcomes[member.training.name], Result)]
         if here.is_main:
-            checkpoint.save(Path(out), {"weights": weights(trainer), "curves": trainer.progress.curves})
+            for number, member in enumerate(sound):
+                state = {"weights": weights(member), "curves": member.progress.curves}
+                checkpoint.save(Path(out) if not number else Path(f"{out}-{member.training.name}"), state)
     return 0
 
 

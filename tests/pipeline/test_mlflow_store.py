@@ -19,11 +19,6 @@ pytest.importorskip("mlflow")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
 def _forked(work, *arguments) -> int | None:
     import_mlflow()  # with the modules, but without a connection to the store
     worker = multiprocessing.get_context("fork").Process(target=work, args=arguments)

@@ -26,11 +26,6 @@ MD5 = "0123456789abcdef0123456789abcdef"
 PIPELINE = "run-1"
 
 
-@pytest.fixture(autouse=True)
-def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
 @pytest.fixture
 def root(tmp_path: Path, database: bytes) -> Path:
     (tmp_path / "mlflow.db").write_bytes(database)

@@ -76,9 +76,14 @@ def tracker(root: Path, name: str = "register") -> MlflowTracker:
 
 
 def submission(
-    weights: str, test_miou: float, *, seed: int = 0, test_data: str = "t", classes: tuple[str, ...] = ("road", "sky")
+    weights: str,
+    test_miou: float,
+    *,
+    identity: str = "unknown",
+    test_data: str = "t",
+    classes: tuple[str, ...] = ("road", "sky"),
 ) -> Submission:
-    return Submission("kd", seed, "cnn", 0.5, test_miou, test_data, weights, classes, {})
+    return Submission("kd", 0, "cnn", 0.5, test_miou, test_data, weights, classes, {"identity": identity})
 
 
 # --- the choice
@@ -256,19 +261,37 @@ def test_files_that_we_did_not_write_are_refused_before_anything_of_them_is_load
     assert "evil" not in sys.modules
 
 
-def test_a_student_is_registered_from_the_run_that_trained_it(root: Path) -> None:
-    for pipeline, score in (("old", 0.5), ("other", 0.25)):
+def test_a_student_is_registered_from_the_latest_finished_run_with_its_identity(root: Path) -> None:
+    ids = {}
+    for pipeline, identity, student, status in (
+        ("first", "i", "cnn", "FINISHED"),
+        ("again", "i", "cnn", "FINISHED"),
+        ("killed", "i", "cnn", "KILLED"),
+        ("other", "j", "cnn", "FINISHED"),
+        ("peer", "i", "vit", "FINISHED"),
+    ):
         run = open_run("kd-s0", root=root, spool=root / "spool", pipeline_run=pipeline)
-        run.metrics({"val/miou": score}, 10)
-        run.close()
-        if score == 0.5:
-            trained = run.run_id
-    found = register(Scaled(), submission("a", 0.4), name=NAME, min_gain=0, tracker=tracker(root))
-    assert found.run_id == trained
+        run.tags({"identity": identity, "student": student})
+        run.metrics({"val/miou": 0.5}, 10)
+        run.close(status)
+        ids[pipeline] = run.run_id
+    mine = submission("a", 0.4, identity="i")
+    registered = register(Scaled(), mine, name=NAME, min_gain=0, tracker=tracker(root))
+    assert registered.run_id == ids["again"]
     client = default_store(root).client()
-    assert client.get_run(found.run_id).info.status == "FINISHED"
-    models = client.search_logged_models([client.get_run(found.run_id).info.experiment_id])
-    assert [model.source_run_id for model in models] == [trained]
+    assert client.get_run(registered.run_id).info.status == "FINISHED"
+    models = client.search_logged_models([client.get_run(registered.run_id).info.experiment_id])
+    assert [model.source_run_id for model in models] == [ids["again"]]
+
+
+def test_a_student_whose_run_is_not_there_is_registered_all_the_same_and_that_is_said(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registered = register(Scaled(), submission("a", 0.4, identity="i"), name=NAME, min_gain=0, tracker=tracker(root))
+    assert registered.version == 1
+    assert "knows no finished run with the tags identity 'i' and student 'cnn'" in caplog.text
+    run = default_store(root).client().get_run(registered.run_id)
+    assert run.data.tags["mlflow.runName"] == "register", "a run of its own"
 
 
 def test_a_version_that_serves_other_logits_is_refused(root: Path) -> None:

@@ -4,34 +4,28 @@ import dataclasses
 import inspect
 import io
 import itertools
-import subprocess
-import sys
+import textwrap
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, Any, Literal, get_args
 
 import pytest
 import yaml
+from pydantic import Field
 from rich.console import Console
 
 from segdistill.__main__ import main
-from segdistill.commands import catalogue
 from segdistill.commands import methods as manual
 from segdistill.commands.catalogue import Entry, Parameter, entries, entry
-from segdistill.config import parse, parse_yaml, to_dict
+from segdistill.config import config, parse, parse_yaml, to_dict
 from segdistill.errors import UserError
-from segdistill.methods import METHODS, build_offline, load, parse_method
-from segdistill.methods.method import Evidence
+from segdistill.execution import check_params
+from segdistill.methods import METHODS, build_offline, build_online, load, parse_method
+from segdistill.methods.method import Evidence, MethodConfig, OfflineMethod
 from segdistill.models.outputs import ModelInfo
+from segdistill.stages.distill import ExperimentConfig, parse_methods
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = pytest.mark.parametrize("name", METHODS)
-WITHOUT_TORCH = """
-import sys
-from segdistill.__main__ import main
-code = main(sys.argv[1:])
-heavy = {'torch', 'timm', 'numpy', 'mlflow', 'kfp', 'pyarrow'} & set(sys.modules)
-sys.exit(f'loaded {heavy}' if heavy else code)
-"""
 
 
 def printed(name: str | None = None, width: int = 100) -> str:
@@ -45,7 +39,7 @@ def test_an_entry_says_what_its_class_says(name: str) -> None:
     found, method = entry(name), load(name)
     assert (found.name, ROOT / found.source) == (name, Path(inspect.getfile(method)))
     assert (found.kind, found.paper, found.needs, found.evidence) == (
-        method.kind,  # type: ignore[attr-defined]
+        method.kind,
         method.paper,
         method.needs,
         method.evidence,
@@ -59,7 +53,7 @@ def test_no_entry_has_a_gap(name: str) -> None:
     found = entry(name)
     for field in dataclasses.fields(Entry):
         assert getattr(found, field.name), field.name
-    assert {"Formula", "Reference"} <= set(found.sections)
+    assert {"Example", "Formula", "Reference"} <= set(found.sections)
     assert all(text for text in found.sections.values())
     if found.evidence in ("partly second-hand", "reconstruction"):
         assert "Inferred" in found.sections
@@ -70,13 +64,13 @@ def test_no_entry_has_a_gap(name: str) -> None:
 
 @EVERY
 def test_the_defaults_pasted_into_params_give_the_default_config(name: str) -> None:
-    config = load(name).Config
+    cls = load(name).Config
     told = parse_yaml("\n".join(f"{one.name}: {one.default}" for one in entry(name).parameters), "defaults")
-    assert set(told) | {"name"} == {field.name for field in dataclasses.fields(config)}
-    defaults = to_dict(config())
+    assert set(told) | {"name"} == {field.name for field in dataclasses.fields(cls)}
+    defaults = to_dict(cls())
     for field, value in told.items():
-        assert to_dict(parse(config, {field: value}, name))[field] == defaults[field], field
-    assert to_dict(parse(config, told, name)) == defaults
+        assert to_dict(parse(cls, {field: value}, name))[field] == defaults[field], field
+    assert to_dict(parse(cls, told, name)) == defaults
 
 
 @EVERY
@@ -93,34 +87,33 @@ def test_the_sections_of_a_docstring_are_kept_to_the_letter() -> None:
     assert "    mmrazor, batchmean on [B, K, h, w]                          w * h * w  1 -> 8192 at 64 x 128" in lines
 
 
-SOURCE = '''
-from __future__ import annotations
-from typing import Annotated, ClassVar, Literal
-from pydantic import Field
-from segdistill.methods.odd_base import Base, BaseConfig, Side as Flank
-
 Share = Annotated[float, Field(gt=0, le=1)]
-START = 3
+Side = Literal["on", "off", "left"]
 
-class OddConfig(BaseConfig):
+
+@config
+class OddConfig(MethodConfig):
     name: Literal["odd"] = "odd"
     weight: Share = 0.5
-    side: Flank = "off"
+    """Factor of all."""
+    side: Side = "off"
     """Which
     side."""
     shares: tuple[Share, Share] | None = None
     """Two."""
-    taps: "Annotated[tuple[Flank, ...], Field(min_length=1)]" = ("on",)
+    taps: Annotated[tuple[Side, ...], Field(min_length=1)] = ("on",)
     """Some."""
-    start: int = START
-    """A constant."""
     steps: int = 20_000
     """Many."""
     rate: float = 1e-5
     """Small."""
-    seen: ClassVar[int] = 0
+    path: Path | None = None
+    """Where."""
+    text: str
+    """What."""
 
-class Odd(Base):
+
+class Odd(OfflineMethod[OddConfig]):
     """An odd one.
 
     More of it.
@@ -134,54 +127,34 @@ class Odd(Base):
 
     Further words.
     """
-    Config = OddConfig
-    paper = (
-        "A "
-        "paper"
-    )
+
+    paper = "A paper"
+    needs = "oddities"
     evidence = "reconstruction"
-'''
-BASE = '''
-from typing import ClassVar, Literal
-Side = Literal["on", "off", "left"]
-
-class BaseConfig:
-    weight: float = 1.0
-    """The factor."""
-    ramp: float = 0.0
-    """The ramp."""
-
-class Base:
-    kind: ClassVar[str] = "online"
-    needs: ClassVar[str] = "oddities"
-'''
 
 
-def test_aliases_and_inheritance_are_followed_across_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "segdistill/methods"
-    folder.mkdir(parents=True)
-    (folder / "odd.py").write_text(SOURCE)
-    (folder / "odd_base.py").write_text(BASE)
-    monkeypatch.setattr(catalogue, "ROOT", tmp_path)
-    monkeypatch.setitem(METHODS, "odd", "segdistill.methods.odd:Odd")
+def test_docstring_attributes_and_fields_become_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "odd", f"{__name__}:Odd")
+    inherited = {parameter.name: parameter.meaning for parameter in entry("at").parameters}["ramp"]
     assert entry("odd") == Entry(
         name="odd",
-        source="segdistill/methods/odd.py",
-        kind="online",
+        source="tests/unit/test_catalogue.py",
+        kind="offline",
         paper="A paper",
         needs="oddities",
         evidence="reconstruction",
         summary="An odd one.\n\nMore of it.\n\nFurther words.",
         sections={"Formula": "L = a\n\n    b", "Weights": "None."},
         parameters=(
-            Parameter("weight", "number > 0, ≤ 1", "0.5", "The factor."),
-            Parameter("ramp", "number", "0.0", "The ramp."),
+            Parameter("weight", "number > 0, ≤ 1", "0.5", "Factor of all."),
+            Parameter("ramp", "number ≥ 0, ≤ 1", "0.0", inherited),
             Parameter("side", '"on", "off", left', '"off"', "Which side."),
             Parameter("shares", "list of 2: number > 0, ≤ 1, or null", "null", "Two."),
             Parameter("taps", 'list of 1 or more: "on", "off", left', '["on"]', "Some."),
-            Parameter("start", "integer", "3", "A constant."),
             Parameter("steps", "integer", "20000", "Many."),
             Parameter("rate", "number", "1e-5", "Small."),
+            Parameter("path", "path, or null", "null", "Where."),
+            Parameter("text", "text", "required", "What."),
         ),
     )
 
@@ -195,11 +168,10 @@ def test_an_unknown_name_is_answered_with_its_neighbour(capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("arguments", [[], ["apd"], ["--markdown"]])
-def test_the_answer_needs_no_heavy_library_and_has_no_escape_codes_in_a_pipe(arguments: list[str]) -> None:
-    command = [sys.executable, "-c", WITHOUT_TORCH, "methods", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Tian et al." in done.stdout and "\x1b" not in done.stdout
+def test_the_answer_has_no_escape_codes_in_a_pipe(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "Tian et al." in said and "\x1b" not in said
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])
@@ -218,9 +190,9 @@ def test_the_table_is_read_at_a_glance_at_100_columns() -> None:
 
 
 @EVERY
-def test_the_page_of_a_method_shows_its_formula_to_the_letter_and_every_parameter(name: str) -> None:
+def test_the_page_of_a_method_shows_example_and_formula_to_the_letter_and_every_parameter(name: str) -> None:
     found, page = entry(name), printed(name)
-    for line in found.sections["Formula"].splitlines():
+    for line in (found.sections["Example"] + "\n" + found.sections["Formula"]).splitlines():
         assert not line or f"  {line}\n" in page
     flat = " ".join(page.split())
     for text in (found.paper, found.evidence, found.needs, found.source, "Inferred"):
@@ -251,6 +223,35 @@ def test_the_example_in_the_document_is_a_working_experiment() -> None:
         configs = [parse_method(data, "methods")[1] for data in experiment["methods"]]
         info = ModelInfo(3, (4, 4, 4, 4), (4, 8, 16, 32), 4, 4, 4, "cnn")
         assert list(build_offline(configs, info, info)) == [data["name"] for data in experiment["methods"]]
+
+
+@pytest.fixture(scope="module")
+def pasted() -> dict[str, Any]:
+    """The project's params.yaml with every method's example at the end of its experiments."""
+    examples = "\n".join(textwrap.indent(found.sections["Example"], "  ") for found in entries())
+    before, after = (ROOT / "params.yaml").read_text(encoding="utf-8").split("\nevaluate:\n")
+    return parse_yaml(f"{before}\n{examples}\n\nevaluate:\n{after}", "params.yaml")
+
+
+def test_the_examples_are_accepted_under_the_experiments_of_the_project(pasted: dict[str, Any]) -> None:
+    check_params(pasted | {"run": list(pasted["experiments"])}, networks=False)
+
+
+@EVERY
+def test_the_example_of_a_method_builds_it_with_what_it_sets(name: str, pasted: dict[str, Any]) -> None:
+    (experiment,) = parse_yaml(entry(name).sections["Example"].replace("*", ""), name)
+    settings = parse(ExperimentConfig, pasted["experiments"][experiment], experiment)
+    kind, parsed = parse_methods(experiment, settings)
+    configs = [config for _, config in parsed]
+    infos = {
+        student: ModelInfo(3, (4, 6, 8, 10), (4, 8, 16, 32), 4, 4, 4, "vit" if student == "vit" else "cnn")
+        for student in settings.students
+    }
+    teacher = ModelInfo(3, (6, 8, 10, 12), (4, 8, 16, 32), 6, 4, 4, "cnn")
+    methods = build_offline(configs, *infos.values(), teacher) if kind == "offline" else build_online(configs, infos)
+    assert isinstance(methods[name], load(name)) and methods[name].weights
+    told = next(data for data in settings.methods if data["name"] == name)
+    assert told.items() <= to_dict(methods[name].config).items()
 
 
 def test_every_level_of_evidence_is_explained() -> None:

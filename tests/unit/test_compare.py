@@ -76,7 +76,7 @@ class Inputs:
         facts = {
             "students": trained, "iterations": 80, "seconds": 75.0, "images_per_second": 20.0, "settings": settings,
             "config": {"train": {"select": "last"}}, "data_content": read_dataset_info(self.prepared).content_hash,
-            "identity": f"identity of {job}", "code": "code of all",
+            "identity": f"{job} identity", "code": "code of all",
         }  # fmt: skip
         (model / "metrics.json").write_text(json.dumps(facts))
         report = {"models": evaluated, "split": "test", "samples": len(self.ids), "classes": list(CLASSES)}
@@ -91,7 +91,7 @@ class Inputs:
         facts = {
             "experiment": experiment, "seed": seed, "students": list(settings["students"]), "iteration": iteration,
             "reason": "cnn: kd.kl is not finite", "settings": settings, "config": {"train": {"select": "last"}},
-            "data_content": read_dataset_info(self.prepared).content_hash, "identity": f"identity of {job}",
+            "data_content": read_dataset_info(self.prepared).content_hash, "identity": f"{job} identity",
         }  # fmt: skip
         (self.model(job) / "diverged.json").write_text(json.dumps(facts))
 
@@ -469,14 +469,17 @@ def test_a_job_without_evaluation_that_did_not_diverge_is_named(inputs: Inputs) 
 
 
 def test_results_name_the_identity_code_and_weights_of_every_network(compared: tuple[Inputs, Comparison]) -> None:
-    _, comparison = compared
+    inputs, comparison = compared
     kd = row_of(comparison, "kd")
     assert [(seed.identity, seed.code) for seed in kd.seeds] == [
-        ("identity of kd-s0", "code of all"),
-        ("identity of kd-s1", "code of all"),
+        ("kd-s0 identity", "code of all"),
+        ("kd-s1 identity", "code of all"),
     ]
     assert kd.seeds[1].weights_sha256 == "weights of kd-s1/cnn"
     assert comparison.protocol.teacher_sha256 == "weights of teacher/teacher"
+    for text in said(inputs)[:2]:
+        assert f"data {comparison.protocol.data_content}, teacher weights , code code of " in text
+        assert "kd (cnn) kd-s0 id kd-s1 id" in text
 
 
 def test_plots_for_dvc_hold_every_measured_step_and_class(compared: tuple[Inputs, Comparison]) -> None:

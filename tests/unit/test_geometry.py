@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from segdistill import geometry, losses
 from segdistill.config import parse
 from segdistill.data.settings import AugmentationConfig
-from segdistill.data.transforms import Augmentation
+from segdistill.data.transforms import Augmentation, cut
 from segdistill.engine.evaluate import predict
 from segdistill.engine.settings import InferenceConfig
 from segdistill.methods import build_offline, build_online, parse_method
@@ -249,8 +249,10 @@ def test_masks_are_scaled_on_the_grid_of_the_images(scale: float) -> None:
     ramp_of_pixels = np.arange(200, dtype=np.uint8)[None].repeat(40, 0)
     config = {"crop_size": (8, round(200 * scale)), "scale": (scale, scale), "flip": 0.0, "color_jitter": 0.0}
     transform = Augmentation(parse(AugmentationConfig, config, "augmentation"))
-    image, label = transform(ramp_of_pixels[..., None].repeat(3, -1), ramp_of_pixels, seed=0)
-    apart = (image[0].float() - label.float())[:, 4:-4]
+    crop = transform.draw(ramp_of_pixels.shape, seed=0)
+    pixels = cut(ramp_of_pixels[..., None].repeat(3, -1), ramp_of_pixels, crop.window, pinned=False)
+    (image,), (label,) = transform([(pixels, crop)], torch.device("cpu"))
+    apart = (image[0] * 255 - label)[:, 4:-4]
     assert apart.abs().max() <= 1.0
     assert abs(float(apart.mean())) <= (0.3 if scale != 0.5 else 0.55)  # at 0.5 a cell's centre is between two pixels
 

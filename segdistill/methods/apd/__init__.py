@@ -1,6 +1,6 @@
 """Adaptive perspective distillation: the teacher's view of the data set, and its view of this batch."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -8,12 +8,12 @@ from segdistill.config import Beta, LearningRate, config
 from segdistill.errors import UserError
 from segdistill.losses import (
     Projection,
+    align_logits,
     class_members,
     cross_entropy,
     pixel_kl,
     resize_features,
     resize_labels,
-    resize_logits,
     size_of,
     valid_mask,
 )
@@ -71,8 +71,14 @@ class APDConfig(MethodConfig):
     """Betas of the teacher head's Adam."""
 
 
-class AdaptivePerspective(OfflineMethod):
+class AdaptivePerspective(OfflineMethod[APDConfig]):
     """Adaptive perspective distillation (APD), complete.
+
+    Example:
+        apd_masked:
+          students: {cnn: *cnn}
+          methods:
+            - {name: apd, hidden_channels: 128, out_channels: 128, mask_ignore_global: true, mask_ignore_local: true}
 
     Formula:
         With F the last features (the student's resized to the teacher's), U = unit(head(F)), p_c = unit(mean of U over
@@ -107,16 +113,13 @@ class AdaptivePerspective(OfflineMethod):
         doi:10.1109/TPAMI.2022.3159581.
     """
 
-    Config = APDConfig
     paper = "Tian et al., TPAMI 2023"
     needs = "logits; last feature, two heads, an optimiser for the teacher's head"
     evidence = "official code"
-    helper_terms = ("teacher_head",)
-    config: APDConfig
+    helper_terms: ClassVar = {"teacher_head": ("local", "prototype")}
 
     def __init__(self, config: APDConfig, student: ModelInfo, teacher: ModelInfo) -> None:
         super().__init__(config, student, teacher)
-        self.num_classes = student.num_classes
         self.student_head: nn.Module | None = None
         self.teacher_head: nn.Module | None = None
         if not self._local:
@@ -127,18 +130,13 @@ class AdaptivePerspective(OfflineMethod):
         self.teacher_head = _head(config.teacher_head, teacher.last_channels, config)
         self.teacher_head.requires_grad_("teacher_head" in self.weights)
 
-    @property
-    def weights(self) -> dict[str, float]:
-        config = self.config
-        share = self.num_classes if config.reduction == "element_mean" else 1
-        factors = {
-            "global": config.weight * config.global_weight / share,
-            "local": config.weight * config.local_weight,
-            "prototype": config.weight * config.prototype_weight,
-        }
-        if config.teacher_head == "mlp" and (factors["local"] or factors["prototype"]):
-            factors["teacher_head"] = config.teacher_head_weight
-        return {term: factor for term, factor in factors.items() if factor}
+    def term_weights(self) -> dict[str, float]:
+        weights = super().term_weights()
+        if self.config.reduction == "element_mean":
+            weights["global"] /= self.student_info.num_classes
+        if self.config.teacher_head == "identity":
+            weights["teacher_head"] = 0.0
+        return weights
 
     @property
     def _local(self) -> bool:
@@ -161,11 +159,10 @@ class AdaptivePerspective(OfflineMethod):
 
     def _global(self, student: Outputs, teacher: Outputs, target: Tensor) -> Tensor:
         config = self.config
-        size = size_of(target if config.upsample else teacher.logits)
-        student_logits, teacher_logits = (
-            resize_logits(outputs.logits, size, align_corners=config.align_corners) for outputs in (student, teacher)
+        student_logits, teacher_logits, labels = align_logits(
+            student.logits, teacher.logits, target, upsample=config.upsample, align_corners=config.align_corners
         )
-        valid = valid_mask(resize_labels(target, size))
+        valid = valid_mask(labels)
         mask = valid if config.mask_ignore_global else valid.any().expand_as(valid)
         return pixel_kl(student_logits, teacher_logits, mask, temperature=config.temperature)
 
@@ -173,9 +170,9 @@ class AdaptivePerspective(OfflineMethod):
         config, size = self.config, size_of(teacher)
         assert self.student_head is not None and self.teacher_head is not None
         labels = resize_labels(target, size)
-        members = class_members(labels, self.num_classes)
+        members = class_members(labels, self.student_info.num_classes)
         present = present_classes(members, config.scope)
-        ours, theirs = (
+        student_view, teacher_view = (
             local_perspective(
                 head(feature),
                 members,
@@ -192,11 +189,13 @@ class AdaptivePerspective(OfflineMethod):
         if "local" in self.weights:
             valid = valid_mask(labels) if config.mask_ignore_local else None
             element_mean = config.reduction == "element_mean"
-            terms["local"] = local_kl(ours.logits, theirs.logits, present, valid, element_mean=element_mean)
+            terms["local"] = local_kl(
+                student_view.logits, teacher_view.logits, present, valid, element_mean=element_mean
+            )
         if "prototype" in self.weights:
-            terms["prototype"] = prototype_distance(ours.prototypes, theirs.prototypes, present)
+            terms["prototype"] = prototype_distance(student_view.prototypes, teacher_view.prototypes, present)
         if "teacher_head" in self.weights:
-            terms["teacher_head"] = cross_entropy(theirs.logits, target, align_corners=config.align_corners)
+            terms["teacher_head"] = cross_entropy(teacher_view.logits, target, align_corners=config.align_corners)
         return terms
 
 
@@ -216,9 +215,9 @@ def _require_one_width(config: APDConfig, student: ModelInfo, teacher: ModelInfo
         f"teacher_head ({config.teacher_head})": _width(config.teacher_head, teacher, config),
     }
     if len(set(widths.values())) > 1:
-        shown = " and ".join(f"{width} behind the {head}" for head, width in widths.items())
+        heads = " and ".join(f"{width} behind the {head}" for head, width in widths.items())
         raise UserError(
-            f"apd: prototypes can be compared only at one width, not {shown}; "
+            f"apd: prototypes can be compared only at one width, not {heads}; "
             "use mlp heads, set out_channels to an identity head's width, or prototype_weight: 0"
         )
 

@@ -5,13 +5,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from segdistill.losses import in_float32, masked_mean, unit
+from segdistill.losses import LEFT_OUT, divergence, in_float32, masked_mean, unit
 from segdistill.losses.fused import fused
 
 Scope = Literal["batch", "image"]
-
-# The logit of a class without prototype. Finite, because 0 * inf is not 0; exp of it is exactly 0.
-ABSENT = -1e9
 
 
 class Perspective(NamedTuple):
@@ -68,13 +65,13 @@ def local_kl(
         student_logits, teacher_logits: [B, K, h, w]; present: [G, K] bool; valid: [B, h, w] bool.
     """
     absent = ~present[:, :, None, None]
-    student = student_logits.masked_fill(absent, ABSENT).log_softmax(1)
-    teacher = teacher_logits.detach().masked_fill(absent, ABSENT).log_softmax(1)
-    divergence = (teacher.exp() * (teacher - student)).sum(1)  # [B, h, w]
+    student = student_logits.masked_fill(absent, LEFT_OUT).log_softmax(1)
+    teacher = teacher_logits.detach().masked_fill(absent, LEFT_OUT).log_softmax(1)
+    values = divergence(student, teacher, 1)  # [B, h, w]
     count = present.sum(1)[:, None, None]  # [G, 1, 1]
     if element_mean:
-        divergence = divergence / count.clamp_min(1)
-    return masked_mean(divergence, (count > 0).expand_as(divergence) if valid is None else valid)
+        values = values / count.clamp_min(1)
+    return masked_mean(values, (count > 0).expand_as(values) if valid is None else valid)
 
 
 @in_float32

@@ -10,11 +10,11 @@ from segdistill.config import config
 from segdistill.errors import UserError
 from segdistill.losses import (
     Projection,
+    align_logits,
+    divergence,
     in_float32,
     projection,
     resize_features,
-    resize_labels,
-    resize_logits,
     size_of,
     sum_over_blocks,
     unit,
@@ -89,9 +89,9 @@ def channel_kl(student: Tensor, teacher: Tensor, *, direction: Direction) -> Ten
     Shape:
         student, teacher: [B, C, ...], equal.
     """
-    ours, theirs = student.log_softmax(1), teacher.detach().log_softmax(1)
-    first, second = (theirs, ours) if direction == "teacher_to_student" else (ours, theirs)
-    return (first.exp() * (first - second)).sum(1).mean()
+    student, teacher = student.log_softmax(1), teacher.detach().log_softmax(1)
+    sink, source = (student, teacher) if direction == "teacher_to_student" else (teacher, student)
+    return divergence(sink, source, 1).mean()
 
 
 def patch_distance(
@@ -113,11 +113,11 @@ def patch_distance(
         student, teacher: [B, C, h, w], equal.
     """
     count, channels = student[:, 0].numel(), student.shape[1]
-    ours, theirs = _patches(student), _patches(teacher.detach())
+    student, teacher = _patches(student), _patches(teacher.detach())
     if form_pairs or count <= channels:
-        total = _by_pairs(ours, theirs, block_rows)
+        total = _by_pairs(student, teacher, block_rows)
     else:
-        total = _through_channels(ours, theirs, half)
+        total = _through_channels(student, teacher, half)
     return total / (count * max(channels - 1, 1)) ** 2
 
 
@@ -130,17 +130,17 @@ def _patches(feature: Tensor) -> Tensor:
 
 
 @in_float32
-def _by_pairs(ours: Tensor, theirs: Tensor, block_rows: int) -> Tensor:
-    return sum_over_blocks(_squared_differences, (ours, theirs), ours, theirs, block=block_rows)
+def _by_pairs(student: Tensor, teacher: Tensor, block_rows: int) -> Tensor:
+    return sum_over_blocks(_squared_differences, (student, teacher), student, teacher, block=block_rows)
 
 
 @in_float32
-def _through_channels(ours: Tensor, theirs: Tensor, half: bool) -> Tensor:
-    return _ThroughChannels.apply(ours, theirs, half)  # type: ignore[no-any-return]
+def _through_channels(student: Tensor, teacher: Tensor, half: bool) -> Tensor:
+    return _ThroughChannels.apply(student, teacher, half)  # type: ignore[no-any-return]
 
 
-def _squared_differences(our_rows: Tensor, their_rows: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
-    return torch.addmm(their_rows @ theirs.mT, our_rows, ours.mT, beta=-1).square().sum()
+def _squared_differences(student_rows: Tensor, teacher_rows: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+    return torch.addmm(teacher_rows @ teacher.mT, student_rows, student.mT, beta=-1).square().sum()
 
 
 @fused
@@ -174,8 +174,14 @@ class _ThroughChannels(torch.autograd.Function):
         return slopes.mul_(gradient), None, None
 
 
-class CNNToViT(OfflineMethod):
+class CNNToViT(OfflineMethod[C2VKDConfig]):
     """Knowledge distillation from CNNs to vision transformers (C2VKD): visual, linguistic and decoupled pixel terms.
+
+    Example:
+        c2vkd: # as published: a ViT learns, and without cross-entropy
+          students: {vit: *vit}
+          methods: [{name: c2vkd}]
+          supervised: 0.0
 
     Formula:
         With S = resize(project(F_student)) and T = F_teacher, D channels at each of the teacher's locations:
@@ -245,82 +251,75 @@ class CNNToViT(OfflineMethod):
         arXiv:2203.08679.
     """
 
-    Config = C2VKDConfig
     paper = "Zheng et al., PR 2025"
     needs = "logits, labels; stage 4, two 1x1 projections; optionally CLIP's attention pool from a file"
     evidence = "partly second-hand"
-    config: C2VKDConfig
 
     def __init__(self, config: C2VKDConfig, student: ModelInfo, teacher: ModelInfo) -> None:
         super().__init__(config, student, teacher)
         _require_consistent(config, student)
-        ours, theirs = student.channels(config.student_tap), teacher.channels(config.teacher_tap)
-        self.visual_width = self.linguistic_width = theirs
+        width, self.visual_width = student.channels(config.student_tap), teacher.channels(config.teacher_tap)
+        self.linguistic_width = self.visual_width
         self.pool: AttentionPool | None = None
         self.visual_projection: nn.Module | None = None
         self.linguistic_projection: nn.Module | None = None
         linguistic = "linguistic" in self.weights
         pooled = linguistic and config.student_vector == "pool"
         if pooled or not {"visual", "patch"}.isdisjoint(self.weights):
-            self.visual_projection = projection(ours, theirs)
+            self.visual_projection = projection(width, self.visual_width)
         if linguistic and config.pool == "clip":
-            self.pool = _fitting_pool(config, theirs)
+            self.pool = _fitting_pool(config, self.visual_width)
             self.linguistic_width = self.pool.out_channels
         if linguistic and not pooled:
             make = projection if config.pool == "gap" else Projection
-            self.linguistic_projection = make(ours, self.linguistic_width)
+            self.linguistic_projection = make(width, self.linguistic_width)
 
-    @property
-    def weights(self) -> dict[str, float]:
-        config = self.config
-        element_mean = config.reduction == "element_mean"
-        factors = {
-            "pdd": config.pdd_weight,
-            "visual": config.visual_weight / (self.visual_width if element_mean else 1),
-            "patch": config.patch_weight,
-            "linguistic": config.linguistic_weight / (self.linguistic_width if element_mean else 1),
-        }
-        return {term: config.weight * factor for term, factor in factors.items() if config.weight * factor}
+    def term_weights(self) -> dict[str, float]:
+        weights = super().term_weights()
+        if self.config.reduction == "element_mean":
+            weights["visual"] /= self.visual_width
+            weights["linguistic"] /= self.linguistic_width
+        return weights
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
         config, terms = self.config, {}
-        ours, theirs = student.tap(config.student_tap), teacher.tap(config.teacher_tap).detach()
+        feature, goal = student.tap(config.student_tap), teacher.tap(config.teacher_tap).detach()
         if "pdd" in self.weights:
             terms["pdd"] = self._pdd(student.logits, teacher.logits, target)
         if self.visual_projection is not None:
-            visual = resize_features(self.visual_projection(ours), size_of(theirs), align_corners=config.align_corners)
+            visual = self.visual_projection(feature)
+            visual = resize_features(visual, size_of(goal), align_corners=config.align_corners)
             if "visual" in self.weights:
-                terms["visual"] = channel_kl(visual, theirs, direction=config.kl_direction)
+                terms["visual"] = channel_kl(visual, goal, direction=config.kl_direction)
             if "patch" in self.weights:
                 terms["patch"] = patch_distance(
                     visual,
-                    theirs,
+                    goal,
                     form_pairs=config.form_pairs,
                     block_rows=config.block_rows,
-                    half=config.half_products and is_half(visual, theirs),
+                    half=config.half_products and is_half(visual, goal),
                 )
         if "linguistic" in self.weights:
             pool = _mean if self.pool is None else self.pool
             if self.linguistic_projection is None:
                 vector = pool(visual)  # [B, d]
             else:
-                vector = self.linguistic_projection(_mean(ours)[:, :, None, None]).flatten(1)
-            terms["linguistic"] = channel_kl(vector, pool(theirs), direction=config.kl_direction)
+                vector = self.linguistic_projection(_mean(feature)[:, :, None, None]).flatten(1)
+            terms["linguistic"] = channel_kl(vector, pool(goal), direction=config.kl_direction)
         return terms
 
     def _pdd(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         config = self.config
-        size = size_of(target if config.upsample else teacher)
-        ours, theirs = (
-            resize_logits(logits, size, align_corners=config.align_corners) for logits in (student, teacher.detach())
+        student, teacher, labels = align_logits(
+            student, teacher.detach(), target, upsample=config.upsample, align_corners=config.align_corners
         )
-        labels, a, b = resize_labels(target, size), config.target_factor, config.other_factor
+        a, b = config.target_factor, config.other_factor
         if config.pdd == "dkd":
             temperature = config.temperature
-            target_part = target_kl(ours, theirs, labels, temperature=temperature)
-            return a * target_part + b * non_target_kl(ours, theirs, labels, temperature=temperature)
+            target_part = target_kl(student, teacher, labels, temperature=temperature)
+            return a * target_part + b * non_target_kl(student, teacher, labels, temperature=temperature)
         normalized = config.pdd == "mix"
-        return blended_two_way(ours, theirs, labels, target_factor=a, other_factor=b, normalized=normalized)
+        return blended_two_way(student, teacher, labels, target_factor=a, other_factor=b, normalized=normalized)
 
 
 @in_float32

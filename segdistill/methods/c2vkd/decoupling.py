@@ -38,9 +38,9 @@ def blended_two_way(
     """
     valid = valid_mask(labels)
     index = labels.masked_fill(~valid, 0)[:, None]
-    ours, theirs = _log_odds(student_logits, index), _log_odds(teacher_logits.detach(), index)  # [B, h, w]
-    log_s_target, log_s_other = F.logsigmoid(ours), F.logsigmoid(-ours)
-    log_q_target, log_q_other = theirs.sigmoid().log1p(), F.logsigmoid(-theirs)
+    student, teacher = _log_odds(student_logits, index), _log_odds(teacher_logits.detach(), index)  # [B, h, w]
+    log_s_target, log_s_other = F.logsigmoid(student), F.logsigmoid(-student)
+    log_q_target, log_q_other = teacher.sigmoid().log1p(), F.logsigmoid(-teacher)
     halved = math.log(2) if normalized else 0.0
     target = log_s_target.exp() * (log_s_target - log_q_target + halved)
     other = log_s_other.exp() * (log_s_other - log_q_other + halved)

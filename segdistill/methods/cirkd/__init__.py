@@ -79,11 +79,11 @@ def image_pair_kl(
         student: [B, C_s, h, w]; teacher: [B, C_t, h, w], detached here.
     """
     images, half = len(student), half_products and is_half(student, teacher)
-    ours, theirs = _unit_rows(student), _unit_rows(teacher.detach())  # [B * P, C]
+    student, teacher = _unit_rows(student), _unit_rows(teacher.detach())  # [B * P, C]
     total = _relations(
-        ours, ours, theirs, theirs, groups=images, temperature=temperature, block_rows=block_rows, half=half
+        student, student, teacher, teacher, groups=images, temperature=temperature, block_rows=block_rows, half=half
     )
-    return total / (len(ours) * images)
+    return total / (len(student) * images)
 
 
 def memory_kl(
@@ -110,10 +110,10 @@ def memory_kl(
         vectors; there: [M] bool.
     """
     half = half_products and is_half(student, teacher)
-    ours, theirs = _unit_rows(student), _unit_rows(teacher.detach())
-    memory = memory.to(ours.dtype)
+    student, teacher = _unit_rows(student), _unit_rows(teacher.detach())
+    memory = memory.to(student.dtype)
     total = _relations(
-        ours, memory, theirs, memory, counted=valid.flatten(), absent=~there, temperature=temperature,
+        student, memory, teacher, memory, counted=valid.flatten(), absent=~there, temperature=temperature,
         block_rows=block_rows, half=half,
     )  # fmt: skip
     return total / valid.sum().clamp_min(1)
@@ -124,8 +124,13 @@ def _relations(*sides: Tensor, **settings: Any) -> Tensor:
     return relation_kl(*sides, **settings)
 
 
-class CrossImageRelations(OfflineMethod):
+class CrossImageRelations(OfflineMethod[CIRKDConfig]):
     """Cross-image relational knowledge distillation (CIRKD).
+
+    Example:
+        cirkd_kd:
+          students: {cnn: *cnn}
+          methods: [{name: kd}, {name: cirkd, pixel_queue: 2000, region_queue: 200}]
 
     Formula:
         With u = unit(last feature) at every pixel (the student's resized to the teacher's), v = unit(projector(last
@@ -176,11 +181,9 @@ class CrossImageRelations(OfflineMethod):
         arXiv:2204.06986.
     """
 
-    Config = CIRKDConfig
     paper = "Yang et al., CVPR 2022"
     needs = "last feature; a projector and queues of the teacher's vectors by class"
     evidence = "official code"
-    config: CIRKDConfig
 
     def __init__(self, config: CIRKDConfig, student: ModelInfo, teacher: ModelInfo) -> None:
         super().__init__(config, student, teacher)
@@ -197,16 +200,6 @@ class CrossImageRelations(OfflineMethod):
         for term, size in kept.items():
             self.queues[term] = ClassQueues(self.num_classes, max(int(size * share), 1), teacher.last_channels)
         self._queues = nn.ModuleDict(self.queues)  # for registration; the dict is for reading
-
-    @property
-    def weights(self) -> dict[str, float]:
-        config = self.config
-        factors = {
-            "minibatch": config.weight * config.minibatch_weight,
-            "pixel": config.weight * config.pixel_weight,
-            "region": config.weight * config.region_weight,
-        }
-        return {term: factor for term, factor in factors.items() if factor}
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
@@ -260,10 +253,10 @@ class CrossImageRelations(OfflineMethod):
         labels = labels.flatten(1)
         for term, queues in self.queues.items():
             if term == "pixel":
-                found = random_members(vectors, labels, self.num_classes, self.config.pixels_per_class)
+                newest = random_members(vectors, labels, self.num_classes, self.config.pixels_per_class)
             else:
-                found = class_means(vectors, labels, self.num_classes)[:, :, None]
-            queues.enqueue(gather_batches(found).transpose(0, 1).flatten(1, 2))  # [K, E, C]
+                newest = class_means(vectors, labels, self.num_classes)[:, :, None]
+            queues.enqueue(gather_batches(newest).transpose(0, 1).flatten(1, 2))  # [K, E, C]
 
 
 def _projector(kind: Literal["mlp", "identity"], in_channels: int, out_channels: int) -> nn.Module:

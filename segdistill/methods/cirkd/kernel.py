@@ -56,20 +56,20 @@ def _divergence_and_slopes(  # type: ignore[no-untyped-def]
     column = tl.arange(0, BLOCK)
     inside = column < width
     place = row * (groups * width) + group * width + column
-    ours = tl.load(student + place, inside, other=-float("inf")) * scale
-    theirs = tl.load(teacher + place, inside, other=-float("inf")) * scale
+    log_student = tl.load(student + place, inside, other=-float("inf")) * scale
+    log_teacher = tl.load(teacher + place, inside, other=-float("inf")) * scale
     if ABSENT:
         left_out = tl.load(absent + group * width + column, inside, other=0) & inside
-        ours = tl.where(left_out, -1e9, ours)
-        theirs = tl.where(left_out, -1e9, theirs)
-    ours -= tl.max(ours, 0)
-    theirs -= tl.max(theirs, 0)
+        log_student = tl.where(left_out, -1e9, log_student)  # losses.LEFT_OUT
+        log_teacher = tl.where(left_out, -1e9, log_teacher)
+    log_student -= tl.max(log_student, 0)
+    log_teacher -= tl.max(log_teacher, 0)
     # Exponentials are taken twice: to keep them would take registers, and so rows that are worked on at a time.
-    ours -= tl.log(tl.sum(tl.exp(ours), 0))
-    theirs -= tl.log(tl.sum(tl.exp(theirs), 0))
-    share = tl.exp(theirs)
-    divergence = tl.sum(tl.where(inside, share * (theirs - ours), 0.0), 0)
-    slope = (tl.exp(ours) - share) * scale
+    log_student -= tl.log(tl.sum(tl.exp(log_student), 0))
+    log_teacher -= tl.log(tl.sum(tl.exp(log_teacher), 0))
+    share = tl.exp(log_teacher)
+    divergence = tl.sum(tl.where(inside, share * (log_teacher - log_student), 0.0), 0)
+    slope = (tl.exp(log_student) - share) * scale
     if COUNTED:
         counts = tl.load(counted + row)
         divergence = tl.where(counts, divergence, 0.0)

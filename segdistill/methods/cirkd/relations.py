@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segdistill.losses import LEFT_OUT
 from segdistill.losses.precision import add_product, product
 
 logger = logging.getLogger(__name__)
-
-# The logit of a column that does not exist. Finite, because 0 * inf is not 0; exp of it is exactly 0.
-ABSENT = -1e9
 
 
 def relation_kl(
@@ -143,7 +141,7 @@ def _log_relation(products: Tensor, absent: Tensor | None, groups: int, temperat
     """Log-probabilities of each row's relation to the columns of each group: [n, M]."""
     products.div_(temperature)
     if absent is not None:
-        products.masked_fill_(absent, ABSENT)
+        products.masked_fill_(absent, LEFT_OUT)
     return products.unflatten(1, (groups, -1)).log_softmax(2).flatten(1)
 
 

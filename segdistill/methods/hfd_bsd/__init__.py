@@ -73,8 +73,13 @@ class HFDBSDConfig(MethodConfig):
     """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
-class CollaborativeLearning(OnlineMethod):
+class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
     """HFD and BSD, CNN-transformer collaborative learning; a re-implementation of what is known of it.
+
+    Example:
+        hfd_bsd_ramp:
+          students: {cnn: *cnn, vit: *vit} # one of each kind
+          methods: [{name: hfd_bsd, ramp: 0.05}]
 
     Formula:
         With C the CNN and V the transformer, sg = no gradient, f1 and fL their features at ``hfd_tap`` and
@@ -114,17 +119,14 @@ class CollaborativeLearning(OnlineMethod):
         for Semantic Segmentation, ICCV 2023, arXiv:2307.12574.
     """
 
-    Config = HFDBSDConfig
     paper = "Zhu et al., ICCV 2023"
     needs = "logits, low-level and last features of a CNN and a ViT, 1x1 projections, the ViT's first attention and MLP"
     evidence = "reconstruction"
-    config: HFDBSDConfig
 
     def __init__(self, config: HFDBSDConfig, peers: Mapping[str, ModelInfo]) -> None:
-        super().__init__(config, peers)
         if len(peers) != 2:
             raise UserError(f"hfd_bsd is defined for exactly two students, a CNN and a transformer, not {list(peers)}")
-        self.peers: tuple[str, str] = tuple(peers)  # type: ignore[assignment]
+        super().__init__(config, peers)
         self.cnn, self.vit = self.peers
         self._borrowed: tuple[Borrowed, Borrowed] | None = None
         if "hfd" in self.weights and config.hfd != "direct":
@@ -133,12 +135,6 @@ class CollaborativeLearning(OnlineMethod):
             helpers = self._build_helpers(sink, peers[sink], peers[source])
             if helpers:
                 self.helpers[sink] = nn.ModuleDict(helpers)
-
-    @property
-    def weights(self) -> dict[str, float]:
-        config = self.config
-        factors = {"hfd": config.hfd_weight, "region": config.region_weight, "pixel": config.pixel_weight}
-        return {term: config.weight * factor for term, factor in factors.items() if config.weight * factor}
 
     def attach(self, students: Mapping[str, nn.Module]) -> None:
         if "hfd" not in self.weights or self.config.hfd != "cross_op":
@@ -232,8 +228,8 @@ class CollaborativeLearning(OnlineMethod):
         means = [region_means(feature, grid, mask) for feature in features]
         # Projected after averaging: the same, both being linear, and far cheaper.
         return [
-            feature_distances(self._helper(sink, "region")(ours), theirs.detach(), distance=self.config.region_distance)
-            for sink, ours, theirs in zip(self.peers, means, means[::-1], strict=True)
+            feature_distances(self._helper(sink, "region")(mean), goal.detach(), distance=self.config.region_distance)
+            for sink, mean, goal in zip(self.peers, means, means[::-1], strict=True)
         ]
 
     def _selected(self, term: str, values: Any, errors: list[Tensor], labelled: Tensor) -> dict[str, Tensor]:
@@ -272,10 +268,10 @@ def _cnn_and_vit(config: HFDBSDConfig, peers: Mapping[str, ModelInfo]) -> tuple[
     kinds = {info.kind: name for name, info in peers.items()}
     instead = "choose hfd: direct, or hfd_weight: 0"
     if set(kinds) != {"cnn", "vit"}:
-        shown = " and ".join(f"{name} ({info.kind})" for name, info in peers.items())
+        students = " and ".join(f"{name} ({info.kind})" for name, info in peers.items())
         raise UserError(
             f"hfd_bsd: hfd: {config.hfd} takes the features of a CNN through attention and those of a transformer"
-            f" through an MLP, and the students are {shown}; {instead}"
+            f" through an MLP, and the students are {students}; {instead}"
         )
     if config.hfd == "cross_op" and config.hfd_tap != "stage1":
         raise UserError(

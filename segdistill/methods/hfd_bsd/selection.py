@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segdistill.geometry import Size, average, size_of
-from segdistill.losses import IGNORE_INDEX, in_float32, masked_mean, unit, valid_mask
+from segdistill.losses import IGNORE_INDEX, divergence, in_float32, masked_mean, unit, valid_mask
 from segdistill.losses.fused import fused
 
 FeatureDistance = Literal["cosine", "mse", "l2", "kl"]
@@ -73,7 +73,8 @@ def mutual_divergences(first_logits: Tensor, second_logits: Tensor, *, temperatu
         logits: [B, K, h, w]; returns two [B, h, w].
     """
     first, second = ((logits / temperature).log_softmax(1) for logits in (first_logits, second_logits))
-    return _divergence(first, second) * temperature**2, _divergence(second, first) * temperature**2
+    to_first, to_second = divergence(first, second.detach(), 1), divergence(second, first.detach(), 1)
+    return to_first * temperature**2, to_second * temperature**2
 
 
 @fused
@@ -89,11 +90,11 @@ def feature_distances(features: Tensor, targets: Tensor, *, distance: FeatureDis
     """
     targets = targets.detach()
     if distance == "kl":
-        return _divergence(features.log_softmax(1), targets.log_softmax(1))
+        return divergence(features.log_softmax(1), targets.log_softmax(1), 1)
     if distance == "l2":
         return (features - targets).square().sum(1)
-    ours, theirs = unit(features, dim=1), unit(targets, dim=1)
-    return 1 - (ours * theirs).sum(1) if distance == "cosine" else (ours - theirs).square().sum(1)
+    features, targets = unit(features, dim=1), unit(targets, dim=1)
+    return 1 - (features * targets).sum(1) if distance == "cosine" else (features - targets).square().sum(1)
 
 
 @in_float32
@@ -115,8 +116,3 @@ def _regions(maps: Tensor, grid: Size) -> Tensor:
 
 def _positive(shares: Tensor) -> Tensor:
     return torch.where(shares > 0, shares, 1.0)
-
-
-def _divergence(log_sink: Tensor, log_source: Tensor) -> Tensor:
-    log_source = log_source.detach()
-    return (log_source.exp() * (log_source - log_sink)).sum(1)

@@ -1,10 +1,19 @@
-"""The divergence between two networks' class distributions, pixel by pixel."""
+"""The divergence between two networks' distributions."""
 
 from torch import Tensor
 
 from segdistill.losses.fused import fused
 from segdistill.losses.masks import masked_mean
 from segdistill.losses.precision import in_float32
+
+
+def divergence(log_student: Tensor, log_teacher: Tensor, dim: int) -> Tensor:
+    """KL(teacher || student) of log-probabilities along ``dim``, which is summed over and gone; nothing is detached.
+
+    Shape:
+        log_student, log_teacher: equal.
+    """
+    return (log_teacher.exp() * (log_teacher - log_student)).sum(dim)
 
 
 @fused
@@ -24,5 +33,4 @@ def pixel_kl(
     """
     student = (student_logits / temperature).log_softmax(1)
     teacher = (teacher_logits.detach() / temperature).log_softmax(1)
-    divergence = (teacher.exp() * (teacher - student)).sum(1)  # [B, h, w]
-    return masked_mean(divergence, valid) * temperature**2
+    return masked_mean(divergence(student, teacher, 1), valid) * temperature**2
