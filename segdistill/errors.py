@@ -40,8 +40,8 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 def brief(value: object) -> str:
     """A value for a message: on one line, of a readable length; text as it is if it can be."""
-    shown = value if isinstance(value, str) and value.isprintable() else repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:60]}... ({len(shown)} characters)"
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 @contextlib.contextmanager

@@ -48,19 +48,10 @@ def read_bytes(path: Path, *, limit: int = TEXT_LIMIT) -> bytes:
     Raises:
         UserError: absent, unreadable, no regular file, or larger than ``limit``.
     """
-    try:
-        # Opening a FIFO to read would wait for a writer; a device could be read without end.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with contextlib.ExitStack() as stack:
-            stack.callback(os.close, descriptor)
-            size = _regular(path, os.fstat(descriptor), limit)
-            with os.fdopen(descriptor, "rb", closefd=False) as file:
-                content = file.read(size + 1)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read: {reason}") from None
+    size = require_regular(path, limit=limit)
+    # Opening a FIFO that took its place would wait for a writer.
+    with _readable(path), open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        content = file.read(size + 1)
     if len(content) > size:
         raise UserError(f"{path}: grew while it was read; wait until it is complete")
     return content
@@ -163,16 +154,9 @@ def require_regular(path: Path, *, limit: int | None = None) -> int:
     Raises:
         UserError: absent, no regular file, or larger than ``limit``.
     """
-    try:
-        return _regular(path, path.stat(), limit)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _regular(path: Path, status: os.stat_result, limit: int | None) -> int:
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    with _readable(path):
+        status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path}: {kinds.get(stat.S_IFMT(status.st_mode), 'a device')}; expected a regular file")
     if limit is not None and status.st_size > limit:
@@ -180,12 +164,23 @@ def _regular(path: Path, status: os.stat_result, limit: int | None) -> int:
     return status.st_size
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what the system has against reading a file into a sentence."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key '{next(key for key in keys if keys.count(key) > 1)}' twice")
-    return found
+    return mapping
 
 
 def _constant(name: str) -> Any:
@@ -309,10 +304,8 @@ def lock(folder: Path, what: str, *, file: Path | None = None) -> Iterator[None]
             pass
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, 0)
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            os.pwrite(
-                descriptor, f"{what} (process {os.getpid()} on {socket.gethostname()}, since {since})".encode(), 0
-            )
+            since = time.strftime("since %Y-%m-%d %H:%M:%S")
+            os.pwrite(descriptor, f"{what} (process {os.getpid()} on {socket.gethostname()}, {since})".encode(), 0)
         yield
     finally:
         _held.discard(descriptor)

@@ -144,7 +144,7 @@ def find_training_run(client: "MlflowClient", store: Store, submission: Submissi
     if runs:
         return str(runs[0].info.run_id)
     unknown = "%s knows no finished run with the tags identity '%s' and student '%s': the model gets a run of its own"
-    logger.warning(unknown, store.shown, identity, submission.student)
+    logger.warning(unknown, store.address, identity, submission.student)
     return None
 
 
@@ -273,15 +273,15 @@ def decide(version: "ModelVersion", champion: "ModelVersion | None", min_gain: f
     before = f"the champion, version {champion.version},"
     if champion.version == version.version:
         return True, "it is the champion already"
+    difference = ""
     if not _same_test(version, champion):
+        difference = "was tested on other data"
+    elif not _same_classes(version, champion):
+        given, asked = champion.tags[CLASSES], version.tags[CLASSES]
+        difference = f"tells other classes apart, or in another order ({given}, not {asked})"
+    if difference:
         return False, (
-            f"{before} was tested on other data, and such scores do not compare: "
-            f"move the alias by hand if version {version.version} is to replace it"
-        )
-    if not _same_classes(version, champion):
-        return False, (
-            f"{before} tells other classes apart, or in another order ({champion.tags[CLASSES]}, not "
-            f"{version.tags[CLASSES]}), and such scores do not compare: move the alias by hand if version "
+            f"{before} {difference}, and such scores do not compare: move the alias by hand if version "
             f"{version.version} is to replace it"
         )
     if champion.tags.get(WEIGHTS, "") == version.tags.get(WEIGHTS) and CHECKSUMS not in champion.tags:

@@ -10,15 +10,7 @@ import numpy as np
 from PIL import Image
 
 from segdistill import files
-from segdistill.data.decoding import (
-    FILE_LIMIT,
-    INDEX_MASKS,
-    BadFile,
-    Mask,
-    decode_image,
-    decode_mask,
-    mask_kind,
-)
+from segdistill.data.decoding import FILE_LIMIT, INDEX_MASKS, BadFile, Mask, decode_image, decode_mask, mask_kind
 from segdistill.data.layouts import IGNORE_INDEX, UNKNOWN, Layout, Legend, Sample
 from segdistill.data.layouts.layout import describe_values
 from segdistill.data.parallel import ordered_map
@@ -131,15 +123,15 @@ def palette_problem(mask: Mask, counts: dict[int, int], legend: Legend) -> str |
     """
     labels = {value: int(legend.label_map[value]) for value in counts if value < len(mask.palette)}
     labels = {value: label for value, label in labels.items() if label < len(legend.colors)}
-    shown = {value: mask.palette[value] for value in labels}
-    known = {value: legend.colors.index(colour) for value, colour in shown.items() if colour in legend.colors}
-    wrong = [value for value in known if shown[value] != legend.colors[labels[value]]]
-    if len(wrong) <= len(shown) - len(known):
+    colours = {value: mask.palette[value] for value in labels}
+    known = {value: legend.colors.index(colour) for value, colour in colours.items() if colour in legend.colors}
+    wrong = [value for value in known if colours[value] != legend.colors[labels[value]]]
+    if len(wrong) <= len(colours) - len(known):
         return None
     value = wrong[0]
     return (
         f"its palette contradicts the class list: value {value} is class {labels[value]} there, but has the colour "
-        f"{shown[value]} of class {known[value]}; order both alike, or change the colours of the list"
+        f"{colours[value]} of class {known[value]}; order both alike, or change the colours of the list"
     )
 
 

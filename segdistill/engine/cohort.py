@@ -137,8 +137,10 @@ class Cohort:
                 if iteration != number:  # at first, and where one that was behind the others is no more
                     batches = self._batches(iteration)
                 self._step(batches, list(takers.values()))
-                number = iteration + 1
                 self.seconds["training"] += time.monotonic() - started
+                if number < 0:  # the first step is start-up
+                    self.seconds |= {"data": 0.0, "training": 0.0}
+                number = iteration + 1
                 fraction = next(iter(takers.values())).fraction
                 bar.update(number, fraction, self.seconds["data"] + self.seconds["training"], len(takers))
                 stopping = self._agree(stop, number, takers)  # once: a later signal is heard the next time, by all

@@ -52,12 +52,12 @@ class TrainingBar:
         Args:
             iteration: how many are done.
             fraction: the part of the budget that is used, 0..1.
-            seconds: what training has taken up to now.
+            seconds: what training has taken up to now, without its first step.
             takers: how many trainings took the last batch; their images are counted one by one.
         """
         if self.bar.disable:
             return
-        self.images += takers * self.config.batch_size
+        self.images += takers * self.config.batch_size if seconds else 0
         of = f" of {self.config.iterations}" if self.config.iterations else ""
         speed = f"{self.images / max(seconds, 1e-9):.1f} img/s "
         self.bar.update(

@@ -92,7 +92,8 @@ OptimizerConfig = Annotated[SGDConfig | AdamWConfig | AdamConfig, Field(discrimi
 class TrainConfig:
     """One training loop: budget, batch, augmentation, precision, and how often it speaks, validates and saves."""
 
-    # The budget: this many iterations (optimiser steps), or this many seconds of training. One of the two.
+    # The budget: this many iterations (optimiser steps), or this many seconds of training from the end of the first
+    # step on. One of the two.
     iterations: Iterations | None
     seconds: Annotated[float, Field(ge=1e-3, le=1e7)] | None
     # Images an optimiser step, over all processes and accumulation pieces.

@@ -70,6 +70,7 @@ class Result:
     images_per_second: float
     evaluations: dict[str, Evaluation]
     curves: dict[str, list[dict[str, float]]]
+    startup_seconds: float = 0.0  # of first steps, which wait for compilers, caches and the first data
 
 
 class Diverged(UserError):
@@ -93,7 +94,9 @@ class Progress:
     """The counters of a training; all of them are in the checkpoint."""
 
     iteration: int = 0
-    seconds: float = 0.0  # of training, without validation and saving
+    seconds: float = 0.0  # of training, without validation, saving and start-up
+    startup_seconds: float = 0.0
+    starts: int = 0  # steps that were the first of a process
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)  # validation mIoU of the kept weights, by student
     sums: dict[str, Tensor] = field(default_factory=dict)  # of each term since the last log entry
@@ -125,7 +128,7 @@ class Trainer:
             curves={name: [] for name in self.learner.students}, skipped=torch.zeros((), device=device)
         )
         self.kept: dict[str, dict[str, Tensor]] = {}
-        self.stopwatch = Stopwatch()
+        self.stopwatch, self.started = Stopwatch(), False
         torch.manual_seed(seed + processes.rank)
         self.random_state = self._global_random_state()
 
@@ -162,8 +165,15 @@ class Trainer:
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def look_at_the_clock(self) -> None:
-        """Takes over what the stopwatch knows: between two looks the clock stands still."""
-        self.progress.seconds += self.stopwatch.take()
+        """Takes over what the stopwatch knows: between two looks the clock stands still, until the first step's end."""
+        if self.started:
+            self.progress.seconds += self.stopwatch.take()
+            return
+        self.started = True
+        if self.processes.device.type == "cuda":
+            torch.cuda.synchronize(self.processes.device)  # this once: the step's time is known when it is done
+        self.progress.startup_seconds += self.stopwatch.take()
+        self.progress.starts += 1
 
     @property
     def fraction(self) -> float:
@@ -244,8 +254,9 @@ class Trainer:
 
     @property
     def speed(self) -> float:
-        """Images a second."""
-        return self.progress.iteration * self.config.batch_size / max(self.progress.seconds, 1e-9)
+        """Images a second, start-up not counted."""
+        steps = self.progress.iteration - self.progress.starts
+        return steps * self.config.batch_size / max(self.progress.seconds, 1e-9)
 
     def log(self, *, finished: bool) -> None:
         """Mean terms since the last entry; the only part of a step that waits for the device.
@@ -346,7 +357,10 @@ class Trainer:
     def result(self, evaluations: dict[str, Evaluation]) -> Result:
         """What it comes to, with the scores of the weights that it ends with."""
         self.look_at_the_clock()  # all is done by now, on a GPU too
-        return Result(self.progress.iteration, self.progress.seconds, self.speed, evaluations, self.progress.curves)
+        progress = self.progress
+        return Result(
+            progress.iteration, progress.seconds, self.speed, evaluations, progress.curves, progress.startup_seconds
+        )
 
     def save(self) -> None:
         """Writes the checkpoint.

@@ -60,9 +60,8 @@ def save_model(folder: Path, name: str, segmenter: Segmenter, metadata: Mapping[
     if classes is not None and len(classes) != segmenter.info.num_classes:
         raise ValueError(f"{len(classes)} classes in metadata, {segmenter.info.num_classes} in the model")
     # One layout on disk, whatever the memory format or device in training.
-    weights = to_safetensors(
-        {key: tensor.detach().cpu().contiguous() for key, tensor in segmenter.state_dict().items()}
-    )
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in segmenter.state_dict().items()}
+    weights = to_safetensors(tensors)
     document = {
         **to_dict(dict(metadata)),
         "name": name,
@@ -126,15 +125,11 @@ def load_weights(segmenter: Segmenter, path: Path) -> None:
     for key, tensor in wanted.items():
         if key not in given:
             raise UserError(f"{path}: key '{key}' is missing; a partly loaded model is no model")
-        theirs = given[key]
-        if (theirs.shape, theirs.dtype) != (tensor.shape, tensor.dtype):
-            raise UserError(
-                f"{path}: key '{key}' is {theirs.dtype} {list(theirs.shape)},"
-                f" the model needs {tensor.dtype} {list(tensor.shape)}"
-            )
-    for key in given:
-        if key not in wanted:
-            raise UserError(f"{path}: key '{key}' is unexpected; the model has no such parameter")
+        read, needed = (f"{weight.dtype} {list(weight.shape)}" for weight in (given[key], tensor))
+        if read != needed:
+            raise UserError(f"{path}: key '{key}' is {read}, the model needs {needed}")
+    if unexpected := next((key for key in given if key not in wanted), None):
+        raise UserError(f"{path}: key '{unexpected}' is unexpected; the model has no such parameter")
     segmenter.load_state_dict(given, strict=True)
 
 

@@ -35,7 +35,7 @@ STRIDES: dict[str, tuple[int, ...]] = {
 }
 
 # Keywords of the library's classes that ModelConfig or the Segmenter decides.
-_OURS = {"in_channels", "classes", "activation", "upsampling", "aux_params", "kwargs", "self"}
+_DECIDED = {"in_channels", "classes", "activation", "upsampling", "aux_params", "kwargs", "self"}
 
 # What a library raises when it is asked for something it cannot build.
 _LIBRARY_ERRORS = (TypeError, ValueError, KeyError, NotImplementedError, RuntimeError, AssertionError, AttributeError)
@@ -58,13 +58,10 @@ class EvenConv2dSame(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        (left, right), (top, bottom) = ((total // 2, total - total // 2) for total in self._totals())
-        padded = F.pad(input, (left, right, top, bottom))
+        rows, columns = (kernel - 2 for kernel in self.kernel_size)  # to add: (n / 2 - 1) * 2 + kernel - n
+        padding = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+        padded = F.pad(input, padding)
         return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-    def _totals(self) -> tuple[int, int]:
-        """Columns and rows to add: (n / 2 - 1) * 2 + kernel - n."""
-        return self.kernel_size[1] - 2, self.kernel_size[0] - 2
 
 
 def resolve_encoder(name: str, architecture: str) -> str:
@@ -163,12 +160,10 @@ def _change_classes(network: Any) -> None:
 
 def _check_decoder_keywords(config: ModelConfig, network_class: Any) -> None:
     names = inspect.signature(network_class.__init__).parameters
-    allowed = [name for name in names if name not in _OURS and not name.startswith("encoder_")]
-    for key in config.decoder:
-        if key not in allowed:
-            raise UserError(
-                f"model.decoder.{key}: unknown key of architecture '{config.architecture}'{nearest(key, allowed)}"
-            )
+    allowed = [name for name in names if name not in _DECIDED and not name.startswith("encoder_")]
+    if unknown := next((key for key in config.decoder if key not in allowed), None):
+        of = f"architecture '{config.architecture}'{nearest(unknown, allowed)}"
+        raise UserError(f"model.decoder.{unknown}: unknown key of {of}")
 
 
 def _misfit(config: ModelConfig, encoder_name: str, error: Exception) -> UserError:
@@ -202,24 +197,15 @@ def _stride_error(config: ModelConfig, encoder_name: str) -> UserError:
     decoder_allows = STRIDES[config.architecture]
     encoder_allows = _encoder_strides(encoder_name, default=decoder_allows)
     both = tuple(stride for stride in decoder_allows if stride in encoder_allows)
-    refusal = (
-        f"model.output_stride: {config.output_stride} is not possible with encoder '{config.encoder}'"
-        f" and architecture '{config.architecture}'"
-    )
-    if both:
-        return UserError(f"{refusal}; allowed: {_list(both)}")
+    encoder, decoder, common = (", ".join(map(str, strides)) for strides in (encoder_allows, decoder_allows, both))
+    advice = f"the encoder allows {encoder} and the architecture {decoder}: choose another of either"
     return UserError(
-        f"{refusal}; the encoder allows {_list(encoder_allows)} and the architecture {_list(decoder_allows)}:"
-        " choose another of either"
+        f"model.output_stride: {config.output_stride} is not possible with encoder '{config.encoder}' and architecture"
+        f" '{config.architecture}'; {f'allowed: {common}' if both else advice}"
     )
-
-
-def _list(strides: tuple[int, ...]) -> str:
-    return ", ".join(map(str, strides))
 
 
 def _nearest_encoder(name: str) -> str:
     close = nearest(name, [*smp_encoders, *timm.list_models()])
-    return (
-        close if close.startswith("; did you mean") else "; allowed: encoders of segmentation-models-pytorch and timm"
-    )
+    every = "; allowed: encoders of segmentation-models-pytorch and timm"
+    return close if close.startswith("; did you mean") else every

@@ -103,39 +103,30 @@ def load_encoder_file(encoder: nn.Module, name: str, path: Path) -> None:
         encoder: an encoder of segmentation-models-pytorch.
         name: its resolved name.
     """
-    is_timm = name.startswith("tu-")
+    is_timm, title = name.startswith("tu-"), name.removeprefix("tu-")
     module = encoder.get_submodule("model") if is_timm else encoder
-    wanted = module.state_dict()
-    given = {_flat(key): (key, tensor) for key, tensor in read_safetensors(path).items()}
-
-    needed = {_flat(key) for key in wanted}
-    whole_model = _timm_keys(name.removeprefix("tu-")) if is_timm else set()
-    for flat, (key, _) in given.items():
-        allowed = flat in needed or flat in whole_model or (not is_timm and key.startswith(_NATIVE_HEADS))
-        if not allowed and not key.endswith("num_batches_tracked"):
-            raise UserError(f"{path}: key '{key}' is not in encoder '{name.removeprefix('tu-')}': wrong weights")
+    # timm's feature extractors name a submodule "stages_0" where the whole model says "stages.0".
+    flat = {key: key.replace(".", "_") for key in module.state_dict()}
+    given = {key.replace(".", "_"): (key, tensor) for key, tensor in read_safetensors(path).items()}
+    places = {*flat.values(), *(_whole_model(title) if is_timm else ())}
+    for place, (key, _) in given.items():
+        known = place in places or (not is_timm and key.startswith(_NATIVE_HEADS))
+        if not known and not key.endswith("num_batches_tracked"):
+            raise UserError(f"{path}: key '{key}' is not in encoder '{title}': wrong weights")
     loaded: dict[str, Tensor] = {}
-    for key, tensor in wanted.items():
-        if key.endswith("num_batches_tracked") and _flat(key) not in given:
+    for key, tensor in module.state_dict().items():
+        if key.endswith("num_batches_tracked") and flat[key] not in given:
             loaded[key] = tensor  # a counter that older files leave out
             continue
-        if _flat(key) not in given:
-            raise UserError(f"{path}: key '{key}' of encoder '{name.removeprefix('tu-')}' is missing: wrong weights")
-        theirs = given[_flat(key)][1]
-        if theirs.shape != tensor.shape:
-            raise UserError(
-                f"{path}: key '{key}' has shape {tuple(theirs.shape)}, encoder '{name.removeprefix('tu-')}'"
-                f" needs {tuple(tensor.shape)}: wrong weights"
-            )
-        loaded[key] = theirs
+        if flat[key] not in given:
+            raise UserError(f"{path}: key '{key}' of encoder '{title}' is missing: wrong weights")
+        loaded[key] = given[flat[key]][1]
+        read, needed = tuple(loaded[key].shape), tuple(tensor.shape)
+        if read != needed:
+            raise UserError(f"{path}: key '{key}' has shape {read}, encoder '{title}' needs {needed}: wrong weights")
     nn.Module.load_state_dict(module, loaded, strict=True)
 
 
-def _flat(key: str) -> str:
-    # timm's feature extractors name a submodule "stages_0" where the whole model says "stages.0".
-    return key.replace(".", "_")
-
-
-def _timm_keys(name: str) -> set[str]:
+def _whole_model(name: str) -> set[str]:
     with torch.device("meta"):
-        return {_flat(key) for key in timm.create_model(name).state_dict()}
+        return {key.replace(".", "_") for key in timm.create_model(name).state_dict()}

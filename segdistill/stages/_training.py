@@ -71,6 +71,7 @@ def _fill(
         "students": scores,
         "iterations": result.iterations,
         "seconds": result.seconds,
+        "startup_seconds": result.startup_seconds,
         "images_per_second": result.images_per_second,
         "seed": identity.seed,
         **identity.facts(),

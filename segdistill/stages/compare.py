@@ -134,13 +134,14 @@ def metrics_of(comparison: "Comparison") -> dict[str, Any]:
 def table(comparison: "Comparison") -> "Table":
     """The comparison for a terminal."""
     from rich.table import Table
+    from rich.text import Text
 
     from segdistill.report import text
 
     table = Table(
         title="Test mIoU in percent, differences in percentage points",
         title_justify="left",
-        caption=_escape(text.caption(comparison.protocol)),
+        caption=Text(text.caption(comparison.protocol), "table.caption"),
         caption_justify="left",
     )
     seeds = text.plural(len(comparison.protocol.seeds), "seed")
@@ -150,22 +151,16 @@ def table(comparison: "Comparison") -> "Table":
     for name in ("to undistilled", "params (M)", "images/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in (comparison.teacher, *comparison.rows):
-        style = "bold" if row.gain is not None and row.gain.is_evidence else ""
-        difference = text.gain(row)
-        table.add_row(
+        cells = (
             row.experiment,
-            "–" if row is comparison.teacher else row.student,
-            _escape(text.score(row)),
-            f"[{style}]{_escape(difference)}[/]" if style else _escape(difference),
+            text.NOTHING if row is comparison.teacher else row.student,
+            text.score(row),
+            Text(text.gain(row), "bold" if row.gain and row.gain.is_evidence else ""),
             text.millions(row.params),
             text.rounded(row.images_per_second),
-            end_section=row is comparison.teacher,
         )
+        table.add_row(*(Text.assemble(cell) for cell in cells), end_section=row is comparison.teacher)
     return table
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def _protocol(

@@ -74,8 +74,9 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
     tables, rules = _rules.tables(layout, facts, config), _rules.rules(config)
     with new_folder(report) as partial:
         verdicts = gx.validate(tables, [rule.expectation for rule in rules], partial / "data_docs")
-        found = [_finding(rule, verdict, tables, data) for rule, verdict in zip(rules, verdicts, strict=True)]
-        summary = _summarise(config.layout, tables, [finding for finding in found if finding])
+        judged = zip(rules, verdicts, strict=True)
+        findings = [_finding(rule, verdict, tables, data) for rule, verdict in judged if not verdict.success]
+        summary = _summarise(config.layout, tables, findings)
         summary["values"] = _rules.values(layout, facts)
         (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         (partial / "summary.md").write_text(_markdown(summary, data), encoding="utf-8")
@@ -90,10 +91,8 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
         raise UserError(_verdict_sentence(summary["failures"], report))
 
 
-def _finding(rule: Any, verdict: Any, tables: "Tables", data: Path) -> dict[str, Any] | None:
-    """What a rule found, ready for JSON, or None if it holds."""
-    if verdict.success:
-        return None
+def _finding(rule: Any, verdict: Any, tables: "Tables", data: Path) -> dict[str, Any]:
+    """What is wrong by a rule that does not hold, ready for JSON."""
     rows = [tables[rule.expectation.table][number] for number in verdict.rows]
     subjects = [rule.subject(row) for row in rows]
     if rule.expectation.table != "classes":

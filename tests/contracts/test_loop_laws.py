@@ -19,6 +19,7 @@ import tiny
 
 from segdistill.engine import checkpoint
 from segdistill.engine.distributed import Processes
+from segdistill.engine.stopwatch import Stopwatch
 from segdistill.errors import UserError
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -213,6 +214,16 @@ def test_a_wall_clock_budget_ends_in_time(tmp_path: Path) -> None:
     outcome = trainer.run()
     assert outcome.iterations > 1
     assert 2.0 <= outcome.seconds < 20
+
+
+def test_the_clock_of_a_budget_starts_with_the_end_of_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = iter([90.0, 2.0, 2.0, 2.0])  # the first waits for compilers, caches and data
+    monkeypatch.setattr(Stopwatch, "take", lambda self: next(steps, 0.0))
+    outcome = tiny.make_trainer(tmp_path, ALONE, iterations=None, seconds=6.0).run()
+    assert (outcome.startup_seconds, outcome.seconds, outcome.iterations) == (90, 6, 4)
+    assert outcome.images_per_second == 8 / 2
 
 
 def test_best_weights_are_those_of_the_best_validation(tmp_path: Path) -> None:

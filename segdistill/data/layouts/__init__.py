@@ -1,4 +1,4 @@
-"""The layouts we read, one file each. A new one is a file and a line in the table."""
+"""The layouts we read, one file each. A new one is a file and a word in the table."""
 
 from pathlib import Path
 
@@ -7,10 +7,7 @@ from segdistill.data.layouts.folder import Folder
 from segdistill.data.layouts.layout import IGNORE_INDEX, SPLITS, UNKNOWN, ClassInfo, Layout, Legend, Sample
 from segdistill.errors import UserError, nearest
 
-LAYOUTS: dict[str, type[Layout]] = {
-    "folder": Folder,
-    "camvid": CamVid,
-}
+LAYOUTS: dict[str, type[Layout]] = {layout.name: layout for layout in (Folder, CamVid)}
 
 
 def open_layout(name: str, root: Path) -> Layout:
@@ -24,15 +21,4 @@ def open_layout(name: str, root: Path) -> Layout:
     return LAYOUTS[name](root)
 
 
-__all__ = [
-    "IGNORE_INDEX",
-    "LAYOUTS",
-    "SPLITS",
-    "UNKNOWN",
-    "ClassInfo",
-    "Layout",
-    "Legend",
-    "Sample",
-    "no_sample",
-    "open_layout",
-]
+__all__ = ["IGNORE_INDEX", "LAYOUTS", "SPLITS", "UNKNOWN", "ClassInfo", "Layout", "Legend", "Sample", "open_layout"]

@@ -71,18 +71,11 @@ class Folder(Layout):
     def samples(self, split: str) -> Iterator[Sample]:
         images, masks = self.folders(split)
         # A mask of another kind than .png is taken along, so that it can be refused for what it is.
-        found: dict[str, Path] = {}
-        for path in list_folder(masks):
-            known = found.setdefault(path.stem, path)
-            if _preference(path) < _preference(known):
-                found[path.stem] = path
+        best_first = sorted(list_folder(masks), key=lambda mask: (mask.suffix.lower() != ".png", mask.suffix != ".png"))
+        mask_of = {mask.stem: mask for mask in reversed(best_first)}
         for path in list_folder(images):
             if path.suffix.lower() in IMAGE_SUFFIXES:
-                yield Sample(path.stem, split, path, found.get(path.stem, masks / f"{path.stem}.png"))
-
-
-def _preference(mask: Path) -> tuple[bool, bool]:
-    return mask.suffix.lower() != ".png", mask.suffix != ".png"
+                yield Sample(path.stem, split, path, mask_of.get(path.stem, masks / f"{path.stem}.png"))
 
 
 def _read_classes(path: Path) -> tuple[tuple[ClassInfo, ...], dict[int, int]]:

@@ -127,12 +127,12 @@ def list_folder(folder: Path) -> list[Path]:
         UserError: a name that is not UTF-8, or a folder that cannot be read.
     """
     try:
-        found = sorted(folder.iterdir())
+        paths = sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
-    return [require_utf8(path) for path in found if not path.name.startswith(".")]
+    return [require_utf8(path) for path in paths if not path.name.startswith(".")]
 
 
 def require_utf8(path: Path) -> Path:
