@@ -289,9 +289,8 @@ def test_the_data_image_has_what_its_stages_import_and_no_torch() -> None:
     adapters = ("mlflow_tracking", "dvc_remote", "s3")
     for start in (*starts, "segdistill.config", *(f"segdistill.adapters.{name}" for name in adapters)):
         needed |= imported(start)[1]
-    packages = {
-        {"PIL": "pillow", "yaml": "pyyaml", "botocore": "boto3", "pydantic_core": "pydantic"}.get(name, name.replace("_", "-")) for name in needed
-    }
+    packages_of = {"PIL": "pillow", "yaml": "pyyaml", "botocore": "boto3", "pydantic_core": "pydantic"}
+    packages = {packages_of.get(name, name.replace("_", "-")) for name in needed}
     assert packages <= installed <= locked
     assert not {"torch", "torchvision", "timm", "segmentation-models-pytorch"} & installed
 
