@@ -196,10 +196,11 @@ def svg(figure: Any, title: str) -> Markup:
 
     text = io.StringIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(
+            text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
     body = text.getvalue()
     body = body[body.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{title}">', body, count=1)
     body = re.sub(r'(font: [^;"]*?px) [^;"]*', r"\1 var(--font)", body)
     # Ids of one drawing must not meet those of another in the same page.

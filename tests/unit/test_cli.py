@@ -80,6 +80,7 @@ def test_a_plan_of_other_parameters_is_not_trained(project: Path, capsys: pytest
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["experiments"]["kd"]["methods"] = [{"name": "kd", "weight": 2}]
     edit(project, experiments=params["experiments"])
+    capsys.readouterr()
     said = refused(capsys, "distill", "--seed", "0")
     assert "artifacts/plan/s0.json: of other parameters or other code than there are now; run the stage 'plan'" in said
 

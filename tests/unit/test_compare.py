@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from segdistill.errors import UserError
 from segdistill.files import seal
 from segdistill.metrics import paired_difference
 from segdistill.plan import Job
+from segdistill.report import charts, page
+from segdistill.report.inputs import Diverged
+from segdistill.report.overlays import Scene, Tile
 from segdistill.report.results import Comparison, find_reference
 from segdistill.stages import compare
 from segdistill.stages._cohort import write_record
@@ -339,6 +343,19 @@ def test_page_is_self_contained_and_escapes_names(compared: tuple[Inputs, Compar
     assert "http" not in page
     assert "road &amp; rail" in page and "road & rail" not in page
     assert page.count("<svg") == page.count("</svg>") == 3
+
+
+def test_no_text_of_a_user_reaches_the_page_unescaped(compared: tuple[Inputs, Comparison]) -> None:
+    hostile = "<script>"
+    kd = row_of(compared[1], "kd")
+    row = replace(kd, experiment=hostile, student=hostile, diverged=(Diverged(hostile, 2, 120, hostile, None, None),))
+    comparison = replace(compared[1], rows=(row,), best=(hostile, hostile), warnings=(hostile,))
+    scene = Scene(hostile, (4, 3), "data:", (Tile(hostile, hostile, "data:", "data:", 0.5),))
+    text = page.page(
+        comparison, np.eye(len(CLASSES)), charts.draw_all(comparison, []), [scene], [(0, 0, 0)] * len(CLASSES)
+    )
+    assert text.count("&lt;script&gt;") > 10
+    assert "<script" not in text
 
 
 def test_page_has_the_pictures_of_truth_teacher_and_every_student(compared: tuple[Inputs, Comparison]) -> None:
