@@ -82,7 +82,10 @@ def test_a_plan_of_other_parameters_is_not_trained(project: Path, capsys: pytest
     edit(project, experiments=params["experiments"])
     capsys.readouterr()
     said = refused(capsys, "distill", "--seed", "0")
-    assert "artifacts/plan/s0.json: of other parameters or other code than there are now; run the stage 'plan'" in said
+    assert (
+        "artifacts/plan/s0.json: made from other parameters or other code than there are now; run the stage 'plan'"
+        in said
+    )
 
 
 def test_the_whole_file_is_checked_with_its_methods(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -606,14 +606,14 @@ def test_a_missing_file_is_named_and_the_old_report_stays(inputs: Inputs, missin
 
 def test_a_student_that_was_not_evaluated_is_named(inputs: Inputs) -> None:
     inputs.write_job("dml", 0, ["cnn"])
-    with pytest.raises(UserError, match=r"dml-s0/metrics\.json: nothing about 'vit'; it holds cnn"):
+    with pytest.raises(UserError, match=r"s0/dml/metrics\.json: nothing about 'vit'; it holds cnn"):
         inputs.compare(["dml"], [0])
 
 
 def test_counts_of_other_images_cannot_be_compared(inputs: Inputs) -> None:
     inputs.ids[3] = "scene-999"
     inputs.write_job("kd", 1, ["cnn"])
-    with pytest.raises(UserError, match=r"kd-s1/cnn\.npz: evaluated on other test images"):
+    with pytest.raises(UserError, match=r"s1/kd/cnn\.npz: evaluated on other test images"):
         inputs.compare(["none", "kd"], [0, 1])
 
 
@@ -638,10 +638,10 @@ def change(path: Path, **values: Any) -> None:
         ("metrics.json", {"settings": None}, "no 'settings' in it; run the stage that trains it again"),
         ("metrics.json", {"config": None}, "no 'config' in it"),
         ("metrics.json", {"students": None}, "no 'students' in it"),
-        ("metrics.json", {"settings": EXPERIMENTS["none"]}, "'kd' was trained with other settings than .*kd-s0"),
+        ("metrics.json", {"settings": EXPERIMENTS["none"]}, "'kd' was trained with other settings than .*s0/kd"),
         ("metrics.json", {"data_content": "other"}, "trained on other data than is prepared"),
         ("metrics.json", {"teacher_sha256": "other"}, "learnt from another teacher than the one in"),
-        ("cnn.json", {"sha256": "other"}, "not of the weights in .*kd-s1/cnn.safetensors; run the stage 'evaluate'"),
+        ("cnn.json", {"sha256": "other"}, "not of the weights in .*s1/kd/cnn.safetensors; run the stage 'evaluate'"),
     ],
 )
 def test_students_of_other_settings_data_teacher_or_weights_are_not_compared_without_a_word(
@@ -662,7 +662,7 @@ def test_an_evaluation_of_other_classes_is_refused_with_both_lists(inputs: Input
 def test_what_changed_after_its_stage_ended_is_not_compared(inputs: Inputs) -> None:
     inputs.seal()
     change(inputs.model("kd-s1") / "metrics.json", seconds=76.0)
-    with pytest.raises(UserError, match=r"kd-s1/metrics\.json: damaged: not the content that"):
+    with pytest.raises(UserError, match=r"s1/kd/metrics\.json: damaged: not the content that"):
         inputs.compare(["kd"], [0, 1], seals=False)
 
 
