@@ -356,8 +356,8 @@ class Trainer:
 
     def result(self, evaluations: dict[str, Evaluation]) -> Result:
         """What it comes to, with the scores of the weights that it ends with."""
-        self.look_at_the_clock()  # all is done by now, on a GPU too
         progress = self.progress
+        progress.seconds += self.stopwatch.take()  # all is done by now, on a GPU too
         return Result(
             progress.iteration, progress.seconds, self.speed, evaluations, progress.curves, progress.startup_seconds
         )

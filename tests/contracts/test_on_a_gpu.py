@@ -142,6 +142,23 @@ def test_a_step_never_waits_for_the_device(method: str | None, precision: str) -
     assert all(torch.isfinite(value).all() for value in networks.state_dict().values() if value.is_floating_point())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_cohort_never_waits_for_the_device_between_two_log_entries(tmp_path: Path, precision: str) -> None:
+    trainings = [tiny.make_training(name, tmp_path / name, method=name) for name in ("none", "kd", "mgd", "dml")]
+    together = tiny.make_cohort(trainings, GPU, precision=precision, iterations=20, log_every=100)
+    target = torch.randint(tiny.CLASSES, (8, *tiny.SIZE)).cuda()
+    batches = iter([(torch.rand(8, 3, *tiny.SIZE).cuda(), target) for _ in range(3)])
+    members = list(together.members.values())
+    together._step(batches, members)  # libraries load on first use
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        together._step(batches, members)
+        together._step(batches, members)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(member.progress.iteration == 3 for member in members)
+
+
 @pytest.mark.parametrize("method", [None, "kd", "dml"])
 def test_a_compiled_step_has_the_values_of_the_plain_one_and_is_compiled_once(method: str | None) -> None:
     from torch._dynamo.utils import counters
