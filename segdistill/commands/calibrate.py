@@ -182,7 +182,7 @@ def command(arguments: argparse.Namespace) -> None:
     seed = parse(Seed, arguments.seed, "--seed")
     steps = parse(Steps, arguments.steps, "--steps")
     strengths = parse(list[Strength], arguments.strengths, "--strengths")
-    inputs = {key: Path(path) for key, path in BY_NAME["distill"].inputs.items()}
+    inputs = {key: Path(BY_NAME["distill"].inputs[key]) for key in ("prepared", "teacher")}
     for path in inputs.values():
         if not path.exists():
             raise UserError(f"{path}: calibrate needs it; run what makes it first: dvc repro")
