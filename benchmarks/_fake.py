@@ -123,7 +123,8 @@ def build(name: str, setting: Setting, device: torch.device, **changes: Any) -> 
 
 
 def terms(method: Method, inputs: Inputs) -> dict[str, Tensor]:
-    """The method's raw terms."""
+    """The method's raw terms; of peers as ``cnn/kl``."""
     if method.kind == "offline":
         return method(inputs.student, inputs.teacher, inputs.target)
-    return method({"cnn": inputs.peer, "vit": inputs.student}, inputs.target)
+    nested = method({"cnn": inputs.peer, "vit": inputs.student}, inputs.target)
+    return {f"{peer}/{term}": loss for peer, losses in nested.items() for term, loss in losses.items()}

@@ -83,8 +83,8 @@ def whole(method: Method) -> Loss:
     """The weighted sum of a method's terms."""
 
     def loss(inputs: Inputs) -> Tensor:
-        found = terms(method, inputs)
-        return sum(method.weights[key.rpartition("/")[2]] * term for key, term in found.items())
+        raw = terms(method, inputs)
+        return sum(method.weights[key.rpartition("/")[2]] * term for key, term in raw.items())
 
     return loss
 
@@ -93,8 +93,8 @@ def compared(method: Method, dense: Dense) -> Loss:
     """The terms that there is a straightforward version of, as they are."""
 
     def loss(inputs: Inputs) -> Tensor:
-        found = terms(method, inputs)
-        return sum(found[term] for term in dense.terms)
+        raw = terms(method, inputs)
+        return sum(raw[term] for term in dense.terms)
 
     return loss
 
@@ -130,14 +130,14 @@ def agree(name: str, dense: Dense, device: torch.device) -> None:
     setting = Setting((64, 96), 7, 8)
     inputs = draw(setting, 2, device, torch.float32)
     method = build(name, setting, device, **alone(name, dense))
-    found = []
+    outcomes = []
     for loss in (compared(method, dense), straightforward(method, dense)):
         gradients = torch.autograd.grad(value := loss(inputs), inputs.leaves, allow_unused=True)
-        found.append([value.detach(), *(gradient for gradient in gradients if gradient is not None)])
-    for ours, theirs in zip(*found, strict=True):
-        scale = theirs.abs().max().item()
+        outcomes.append([value.detach(), *(gradient for gradient in gradients if gradient is not None)])
+    for efficient, plain in zip(*outcomes, strict=True):
+        scale = plain.abs().max().item()
         torch.testing.assert_close(
-            ours, theirs, rtol=1e-3, atol=1e-3 * scale, msg=lambda text: f"{name}, {dense.label}: {text}"
+            efficient, plain, rtol=1e-3, atol=1e-3 * scale, msg=lambda text: f"{name}, {dense.label}: {text}"
         )
 
 
@@ -146,35 +146,35 @@ def lines(name: str, bench: Bench) -> list[Line]:
     method, versions = bench.build(name), DENSE.get(name, ())
     all_of_it = [dense for dense in versions if set(method.weights) == set(dense.terms) and not dense.changes]
     quadratic = any(dense.quadratic for dense in versions)
-    found = [Line(name, method, whole(method), next(iter(all_of_it), None), quadratic)]
+    table = [Line(name, method, whole(method), next(iter(all_of_it), None), quadratic)]
     for dense in versions:
         if dense not in all_of_it:
             part = bench.build(name, **alone(name, dense))
-            found.append(Line(f"{name}: {dense.label}", part, compared(part, dense), dense, dense.quadratic))
-    return found
+            table.append(Line(f"{name}: {dense.label}", part, compared(part, dense), dense, dense.quadratic))
+    return table
 
 
 def measure(line: Line, inputs: Inputs, bench: Bench) -> list[object]:
     """A row of the table; what may take minutes or all memory is tried on small crops first."""
     kd = bench.build("kd")
-    losses = {"kd": (whole(kd), kd), "ours": (line.loss, line.method)}
+    losses = {"kd": (whole(kd), kd), "line": (line.loss, line.method)}
     if line.dense is not None:
         losses["dense"] = (straightforward(line.method, line.dense), line.method)
     costs = {}
     for key, (loss, method) in losses.items():
         if line.quadratic and key != "kd":
             small = {times: bench.action(loss, method, bench.inputs(times)) for times in (4, 2)}
-            cost = bench.clock.projected(small.__getitem__, blocked=key == "ours")
+            cost = bench.clock.projected(small.__getitem__, blocked=key == "line")
             costs |= {key: cost} if cost else {}
     run = {key: bench.action(*pair, inputs) for key, pair in losses.items() if key not in costs}
     if line.label == "kd":
-        del run["ours"]
+        del run["line"]
     costs |= bench.clock.compare(run)
-    base, ours, dense = costs["kd"], costs.get("ours", costs["kd"]), costs.get("dense")
+    base, cost, dense = costs["kd"], costs.get("line", costs["kd"]), costs.get("dense")
     state = sum(one.numel() * one.element_size() for one in (*line.method.parameters(), *line.method.buffers()))
     return [
-        line.label, ours.milliseconds, ours.times(base), ours.mebibytes, ours.size(base), f"{state / MIB:.1f}",
-        *([dense.times(ours), dense.size(ours)] if dense else ["-", "-"]),
+        line.label, cost.milliseconds, cost.times(base), cost.mebibytes, cost.size(base), f"{state / MIB:.1f}",
+        *([dense.times(cost), dense.size(cost)] if dense else ["-", "-"]),
     ]  # fmt: skip
 
 

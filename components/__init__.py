@@ -2,8 +2,9 @@
 
 Two more stand around the stages: ``fetch`` brings the data set, ``finish`` closes the run in MLflow. A component's body
 is copied into the compiled pipeline and runs in our image, where KFP gives it the names of ``kfp.dsl``; that is why its
-import stands inside. ``params`` is the stage's part of params.yaml as JSON, one string a stage, so that a change makes
-only the stages run again that read it, and so that no integer becomes a float on the way.
+import stands inside. ``params`` is the stage's part of params.yaml as JSON, one string a stage, and ``plan`` what the
+stage ``plan`` writes down for the teacher or for one cohort: so that a change makes only those tasks run again that it
+concerns, and so that no integer becomes a float on the way.
 """
 
 from components.compare import compare

@@ -1,4 +1,4 @@
-"""The stage ``distill`` as a component: one job of the matrix."""
+"""The stage ``distill`` as a component: one cohort of the matrix."""
 
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
@@ -8,9 +8,8 @@ from components.images import TRAIN
 
 @dsl.component(base_image=TRAIN, install_kfp_package=False)
 def distill(
-    params: str,
-    experiment: str,
-    seed: int,
+    plan: str,
+    cohort: str,
     prepared: Input[Dataset],
     teacher: Input[Model],
     students: Output[Model],
@@ -18,17 +17,16 @@ def distill(
     accelerator: str = "",
     accelerators: str = "0",
 ) -> None:
-    """Train one experiment's student (or co-trained students) with one seed."""
+    """Train the students of one cohort, by one pass of the teacher."""
     from segdistill.kubeflow.tasks import run_component
 
     paths = {"prepared": prepared.path, "teacher": teacher.path, "students": students.path}
     run_component(
         "distill",
-        params,
         paths=paths,
         shown={"scores": scores},
-        experiment=experiment,
-        seed=seed,
+        plan=plan,
+        cohort=cohort,
         accelerator=accelerator,
         accelerators=accelerators,
     )

@@ -1,4 +1,4 @@
-"""The stage ``evaluate`` as a component: one job of the matrix."""
+"""The stage ``evaluate`` as a component: one cohort of the matrix."""
 
 from kfp import dsl
 from kfp.dsl import Artifact, ClassificationMetrics, Dataset, Input, Metrics, Model, Output
@@ -9,28 +9,26 @@ from components.images import TRAIN
 @dsl.component(base_image=TRAIN, install_kfp_package=False)
 def evaluate(
     params: str,
-    experiment: str,
-    seed: int,
+    cohort: str,
     prepared: Input[Dataset],
-    model: Input[Model],
-    evaluation: Output[Artifact],
+    students: Input[Model],
+    evaluations: Output[Artifact],
     scores: Output[Metrics],
     confusion: Output[ClassificationMetrics],
     accelerator: str = "",
     accelerators: str = "0",
 ) -> None:
-    """Measure one job's students on the test split, at original resolution."""
+    """Measure the students of one cohort on the test split, at original resolution."""
     from segdistill.kubeflow.tasks import run_component
 
-    paths = {"prepared": prepared.path, "model": model.path, "evaluation": evaluation.path}
+    paths = {"prepared": prepared.path, "students": students.path, "evaluations": evaluations.path}
     shown = {"scores": scores, "confusion": confusion}
     run_component(
         "evaluate",
         params,
         paths=paths,
         shown=shown,
-        experiment=experiment,
-        seed=seed,
+        cohort=cohort,
         accelerator=accelerator,
         accelerators=accelerators,
     )

@@ -8,7 +8,7 @@ from components.images import TRAIN
 
 @dsl.component(base_image=TRAIN, install_kfp_package=False)
 def train_teacher(
-    params: str,
+    plan: str,
     prepared: Input[Dataset],
     teacher: Output[Model],
     scores: Output[Metrics],
@@ -21,9 +21,9 @@ def train_teacher(
     paths = {"prepared": prepared.path, "teacher": teacher.path}
     run_component(
         "train_teacher",
-        params,
         paths=paths,
         shown={"scores": scores},
+        plan=plan,
         accelerator=accelerator,
         accelerators=accelerators,
     )

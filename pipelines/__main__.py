@@ -13,44 +13,51 @@ from pathlib import Path
 from typing import Any
 
 from segdistill import environment
+from segdistill.config import read_yaml, to_dict
 from segdistill.errors import UserError
 
 
-def arguments(params: Mapping[str, Any], *, here: bool = False) -> dict[str, Any]:
-    """The pipeline's parameters that come from a params file: one JSON string a stage, and the list of jobs.
+def arguments(params: Mapping[str, Any], *, size: int | None = None, here: bool = False) -> dict[str, Any]:
+    """The pipeline's parameters that come from a params file: what each stage reads of it, and the plans.
 
     Args:
         params: the content of params.yaml.
+        size: how many jobs a cohort has; None: all of a seed.
         here: whether the tasks run on this machine, with its files.
 
     Raises:
         UserError: the first mistake in the file.
     """
     from segdistill.execution import check_params, sections
-    from segdistill.stages import BY_NAME, Job, Stage, jobs
-
-    def chosen(stage: Stage, job: Job | None = None) -> str:
-        return json.dumps(sections(stage, params, job))
+    from segdistill.plan import cohort_plan, cohorts, teacher_plan
+    from segdistill.stages import STAGES
 
     check_params(params, here=here)
-    single = (
-        "validate",
-        "prepare",
-        "train_teacher",
-        "evaluate",
-        "compare",
-        "register",
-    )  # as the teacher's, so the jobs'
+    tasks = [stage for stage in STAGES if stage.image and stage.params]  # the teacher is evaluated as the students
     return {
-        **{f"{name}_params": chosen(BY_NAME[name]) for name in single},
-        "jobs": [
-            {"experiment": job.experiment, "seed": job.seed, "params": chosen(BY_NAME["distill"], job)}
-            for job in jobs(params)
+        **{f"{stage.params[0]}_params": json.dumps(sections(stage, params)) for stage in tasks},
+        "teacher_plan": _as_text(teacher_plan(params["train_teacher"])),
+        "cohorts": [
+            {"cohort": name, "plan": _as_text(cohort_plan(params["distill"], params["experiments"], jobs))}
+            for name, jobs in cohorts(params["run"], params["seeds"], size).items()
         ],
     }
 
 
-def compile_to(path: Path, params: Mapping[str, Any], *, cluster: Path | None = None, caching: bool = True) -> None:
+def _as_text(plan: Any) -> str:
+    """In one line, since all plans travel in one argument of a process (``limits.py``).
+
+    The code is the image's, which is part of KFP's cache key; that of this working copy trains nothing there.
+    """
+    content = to_dict(plan)
+    for entry in content.get("jobs", [content]):
+        entry["code"] = ""
+    return json.dumps(content, separators=(",", ":"))
+
+
+def compile_to(
+    path: Path, params: Mapping[str, Any], *, cluster: Path | None = None, caching: bool = True
+) -> dict[str, Any]:
     """Writes the pipeline, whose parameters default to those of ``params``; the same input gives the same bytes.
 
     Args:
@@ -59,18 +66,21 @@ def compile_to(path: Path, params: Mapping[str, Any], *, cluster: Path | None = 
         cluster: what tasks ask of the cluster; by default ``pipelines/cluster.yaml``.
         caching: whether KFP may take over results of earlier runs, but for ``register``.
 
+    Returns:
+        The parameters that come from ``params``.
+
     Raises:
         UserError: a mistake in one of them, or a matrix that is too large for one run.
     """
-    given = arguments(params)
     from kfp import compiler
 
     from pipelines.cluster import DEFAULT, Placement, read_cluster
     from pipelines.distillation import pipeline
     from pipelines.limits import check_matrix
 
+    asked = read_cluster(cluster or DEFAULT)
+    given, place = arguments(params, size=asked.jobs_per_gpu), Placement(asked, caching=caching)
     check_matrix(given)
-    place = Placement(read_cluster(cluster or DEFAULT), caching=caching)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.partial.yaml")  # the compiler goes by the suffix
     compiler.Compiler().compile(pipeline(place), str(partial), pipeline_parameters=given | place.parameters)
@@ -78,6 +88,7 @@ def compile_to(path: Path, params: Mapping[str, Any], *, cluster: Path | None = 
     lines = itertools.dropwhile(lambda line: line.startswith("#"), partial.read_text().splitlines(keepends=True))
     partial.write_text("# Made by: python -m pipelines compile\n" + "".join(lines))
     partial.replace(path)
+    return given
 
 
 def submit(params: Mapping[str, Any], given: argparse.Namespace) -> int:
@@ -103,11 +114,11 @@ def submit(params: Mapping[str, Any], given: argparse.Namespace) -> int:
     name = given.run_name or time.strftime("segdistill %Y-%m-%d %H:%M:%S")
     chosen = {"accelerator_type": given.accelerator_type, "accelerator_count": given.accelerator_count}
     own = {key: value for key, value in chosen.items() if value is not None}
-    what = Submission({**version, **arguments(params), **own}, given.experiment, name, given.service_account)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pipeline.yaml"
-        compile_to(file, params, cluster=given.cluster, caching=not given.no_cache)
+        parameters = compile_to(file, params, cluster=given.cluster, caching=not given.no_cache)
         package = file.read_text()
+    what = Submission({**version, **parameters, **own}, given.experiment, name, given.service_account)
     if given.dry_run:
         sys.stdout.write(what.shown(to, package) + "\n")
         return 0
@@ -246,8 +257,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 1 for a failed run, 2 for a user's mistake."""
-    from segdistill.config import read_yaml
-
     given = parser().parse_args(argv)
     try:
         params = read_yaml(given.params)

@@ -35,6 +35,7 @@ DEFAULT = Path(__file__).with_name("cluster.yaml")
 # bounds it is the number of attempts, and the timeout of each.
 RETRY_WINDOW = f"{30 * 24 * 3600}s"
 SOONER = 600  # seconds
+MOST_JOBS = 64  # of one cohort
 # What the MLflow plugin of KFP's server sets in a container. A variable that both it and a reference of ours set is
 # refused by the API server, and the pod never starts.
 OF_THE_PLUGIN = (
@@ -120,7 +121,8 @@ class Cluster:
     tasks: Tasks
     accelerator: Accelerator | None
     shared_memory: Memory
-    parallel_jobs: Annotated[int, Field(gt=0, le=100_000)] | None
+    jobs_per_gpu: Annotated[int, Field(gt=0, le=MOST_JOBS)]
+    parallel_cohorts: Annotated[int, Field(gt=0, le=100_000)] | None
     retries: Retries
     labels: dict[Key, LabelValue]
     annotations: dict[Key, str]
@@ -202,8 +204,8 @@ class Placement:
 
     @property
     def parallelism(self) -> int | None:
-        """How many jobs run at a time; None: as many as there is room for."""
-        return self.cluster.parallel_jobs if self.cluster else None
+        """How many cohorts run at a time; None: as many as there is room for."""
+        return self.cluster.parallel_cohorts if self.cluster else None
 
     def data(self, task: dsl.PipelineTask) -> dsl.PipelineTask:
         """A task that reads the data set."""

@@ -1,6 +1,6 @@
 """The graph for Kubeflow Pipelines: the stages of ``segdistill.stages``, as ``dvc.yaml`` has them too.
 
-The lists of all jobs' students and evaluations go to tasks that stand beside the loop, and into no graph within the
+The lists of all cohorts' students and evaluations go to tasks that stand beside the loop, and into no graph within the
 graph (a condition, a loop, a pipeline of its own): what such a graph is handed, the released servers keep by name, one
 artifact a name (kubeflow/pipelines#13900). So ``register`` always runs, and reads for itself whether to register. Each
 reader has a ``Collected`` of its own, since kfp 2.17.0 changes it as it compiles.
@@ -32,39 +32,38 @@ def pipeline(place: Placement) -> GraphComponent:
     def distillation(
         repository: str,  # of git, with data.dvc
         revision: str,  # a commit: KFP's cache knows only the name
-        jobs: list[dict],  # the matrix: {experiment, seed, params of distill}
+        teacher_plan: str,  # what decides the teacher
+        cohorts: list[dict],  # of the matrix: {cohort, plan}, what decides each
         validate_params: str,
         prepare_params: str,
-        train_teacher_params: str,
         evaluate_params: str,
         compare_params: str,
         register_params: str,
         accelerator_type: str,  # of the tasks that train or evaluate, such as nvidia.com/gpu
         accelerator_count: str,  # of each; 0: the CPU
     ) -> None:
-        """Trains a teacher, distills every job's students from it, compares them, and registers the best."""
+        """Trains a teacher, distills every cohort's students from it, compares them, and registers the best."""
         on = {"accelerator": accelerator_type, "accelerators": accelerator_count}
         closing = place.data(finish()).set_caching_options(False)
         with ExitHandler(closing):
             data = place.data(fetch(repository=repository, revision=revision)).outputs["data"]
             report = place.data(validate(params=validate_params, data=data)).outputs["report"]
             prepared = place.data(prepare(params=prepare_params, data=data, report=report)).outputs["prepared"]
-            teaching = place.train(train_teacher(params=train_teacher_params, prepared=prepared, **on))
+            teaching = place.train(train_teacher(plan=teacher_plan, prepared=prepared, **on))
             teacher = teaching.outputs["teacher"]
             taught = place.train(evaluate_teacher(params=evaluate_params, prepared=prepared, model=teacher, **on))
-            with ParallelFor(jobs, parallelism=place.parallelism) as job:
-                which = {"experiment": job.experiment, "seed": job.seed, **on}
-                trained = place.train(distill(params=job.params, prepared=prepared, teacher=teacher, **which))
-                model = trained.outputs["students"]
-                measured = place.train(evaluate(params=evaluate_params, prepared=prepared, model=model, **which))
+            with ParallelFor(cohorts, parallelism=place.parallelism) as item:
+                which = {"cohort": item.cohort, "prepared": prepared, **on}
+                students = place.train(distill(plan=item.plan, teacher=teacher, **which)).outputs["students"]
+                measured = place.train(evaluate(params=evaluate_params, students=students, **which))
             compared = place.report(
                 compare(
                     params=compare_params,
                     prepared=prepared,
                     teacher=teacher,
                     teacher_evaluation=taught.outputs["evaluation"],
-                    students=Collected(model),
-                    evaluations=Collected(measured.outputs["evaluation"]),
+                    students=Collected(students),
+                    evaluations=Collected(measured.outputs["evaluations"]),
                 )
             )
             registered = place.report(
@@ -72,7 +71,7 @@ def pipeline(place: Placement) -> GraphComponent:
                     params=register_params,
                     comparison=compared.outputs["report"],
                     prepared=prepared,
-                    students=Collected(model),
+                    students=Collected(students),
                 )
             )
             registered.set_caching_options(False)  # the registry may have changed since

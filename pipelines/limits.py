@@ -14,7 +14,7 @@ from segdistill.errors import UserError
 ARGUMENT = 128 * 1024  # bytes, with the zero that ends it
 # One artifact among a task's inputs: its address, and what the server says of its store; typically less than 600 bytes.
 ARTIFACT = 768
-# What else stands in such an argument: names, the artifacts that are not one a job, the version of the data set.
+# What else stands in such an argument: names, the artifacts that are not one a cohort, the version of the data set.
 REST = 12 * ARTIFACT
 
 
@@ -27,23 +27,24 @@ def check_matrix(parameters: Mapping[str, Any]) -> None:
     Raises:
         UserError: says how many jobs would fit.
     """
-    jobs = parameters["jobs"]
-    others = {name: value for name, value in parameters.items() if name != "jobs"}
-    # ``compare`` gets two artifacts a job: its students and their evaluation.
+    cohorts = parameters["cohorts"]
+    others = {name: value for name, value in parameters.items() if name != "cohorts"}
+    # ``compare`` gets two artifacts a cohort: its students and their evaluations. A cohort's own tasks get less.
     fitting = min(
-        _fitting([_size(job) for job in jobs], _size(others)),
-        _fitting([2 * ARTIFACT] * len(jobs), _size(parameters["compare_params"])),
+        _fitting([_size(cohort) for cohort in cohorts], _size(others)),
+        _fitting([2 * ARTIFACT] * len(cohorts), _size(parameters["compare_params"])),
     )
-    if fitting < len(jobs):
+    if fitting < len(cohorts):
+        counts = [len(json.loads(cohort["plan"])["jobs"]) for cohort in cohorts]
         raise UserError(
-            f"run, seeds: {len(jobs)} jobs are more than one run of Kubeflow Pipelines can hand to a task, in an "
-            f"argument of {ARGUMENT // 1024} KiB; of these jobs the first {fitting} would fit: name fewer experiments "
-            "or seeds"
+            f"run, seeds: {sum(counts)} jobs are more than one run of Kubeflow Pipelines can hand to a task, in an "
+            f"argument of {ARGUMENT // 1024} KiB; in cohorts as these {sum(counts[:fitting])} would fit: name fewer "
+            "experiments or seeds, or raise jobs_per_gpu of cluster.yaml"
         )
 
 
 def _fitting(sizes: Sequence[int], others: int) -> int:
-    """How many of the first jobs fit beside the other content; sizes in bytes."""
+    """How many of the first cohorts fit beside the other content; sizes in bytes."""
     left, count = ARGUMENT - REST - others, 0
     for size in sizes:
         left -= size

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 MIB = 2**20
 TEXT_LIMIT = 64 * MIB  # bytes; class lists, scores and settings are far smaller
 SEAL = "checksums.json"  # the hashes of the other files of a folder, written last
-# What a component of the pipeline writes last into a folder that it makes: which stage made it, for which job, from
-# which version of the data. An imported data set has none.
+# What a component of the pipeline writes last into a folder that it makes: which stage made it, for which cohort,
+# from which version of the data. An imported data set has none.
 COMPLETED = ".completed"
 
 

@@ -143,7 +143,10 @@ def jobs(run: Any, seeds: Any) -> list[Job]:
 
 
 def cohorts(run: Any, seeds: Any, size: int | None = None) -> dict[str, list[Job]]:
-    """The matrix by cohort: all jobs of a seed, ``s0``, or parts of at most ``size`` jobs, ``s0-0``, ``s0-1``, ..."""
+    """The matrix by cohort: all jobs of a seed, ``s0``, or parts of at most ``size`` jobs, ``s0-0``, ``s0-1``, ...
+
+    A cohort of one has the job's own name, whatever stands before it in the matrix.
+    """
     matrix, parts = jobs(run, seeds), {}
     for seed in seeds:
         column = [job for job in matrix if job.seed == seed]
@@ -151,7 +154,9 @@ def cohorts(run: Any, seeds: Any, size: int | None = None) -> dict[str, list[Job
             parts[f"s{seed}"] = column
         else:
             starts = range(0, len(column), size)
-            parts |= {f"s{seed}-{part}": column[start : start + size] for part, start in enumerate(starts)}
+            for part, start in enumerate(starts):
+                name = str(column[start]) if size == 1 else f"s{seed}-{part}"
+                parts[name] = column[start : start + size]
     return parts
 
 

@@ -49,16 +49,16 @@ class Calibration:
 
 @dataclass
 class _Recorder(NullTracker):
-    """Keeps what the trainer says."""
+    """Keeps what is logged."""
 
-    said: dict[str, list[float]] = field(default_factory=dict)
+    values: dict[str, list[float]] = field(default_factory=dict)
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         for name, value in values.items():
-            self.said.setdefault(name, []).append(value)
+            self.values.setdefault(name, []).append(value)
 
     def median(self, name: str) -> float | None:
-        return statistics.median(self.said[name]) if name in self.said else None
+        return statistics.median(self.values[name]) if name in self.values else None
 
 
 def run(
@@ -108,17 +108,14 @@ def run(
         optimizers = {name: student.optimizer for name, student in settings.students.items()}
         train_set = ShardDataset(prepared, "train", Memory(train.cache_gib))
         training = Training(experiment, learner, optimizers, "calibration", Path(work), recorders)
-        (outcome,) = (
-            Cohort(
-                [training], train_set, None, train, inference=config.inference, seed=seed, teacher=frozen,
-                processes=processes,
-            )
-            .run()
-            .values()
+        cohort = Cohort(
+            [training], train_set, None, train, inference=config.inference, seed=seed, teacher=frozen,
+            processes=processes,
         )  # fmt: skip
+        outcome = cohort.run()[experiment]
         if isinstance(outcome, Diverged):
             raise outcome
-    found = []
+    calibrations = []
     for name, recorder in recorders.items():
         cross_entropy = recorder.median("train/loss/ce") or float("nan")
         for index, (label, method) in enumerate(learner.methods.items()):
@@ -128,7 +125,7 @@ def run(
                     continue
                 key = f"{term}_weight" if hasattr(method.config, f"{term}_weight") else "weight"
                 own = getattr(method.config, key)  # None where the published value depends on another setting
-                found.append(
+                calibrations.append(
                     Calibration(
                         student=name,
                         term=f"{label}.{term}",
@@ -140,42 +137,42 @@ def run(
                         gradient_share=recorder.median(f"train/gradient_share/{label}.{term}"),
                     )
                 )
-    return found
+    return calibrations
 
 
-def table(found: Sequence[Calibration], steps: int, strengths: Sequence[float]) -> Table:
+def table(calibrations: Sequence[Calibration], steps: int, strengths: Sequence[float]) -> Table:
     """The terms, how strong they are, and the weights for other strengths."""
-    shown = Table(
+    terms = Table(
         title=f"Medians over {steps} steps; strength is the weighted term over the cross-entropy",
         title_justify="left",
     )
-    shown.add_column("student", no_wrap=True)
-    shown.add_column("term", no_wrap=True)
+    terms.add_column("student", no_wrap=True)
+    terms.add_column("term", no_wrap=True)
     for column in ("raw", "factor", "strength", "gradient", "weight"):
-        shown.add_column(column, justify="right")
+        terms.add_column(column, justify="right")
     for strength in strengths:
-        shown.add_column(f"for {strength:g}", justify="right")
-    for row in found:
+        terms.add_column(f"for {strength:g}", justify="right")
+    for row in calibrations:
         share = "–" if row.gradient_share is None else f"{100 * row.gradient_share:.0f} %"
-        shown.add_row(
+        terms.add_row(
             row.student, row.term, f"{row.raw:.3g}", f"{row.factor:.3g}", f"{row.strength:.2g}", share,
             f"{row.weight:.3g}", *(f"{row.weight_for(strength):.3g}" for strength in strengths),
         )  # fmt: skip
-    return shown
+    return terms
 
 
-def paths(found: Sequence[Calibration]) -> list[str]:
+def paths(calibrations: Sequence[Calibration]) -> list[str]:
     """Where the weights stand in params.yaml, one line each."""
-    return sorted({f"{row.term}: {row.path}" for row in found})
+    return sorted({f"{row.term}: {row.path}" for row in calibrations})
 
 
-def as_json(found: Sequence[Calibration], strengths: Sequence[float]) -> list[dict[str, Any]]:
+def as_json(calibrations: Sequence[Calibration], strengths: Sequence[float]) -> list[dict[str, Any]]:
     """The same for programs."""
-    return [to_dict(row) | {"weights": {f"{r:g}": row.weight_for(r) for r in strengths}} for row in found]
+    return [to_dict(row) | {"weights": {f"{r:g}": row.weight_for(r) for r in strengths}} for row in calibrations]
 
 
 def command(arguments: argparse.Namespace) -> None:
-    """Calibrates one experiment of params.yaml and prints what was found."""
+    """Calibrates one experiment of params.yaml and prints what came of it."""
     from segdistill import execution
 
     params, name = read_yaml(arguments.params), arguments.experiment
@@ -185,19 +182,19 @@ def command(arguments: argparse.Namespace) -> None:
     seed = parse(Seed, arguments.seed, "--seed")
     steps = parse(Steps, arguments.steps, "--steps")
     strengths = parse(list[Strength], arguments.strengths, "--strengths")
-    inputs = {key: Path(path) for key, path in BY_NAME["distill"].inputs.items()}
+    inputs = {key: Path(BY_NAME["distill"].inputs[key]) for key in ("prepared", "teacher")}
     for path in inputs.values():
         if not path.exists():
             raise UserError(f"{path}: calibrate needs it; run what makes it first: dvc repro")
-    found = run(
+    calibrations = run(
         parse(DistillConfig, params["distill"], "distill"), experiment=name, seed=seed, steps=steps,
         settings=parse(ExperimentConfig, params["experiments"][name], f"experiments.{name}"),
         prepared=inputs["prepared"], teacher=inputs["teacher"], device=arguments.device,
     )  # fmt: skip
     if arguments.json:
-        print(json.dumps(as_json(found, strengths), indent=2))
+        print(json.dumps(as_json(calibrations, strengths), indent=2))
         return
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table(found, steps, strengths))
-    for line in paths(found):
+    console.print(table(calibrations, steps, strengths))
+    for line in paths(calibrations):
         console.print(line, soft_wrap=True)

@@ -164,8 +164,8 @@ def _body(method: Entry) -> dict[str, str]:
 
 
 def _weights(method: Entry) -> list[str]:
-    shown = {term: "auto" if value == "null" else value for term, value in method.weights.items()}
-    return [value if term == "weight" else f"{term} {value}" for term, value in shown.items()]
+    defaults = {term: "auto" if value == "null" else value for term, value in method.weights.items()}
+    return [value if term == "weight" else f"{term} {value}" for term, value in defaults.items()]
 
 
 def _is_layout(paragraph: str) -> bool:

@@ -33,8 +33,6 @@ class FileFacts:
     mask_problem: str | None = None
     mask_size: tuple[int, int] | None = None
     mask_kind: str | None = None  # "8-bit grey", "16-bit grey", "8-bit RGB", ...
-    label_min: int | None = None  # stored values, ignored ones aside
-    label_max: int | None = None
     values: dict[int, int] | None = None  # stored value -> pixels
     unknown_labels: dict[int, int] | None = None  # those of them outside the class list
     palette_problem: str | None = None
@@ -172,12 +170,10 @@ def _mask_facts(path: Path, legend: Legend) -> dict[str, object]:
         facts["mask_problem"] = str(problem)
         return facts
     counts = value_counts(mask.values)
-    labels = [value for value in counts if legend.label_map[value] != IGNORE_INDEX]
     trained = np.zeros(256, dtype=np.int64)  # pixels by train id
     for value, pixels in counts.items():
         trained[legend.label_map[value]] += pixels
     facts["mask_size"] = (mask.values.shape[1], mask.values.shape[0])
-    facts["label_min"], facts["label_max"] = (labels[0], labels[-1]) if labels else (None, None)
     facts["values"] = counts
     facts["unknown_labels"] = unknown_labels(counts, legend)
     facts["palette_problem"] = palette_problem(mask, counts, legend)

@@ -95,7 +95,7 @@ class Cohort:
             if config.compile:
                 self.teacher.compile()
         self.outcomes: dict[str, Result | Diverged] = {}
-        # What the cohort as a whole took of this process's time, by activity.
+        # What the cohort as a whole took of this process's time after its first step, by activity.
         self.seconds = {"data": 0.0, "training": 0.0, "evaluation": 0.0}
 
     def run(self) -> dict[str, Result | Diverged]:
@@ -134,7 +134,7 @@ class Cohort:
                     name: member for name, member in self.members.items() if member.progress.iteration == iteration
                 }
                 started = time.monotonic()
-                if iteration != number:  # at first, and where one that was behind the others is no more
+                if iteration != number:  # at first, and where one that was behind the others has diverged
                     batches = self._batches(iteration)
                 self._step(batches, list(takers.values()))
                 self.seconds["training"] += time.monotonic() - started

@@ -99,7 +99,7 @@ class Progress:
     starts: int = 0  # steps that were the first of a process
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)  # validation mIoU of the kept weights, by student
-    sums: dict[str, Tensor] = field(default_factory=dict)  # of each term since the last log entry
+    sums: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by student and term, since the last log entry
     since_log: int = 0
     skipped: Tensor = field(default_factory=lambda: torch.zeros(()))  # steps in a row, up to now, that fp16 left out
 
@@ -155,8 +155,7 @@ class Trainer:
         if self.processes.world_size == 1:
             return learner
         # Memory banks fill alike in all processes; sending them round at every step would cost more than training.
-        banks = [name for name, _ in learner.named_buffers() if name.startswith("_methods.")]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(learner, banks)  # type: ignore[no-untyped-call]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(learner, learner.banks())  # type: ignore[no-untyped-call]
         ids = [self.processes.device.index] if self.processes.device.type == "cuda" else None
         # Without cross-entropy, a classifier or auxiliary head may get no gradient at all.
         idle = 0.0 in learner.factors.values()
@@ -196,16 +195,19 @@ class Trainer:
         if isinstance(self.wrapped, DistributedDataParallel) and not last:
             share = self.wrapped.no_sync()
         every = self.config.gradient_share_every
-        self.learner.keep_features = last and bool(every) and (self.progress.iteration + 1) % every == 0
-        with self._own_random_state(), share:
+        measured = last and bool(every) and (self.progress.iteration + 1) % every == 0
+        look: Any = self.learner.last_features() if measured else contextlib.nullcontext()
+        with self._own_random_state(), share, look as features:
             with autocast(self.config, images.device):
                 terms = self.wrapped(images, target, pixels, teacher_outputs)
-            if self.learner.keep_features:
-                self._log_gradient_shares(terms)
+            if measured:
+                self._log_gradient_shares(terms, features)
             loss = self.learner.total(terms, self.fraction) / self.config.accumulate
             self.scaler.scale(loss).backward()
-        for key, term in terms.items():
-            self.progress.sums[key] = self.progress.sums.get(key, 0.0) + term.detach()
+        for student, losses in terms.items():
+            sums = self.progress.sums.setdefault(student, {})
+            for term, value in losses.items():
+                sums[term] = sums.get(term, 0.0) + value.detach()
 
     def step(self) -> None:
         """Moves the weights by the gradients of all pieces, and forgets these."""
@@ -266,14 +268,14 @@ class Trainer:
         """
         sums, pieces = self.progress.sums, self.progress.since_log * self.config.accumulate
         self.progress.sums, self.progress.since_log = {}, 0
-        keys = sorted(sums)
-        values = torch.stack([sums[key].float() for key in keys]) / pieces
+        keys = [(name, term) for name in sums for term in sorted(sums[name])]
+        values = torch.stack([sums[name][term].float() for name, term in keys]) / pieces
         means = dict(zip(keys, (self.processes.sum(values) / self.processes.world_size).tolist(), strict=True))
         self._require_steps(finished)
         weights = self.learner.weights(self.fraction)
         for name, tracker in self.training.trackers.items():
-            terms = of_student(name, means)
-            weighted = {term: weights[f"{name}/{term}"] * value for term, value in terms.items()}
+            terms = {term: value for (student, term), value in means.items() if student == name}
+            weighted = {term: weights[term] * value for term, value in terms.items()}
             loss = sum(weighted.values())
             entry = {f"train/loss/{term}": value for term, value in terms.items()} | {"train/loss/total": loss}
             entry |= {f"train/weighted/{term}": value for term, value in weighted.items()}
@@ -304,23 +306,22 @@ class Trainer:
         """
         broken = not_finite(self.learner.state_dict())
         if self.processes.maximum(torch.tensor(float(bool(broken)), device=self.processes.device)).item():
-            names = [name.removeprefix("_students.").removeprefix("_methods.") for name in broken]
-            raise self._diverged(f"{names[0] if names else 'a weight of another process'} is not finite")
+            name = self.learner.short_name(broken[0]) if broken else "a weight of another process"
+            raise self._diverged(f"{name} is not finite")
 
     def _diverged(self, reason: str) -> Diverged:
         return Diverged(self.progress.iteration, reason)
 
-    def _log_gradient_shares(self, terms: Mapping[str, Tensor]) -> None:
+    def _log_gradient_shares(self, terms: Mapping[str, Mapping[str, Tensor]], features: Mapping[str, Tensor]) -> None:
         """How much of what each student's last feature is told comes from each term, in this process's batch."""
-        scaled = {key: self.scaler.scale(term) for key, term in terms.items()}
-        shares = self.learner.gradient_shares(scaled, self.fraction)
-        self.learner.last_features = {}
-        if not shares or not self.processes.is_main:
-            return
-        values = dict(zip(shares, torch.stack(list(shares.values())).tolist(), strict=True))
-        for name, tracker in self.training.trackers.items():
-            entry = {f"train/gradient_share/{term}": value for term, value in of_student(name, values).items()}
-            tracker.metrics(entry, self.progress.iteration + 1)
+        scaled = {
+            name: {term: self.scaler.scale(loss) for term, loss in losses.items()} for name, losses in terms.items()
+        }
+        for name, shares in self.learner.gradient_shares(scaled, features, self.fraction).items():
+            if self.processes.is_main:
+                values = zip(shares, torch.stack(list(shares.values())).tolist(), strict=True)
+                entry = {f"train/gradient_share/{term}": value for term, value in values}
+                self.training.trackers[name].metrics(entry, self.progress.iteration + 1)
 
     # -- what is kept -------------------------------------------------------------------------------------------------
 
@@ -356,8 +357,8 @@ class Trainer:
 
     def result(self, evaluations: dict[str, Evaluation]) -> Result:
         """What it comes to, with the scores of the weights that it ends with."""
-        self.look_at_the_clock()  # all is done by now, on a GPU too
         progress = self.progress
+        progress.seconds += self.stopwatch.take()  # all is done by now, on a GPU too
         return Result(
             progress.iteration, progress.seconds, self.speed, evaluations, progress.curves, progress.startup_seconds
         )
@@ -399,7 +400,7 @@ class Trainer:
             fresh = copy.deepcopy(self.state())
             try:
                 self._take_up(state)
-            except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
                 fault = f"{path}: written by another version of this program ({type(error).__name__})"
             if self._agreed(fault):
                 logger.info("%s: resumed at iteration %d", self.training.name, self.progress.iteration)
@@ -419,17 +420,14 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         device = self.processes.device
         self.progress = Progress(**state["progress"])
-        self.progress.sums = {key: value.to(device) for key, value in self.progress.sums.items()}
+        self.progress.sums = {
+            name: {term: value.to(device) for term, value in sums.items()} for name, sums in self.progress.sums.items()
+        }
         self.progress.skipped = self.progress.skipped.to(device)
         self.kept = state["kept"]
         streams = [states[self.processes.rank : self.processes.rank + 1] for states in state["random"]]
         if all(streams):  # a process that was not there keeps the stream that its seed began
             self.random_state = [stream[0] for stream in streams]
-
-
-def of_student(student: str, values: Mapping[str, float]) -> dict[str, float]:
-    """The terms of one student, without its name."""
-    return {key.split("/", 1)[1]: value for key, value in values.items() if key.startswith(f"{student}/")}
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:

@@ -1,19 +1,19 @@
 """What a task leaves in the folders that it makes: a mark, written last, and a pointer where a volume has the content.
 
 KFP names the folders of a task's inputs and outputs, and promises little about them. So each folder says itself of
-which stage, job and version of the data it is, and one without its mark is refused, whatever a runner says of the task
-that was to make it.
+which stage, cohort and version of the data it is, and one without its mark is refused, whatever a runner says of the
+task that was to make it.
 """
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from segdistill.errors import UserError
 from segdistill.files import COMPLETED, lock, read_json
-from segdistill.stages import Stage, matrix
+from segdistill.stages import Stage
 
 ELSEWHERE = ".elsewhere"  # in place of an output's content: the folder of a volume that has it
 
@@ -33,19 +33,6 @@ def read_mark(stage: Stage, folder: Path) -> dict[str, Any]:
     if not mark.is_file():
         raise UserError(f"{folder}: {stage.name} needs it, but the task that makes it did not complete")
     return dict(read_json(mark, mend="run the task that makes it again"))
-
-
-def in_order(
-    stage: Stage, marks: Sequence[Mapping[str, Any]], folders: Sequence[Path], chosen: Mapping[str, Any]
-) -> list[Path]:
-    """The folders in the order of the matrix, by what they say of themselves: no orchestrator promises an order."""
-    made = {mark["job"]: folder for mark, folder in zip(marks, folders, strict=True)}
-    wanted = [str(cell) for cell in matrix(chosen)]
-    if sorted(made) != sorted(wanted) or len(folders) != len(wanted):
-        raise UserError(
-            f"{stage.name}: its parameters name the jobs {', '.join(wanted)}, the pipeline ran {', '.join(made)}"
-        )
-    return [made[cell] for cell in wanted]
 
 
 def point_to(output: Path, real: Path) -> None:

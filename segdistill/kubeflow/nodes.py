@@ -30,9 +30,9 @@ def run_on_nodes(task: "Task", module: str, template: Mapping[str, Any], process
         processes: on each node.
     """
     run, volume = context().pipeline_run, Path(template["volume"]["path"])
-    name = job_name(run, task.name, str(task.job) if task.job else None, task.params)
+    name = job_name(run, task.label, task.params + task.plan)
     folder = volume / OUTPUTS / name
-    inputs = {key: copy_input(Path(str(task.paths[key])), volume) for key in task.stage.inputs}
+    inputs = {key: copy_input(Path(str(task.paths[key])), volume) for key in task.stage.inputs if key in task.paths}
     outputs = {key: folder / key for key in task.stage.outputs}
     if not all((place / COMPLETED).is_file() for place in outputs.values()):
         with disk_errors(volume):

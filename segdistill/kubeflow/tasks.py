@@ -9,6 +9,7 @@ What is not a matter of the pipeline, the environment says: ``environment.py``.
 import json
 import logging
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -22,16 +23,18 @@ from segdistill.execution import (
     TRACKING,
     context,
     finish_pipeline,
+    label,
     open_tracker,
     quiet_libraries,
     run_stage,
     stage_module,
 )
 from segdistill.files import COMPLETED, parse_json, read_json
-from segdistill.kubeflow.marks import content_of, in_order, in_turn, point_to, read_mark, write_mark
+from segdistill.kubeflow.marks import content_of, in_turn, point_to, read_mark, write_mark
 from segdistill.kubeflow.processes import run_together
+from segdistill.kubeflow.shared_volume import bring_back
 from segdistill.report.highlights import Highlights
-from segdistill.stages import BY_NAME, Job, Stage
+from segdistill.stages import BY_NAME, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +50,9 @@ class Task:
 
     name: str
     params: str  # the sections of params.yaml that the stage declares, as JSON
-    paths: Paths  # inputs and outputs; the folders of every job may come in any order
-    experiment: str | None = None
-    seed: int | None = None
+    paths: Paths  # inputs and outputs; the folders of all cohorts may come in any order
+    plan: str = ""  # the content of the file that a stage reads as its input ``plan``
+    cohort: str = ""  # of a stage that runs once per cohort
     accelerator: str = ""  # the resource's name, such as nvidia.com/gpu
     accelerators: int = 0  # how many of it this machine has for the task
 
@@ -59,9 +62,9 @@ class Task:
         return BY_NAME[self.name]
 
     @property
-    def job(self) -> Job | None:
-        """The cell of the matrix, of a stage that runs once per job."""
-        return Job(self.experiment, self.seed) if self.experiment is not None and self.seed is not None else None
+    def label(self) -> str:
+        """``distill-s0``: what is kept of it on a volume is called so."""
+        return label(self.stage, self.cohort or None)
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,12 @@ class Places:
 
 def run_component(
     name: str,
-    params: str,
+    params: str = "{}",
     *,
     paths: Paths,
     shown: Mapping[str, Any] | None = None,
-    experiment: str | None = None,
-    seed: int | None = None,
+    plan: str = "",
+    cohort: str = "",
     accelerator: str = "",
     accelerators: str = "0",
 ) -> None:
@@ -90,17 +93,17 @@ def run_component(
     Args:
         name: the stage.
         params: its ``sections`` of params.yaml as JSON.
-        paths: all its inputs and outputs; the folders of every job may come in any order.
+        paths: its inputs and outputs, but for a plan; the folders of all cohorts may come in any order.
         shown: KFP's artifacts for its highlights, by name: Metrics for ``scores``, ClassificationMetrics for
             ``confusion``, HTML for ``page``, Markdown for ``summary``.
-        experiment: of a stage that runs once per job.
-        seed: likewise.
+        plan: the content of the plan of a stage that trains.
+        cohort: of a stage that runs once per cohort.
         accelerator: the resource's name, such as nvidia.com/gpu, of a stage that trains or evaluates.
         accelerators: how many of it the task has, in digits, as KFP gives them to the pod.
     """
     quiet_libraries()
     with exit_codes(f"segdistill {name}"):
-        task = Task(name, params, paths, experiment, seed, accelerator, _count(accelerator, accelerators))
+        task = Task(name, params, paths, plan, cohort, accelerator, _count(accelerator, accelerators))
         places, count = _places(task), environment.processes(default=max(1, task.accelerators))
         nodes = environment.trainjob()
         with in_turn(places.shared.values(), f"segdistill {name}"):
@@ -145,7 +148,7 @@ def run_fetch(repository: str, revision: str, *, data: str) -> dict[str, str]:
         facts = {"data_md5": version.md5, "data_commit": version.commit}
         if volume:
             point_to(output, where)
-        write_mark(output, {"stage": "fetch", "job": None, **facts})
+        write_mark(output, {"stage": "fetch", "cohort": None, **facts})
     return facts
 
 
@@ -179,18 +182,18 @@ def _places(task: Task) -> Places:
         folders = [Path(given)] if isinstance(given, str) else list(map(Path, given))
         marks = [read_mark(stage, folder) for folder in folders]
         data = next(({key: mark[key] for key in mark if key.startswith("data_")} for mark in marks), {}) or data
-        real = [content_of(folder) for folder in folders]
-        paths[name] = real[0] if isinstance(given, str) else in_order(stage, marks, real, chosen)
+        contents = [content_of(folder) for folder in folders]
+        paths[name] = contents[0] if isinstance(given, str) else contents
     shared = _on_volume(task, chosen, data)
     return Places(chosen, {**paths, **shared}, data, shared)
 
 
 def _read_sections(task: Task) -> dict[str, Any]:
-    expected = [key.format(experiment=task.experiment or "") for key in task.stage.params]
+    expected = task.stage.params
     chosen = parse_json(task.params, f"params of {task.name}")
     if not isinstance(chosen, dict) or sorted(chosen) != sorted(expected):
-        found = ", ".join(map(brief, chosen)) if isinstance(chosen, dict) else type(chosen).__name__
-        raise UserError(f"params of {task.name}: expected the sections {', '.join(expected)}, found {found}")
+        given = ", ".join(map(brief, chosen)) if isinstance(chosen, dict) else type(chosen).__name__
+        raise UserError(f"params of {task.name}: expected the sections {', '.join(expected)}, found {given}")
     return chosen
 
 
@@ -205,7 +208,7 @@ def _on_volume(task: Task, chosen: Mapping[str, Any], data: Mapping[str, str]) -
 
 
 def _complete(task: Task, places: Places) -> None:
-    facts = {"stage": task.name, "job": str(task.job) if task.job else None, **places.data}
+    facts = {"stage": task.name, "cohort": task.cohort or None, **places.data}
     for output in task.stage.outputs:
         folder = Path(str(task.paths[output]))
         if output in places.shared:
@@ -217,21 +220,37 @@ def _complete(task: Task, places: Places) -> None:
 
 
 def _execute(task: Task, places: Places) -> None:
-    """Runs the stage in this process, which may be one of several; the first of them completes the task."""
+    """Runs the stage in this process, which may be one of several; the first of them completes the task.
+
+    A pod that is tried again finds nothing beside its output. A volume that outlives it may hold the checkpoints, what
+    the tracker was not sent yet, and of a cohort the jobs that are done: they are kept by the next attempt.
+    """
     started, here = time.time(), context()
     here = replace(here, data_md5=places.data.get("data_md5", here.data_md5))
-    # A pod that is tried again finds nothing beside its output. A volume that outlives it may hold the checkpoint, and
-    # what the tracker was not sent yet.
-    volume, label = environment.work_volume(), f"{task.name}-{task.job}" if task.job else task.name
-    work = volume / here.pipeline_run / label if volume else None
-    tracking = volume / "tracking" / label if volume else TRACKING
-    kind = environment.tracker()
-    tracker = open_tracker(kind, here, task.stage, task.job, tracking)
-    run_stage(
-        task.stage, places.chosen, paths=places.paths, job=task.job, tracker=tracker, started=started, work=work,
-        device="cuda" if task.accelerators else "auto",
-    )  # fmt: skip
+    volume, kept, work, tracking = environment.work_volume(), {}, None, TRACKING
+    if volume:
+        own = volume / here.pipeline_run / task.label
+        work, tracking = own / "checkpoints", volume / "tracking" / task.label
+        kept = {name: own / name for name in task.stage.outputs} if task.stage.per_cohort else {}
+    tracker = open_tracker(environment.tracker(), here, task.stage, task.cohort or None, tracking)
+    with tempfile.TemporaryDirectory() as folder:
+        planned = {}
+        if "plan" in task.stage.inputs:
+            planned["plan"] = Path(folder) / f"{task.cohort or 'teacher'}.json"
+            planned["plan"].write_text(task.plan)
+        run_stage(
+            task.stage,
+            places.chosen,
+            paths={**places.paths, **planned, **kept},
+            cohort=task.cohort or None,
+            tracker=tracker,
+            started=started,
+            work=work,
+            device="cuda" if task.accelerators else "auto",
+        )
     if not environment.rank():
+        for name, place in kept.items():
+            bring_back(place, Path(str(task.paths[name])))
         _complete(task, places)
 
 

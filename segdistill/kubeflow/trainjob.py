@@ -87,17 +87,16 @@ class TrainJob:
         return self
 
 
-def job_name(pipeline_run: str, stage: str, job: str | None, parameters: str) -> str:
+def job_name(pipeline_run: str, label: str, parameters: str) -> str:
     """A name under which every attempt of one task finds the same job, and no other task does.
 
     Args:
         pipeline_run: the orchestrator's run.
-        stage: the stage's name.
-        job: the cell of the matrix, for a stage that runs once per job.
+        label: the stage, and its cohort if it has one.
         parameters: all else that makes it another task.
     """
-    fingerprint = sha256("\0".join((pipeline_run, stage, job or "", parameters)).encode()).hexdigest()[:12]
-    readable = re.sub("[^a-z0-9]+", "-", f"segdistill-{stage}-{job or ''}".lower())
+    fingerprint = sha256("\0".join((pipeline_run, label, parameters)).encode()).hexdigest()[:12]
+    readable = re.sub("[^a-z0-9]+", "-", f"segdistill-{label}".lower())
     return f"{readable[: LONGEST_NAME - len(fingerprint) - 1].strip('-')}-{fingerprint}"
 
 

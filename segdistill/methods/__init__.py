@@ -100,5 +100,5 @@ def _build(configs: Sequence[Any], kind: str, models: tuple[Any, ...]) -> dict[s
 def _require_one_label_set(models: Mapping[str, ModelInfo]) -> None:
     counts = {name: model.num_classes for name, model in models.items()}
     if len(set(counts.values())) > 1:
-        shown = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise UserError(f"networks that teach each other need the same classes, not as many as: {shown}")
+        networks = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UserError(f"networks that teach each other need the same classes, not as many as: {networks}")

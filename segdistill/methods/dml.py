@@ -54,7 +54,7 @@ class MutualLearning(OnlineMethod[DMLConfig]):
     evidence = "public code"
     term = "kl"
 
-    def forward(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, Tensor]:
+    def forward(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, dict[str, Tensor]]:
         if not self.weights:
             return {}
         size = size_of(target) if self.config.upsample else finest(size_of(peers[peer].logits) for peer in self.peers)
@@ -63,7 +63,7 @@ class MutualLearning(OnlineMethod[DMLConfig]):
             peer: resize_logits(peers[peer].logits, size, align_corners=self.config.align_corners)
             for peer in self.peers
         }
-        return {f"{peer}/kl": self._divergence(peer, logits, valid) for peer in self.peers}
+        return {peer: {"kl": self._divergence(peer, logits, valid)} for peer in self.peers}
 
     def _divergence(self, sink: str, logits: Mapping[str, Tensor], valid: Tensor | None) -> Tensor:
         sources = [peer for peer in self.peers if peer != sink]

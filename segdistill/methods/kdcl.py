@@ -135,7 +135,7 @@ class CollaborativeEnsemble(OnlineMethod[KDCLConfig]):
     evidence = "partly second-hand"
     term = "kl"
 
-    def forward(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, Tensor]:
+    def forward(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, dict[str, Tensor]]:
         if not self.weights:
             return {}
         config = self.config
@@ -145,7 +145,7 @@ class CollaborativeEnsemble(OnlineMethod[KDCLConfig]):
         logits = [resize_logits(peers[peer].logits, size, align_corners=config.align_corners) for peer in self.peers]
         ensemble = self._ensemble(torch.stack([each.detach() for each in logits]), labels, valid)
         return {
-            f"{peer}/kl": pixel_kl(each, ensemble, valid, temperature=config.temperature)
+            peer: {"kl": pixel_kl(each, ensemble, valid, temperature=config.temperature)}
             for peer, each in zip(self.peers, logits, strict=True)
         }
 

@@ -90,7 +90,7 @@ class Method(nn.Module, Generic[ConfigT]):
 
     @property
     def weights(self) -> dict[str, float]:
-        """The factor of each term (without a peer's name), the method's own ``weight`` included.
+        """The factor of each term, whichever peer's, the method's own ``weight`` included.
 
         A term with factor 0 is switched off and is not computed.
         """
@@ -153,8 +153,8 @@ class OnlineMethod(Method[ConfigT]):
     def helper_parameters(self, student: str) -> list[nn.Parameter]:
         return list(self.helpers[student].parameters()) if student in self.helpers else []
 
-    def forward(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, Tensor]:
-        """The raw terms, each a float32 scalar, named ``<peer>/<term>`` after the peer that learns from it.
+    def forward(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, dict[str, Tensor]]:
+        """The raw terms, each a float32 scalar, by the peer that learns from them; nothing where all are off.
 
         Shape:
             target: [B, H, W] int64, ``losses.IGNORE_INDEX`` where there is no label.

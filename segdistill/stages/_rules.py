@@ -3,9 +3,10 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from segdistill.adapters.gx import Expectation
+from segdistill.adapters.gx import Expectation, Severity
 from segdistill.data.checks import FileFacts, outside_class_list, size_mismatch
 from segdistill.data.decoding import INDEX_MASKS, not_an_index_mask
 from segdistill.data.layouts import IGNORE_INDEX, SPLITS, UNKNOWN, Layout
@@ -17,14 +18,28 @@ Row = dict[str, Any]
 Tables = dict[str, list[Row]]
 
 
+NULL, BETWEEN, UNIQUE = "ExpectColumnValuesToBeNull", "ExpectColumnValuesToBeBetween", "ExpectCompoundColumnsToBeUnique"
+IN_SET, EQUAL = "ExpectColumnValuesToBeInSet", "ExpectColumnPairValuesToBeEqual"
+AT_LEAST = "ExpectColumnPairValuesAToBeGreaterThanB"
+
+
 @dataclass(frozen=True)
 class Rule:
-    """An expectation, and what a row that fails it is called and said to be."""
+    """An expectation, and what is said of a row that fails it."""
 
     title: str
-    expectation: Expectation
-    subject: Callable[[Row], str]
+    table: str
+    kind: str
+    arguments: Row
+    subject: str  # the column that names a row
     problem: Callable[[Row], str]
+    severity: Severity = "critical"
+    notes: str = ""  # instead of the title
+
+    @property
+    def expectation(self) -> Expectation:
+        """What Great Expectations checks."""
+        return Expectation(self.table, self.kind, self.arguments, self.severity, self.notes or self.title)
 
 
 def tables(layout: Layout, facts: Sequence[FileFacts], config: "Config") -> Tables:
@@ -38,79 +53,52 @@ def tables(layout: Layout, facts: Sequence[FileFacts], config: "Config") -> Tabl
 
 def rules(config: "Config") -> list[Rule]:
     """Every rule, the most telling first."""
-    minimum = config.min_class_share
+    rarest, most_ignored = config.min_class_share, config.max_ignore_fraction
     return [
-        _file_rule("Every image can be read", "ExpectColumnValuesToBeNull", {"column": "image_problem"},
-                   "image", lambda row: row["image_problem"]),
-        _file_rule("Every image has a mask that can be read", "ExpectColumnValuesToBeNull", {"column": "mask_problem"},
-                   "mask", lambda row: row["mask_problem"] + _of_image(row)),
-        _file_rule("Every mask holds class indices", "ExpectColumnValuesToBeInSet",
-                   {"column": "mask_kind", "value_set": list(INDEX_MASKS)}, "mask",
-                   lambda row: not_an_index_mask(row["mask_kind"])),
-        _file_rule("Every mask has the size of its image", "ExpectColumnPairValuesToBeEqual",
-                   {"column_A": "image_size", "column_B": "mask_size", "ignore_row_if": "either_value_is_missing"},
-                   "mask", lambda row: row["size_problem"]),
-        _file_rule("Every label is in the class list", "ExpectColumnValuesToBeBetween",
-                   {"column": "unknown_pixels", "max_value": 0}, "mask", lambda row: row["label_problem"]),
-        _file_rule("No palette contradicts the class list", "ExpectColumnValuesToBeNull",
-                   {"column": "palette_problem"}, "mask", lambda row: row["palette_problem"]),
-        _file_rule("No image is in two splits", "ExpectColumnValuesToBeNull", {"column": "same_as"}, "image",
-                   lambda row: f"the same image as {row['same_as']}; an image may be in one split only"),
-        _file_rule("No two images of a split have the same name", "ExpectCompoundColumnsToBeUnique",
-                   {"column_list": ["split", "sample_id"]}, "image",
-                   lambda row: f"another image of {row['split']} is called '{row['sample_id']}' too"),
-        Rule("Every split has enough samples",
-             Expectation("splits", "ExpectColumnPairValuesAToBeGreaterThanB",
-                         {"column_A": "samples", "column_B": "required", "or_equal": True},
-                         notes="Every split has enough samples"),
-             lambda row: row["images"],
+        Rule("Every image can be read", "files", NULL, {"column": "image_problem"}, "image",
+             itemgetter("image_problem")),
+        Rule("Every image has a mask that can be read", "files", NULL, {"column": "mask_problem"}, "mask",
+             lambda row: row["mask_problem"] + _of_image(row)),
+        Rule("Every mask holds class indices", "files", IN_SET,
+             {"column": "mask_kind", "value_set": list(INDEX_MASKS)}, "mask",
+             lambda row: not_an_index_mask(row["mask_kind"])),
+        Rule("Every mask has the size of its image", "files", EQUAL,
+             {"column_A": "image_size", "column_B": "mask_size", "ignore_row_if": "either_value_is_missing"}, "mask",
+             itemgetter("size_problem")),
+        Rule("Every label is in the class list", "files", BETWEEN, {"column": "unknown_pixels", "max_value": 0}, "mask",
+             itemgetter("label_problem")),
+        Rule("No palette contradicts the class list", "files", NULL, {"column": "palette_problem"}, "mask",
+             itemgetter("palette_problem")),
+        Rule("No image is in two splits", "files", NULL, {"column": "same_as"}, "image",
+             lambda row: f"the same image as {row['same_as']}; an image may be in one split only"),
+        Rule("No two images of a split have the same name", "files", UNIQUE, {"column_list": ["split", "sample_id"]},
+             "image", lambda row: f"another image of {row['split']} is called '{row['sample_id']}' too"),
+        Rule("Every split has enough samples", "splits", AT_LEAST,
+             {"column_A": "samples", "column_B": "required", "or_equal": True}, "images",
              lambda row: f"{row['samples'] or 'no'} samples in the split '{row['split']}'; "
                          f"validate.min_samples.{row['split']} asks for {row['required']}"
                          + (f"; there is {row['strays']}" if row["strays"] and not row["samples"] else "")),
-        Rule("Every split has labels of enough classes",
-             Expectation("splits", "ExpectColumnPairValuesAToBeGreaterThanB",
-                         {"column_A": "classes_seen", "column_B": "classes_needed", "or_equal": True,
-                          "ignore_row_if": "either_value_is_missing"},
-                         notes="Two classes in train, for there is nothing to learn from one; one elsewhere"),
-             lambda row: row["masks"], _too_few_classes),
-        _bound_rule("Not too many pixels are ignored", "splits", "ignore_fraction", "critical",
-                    lambda row: row["masks"],
-                    lambda row: f"{row['ignore_fraction']:.1%} of the pixels are ignored on average; "
-                                f"validate.max_ignore_fraction allows {config.max_ignore_fraction:.1%}",
-                    max_value=config.max_ignore_fraction),
-        _bound_rule("Every class is seen in train", "classes", "train_images", "warning", _class_name,
-                    lambda row: "never seen in train; it cannot be learnt", min_value=1),
-        _bound_rule("No class is too rare in train", "classes", "train_share", "warning", _class_name,
-                    lambda row: f"{row['train_share']:.3%} of the labelled train pixels; "
-                                f"validate.min_class_share is {minimum:.3%}", min_value=minimum),
-        _bound_rule("Every file belongs to a sample", "splits", "stray_files", "warning",
-                    lambda row: row["masks"], _strays, max_value=0),
-        _file_rule("Every mask has a labelled pixel", "ExpectColumnValuesToBeBetween",
-                   {"column": "ignore_fraction", "max_value": 1, "strict_max": True}, "mask",
-                   lambda row: "every pixel is ignored", "warning"),
-        _file_rule("No image is there twice", "ExpectColumnValuesToBeBetween", {"column": "copies", "max_value": 1},
-                   "image", lambda row: f"one of {row['copies']} equal images in {row['split']}", "warning"),
+        Rule("Every split has labels of enough classes", "splits", AT_LEAST,
+             {"column_A": "classes_seen", "column_B": "classes_needed", "or_equal": True,
+              "ignore_row_if": "either_value_is_missing"}, "masks", _too_few_classes,
+             notes="Two classes in train, for there is nothing to learn from one; one elsewhere"),
+        Rule("Not too many pixels are ignored", "splits", BETWEEN,
+             {"column": "ignore_fraction", "max_value": most_ignored}, "masks",
+             lambda row: f"{row['ignore_fraction']:.1%} of the pixels are ignored on average; "
+                         f"validate.max_ignore_fraction allows {most_ignored:.1%}"),
+        Rule("Every class is seen in train", "classes", BETWEEN, {"column": "train_images", "min_value": 1}, "name",
+             lambda row: "never seen in train; it cannot be learnt", "warning"),
+        Rule("No class is too rare in train", "classes", BETWEEN, {"column": "train_share", "min_value": rarest},
+             "name", lambda row: f"{row['train_share']:.3%} of the labelled train pixels; "
+                         f"validate.min_class_share is {rarest:.3%}", "warning"),
+        Rule("Every file belongs to a sample", "splits", BETWEEN, {"column": "stray_files", "max_value": 0}, "masks",
+             _strays, "warning"),
+        Rule("Every mask has a labelled pixel", "files", BETWEEN,
+             {"column": "ignore_fraction", "max_value": 1, "strict_max": True}, "mask",
+             lambda row: "every pixel is ignored", "warning"),
+        Rule("No image is there twice", "files", BETWEEN, {"column": "copies", "max_value": 1}, "image",
+             lambda row: f"one of {row['copies']} equal images in {row['split']}", "warning"),
     ]  # fmt: skip
-
-
-def _file_rule(
-    title: str, kind: str, arguments: Row, file: str, problem: Callable[[Row], str], severity: Any = "critical"
-) -> Rule:
-    return Rule(title, Expectation("files", kind, arguments, severity, title), lambda row: row[file], problem)
-
-
-def _bound_rule(
-    title: str, table: str, column: str, severity: Any, subject: Callable[[Row], str], problem: Callable[[Row], str],
-    **bounds: float,
-) -> Rule:  # fmt: skip
-    arguments = {"column": column, **bounds}
-    return Rule(
-        title, Expectation(table, "ExpectColumnValuesToBeBetween", arguments, severity, title), subject, problem
-    )
-
-
-def _class_name(row: Row) -> str:
-    return f"class '{row['name']}'"
 
 
 def _strays(row: Row) -> str:
@@ -142,18 +130,13 @@ def _files(facts: Sequence[FileFacts], layout: Layout) -> list[Row]:
         equal = same[fact.image_sha256] if fact.image_sha256 else [fact]
         others = [other.image for other in equal if other.split != fact.split]
         unknown = fact.unknown_labels
-        rows.append({
-            "sample_id": fact.sample_id, "split": fact.split, "image": fact.image, "mask": fact.mask,
-            "image_problem": fact.image_problem, "mask_problem": fact.mask_problem,
-            "image_size": _size(fact.image_size), "mask_size": _size(fact.mask_size), "mask_kind": fact.mask_kind,
-            "size_problem": _size_problem(fact),
-            "label_min": fact.label_min, "label_max": fact.label_max,
-            "unknown_pixels": None if unknown is None else sum(unknown.values()),
-            "label_problem": outside_class_list(unknown, layout.legend) if unknown else None,
-            "ignore_fraction": fact.ignore_fraction, "palette_problem": fact.palette_problem,
-            "image_sha256": fact.image_sha256, "same_as": others[0] if others else None,
-            "copies": Counter(other.split for other in equal)[fact.split],
-        })  # fmt: skip
+        row = vars(fact) | {"image_size": _size(fact.image_size), "mask_size": _size(fact.mask_size)}
+        row["size_problem"] = _size_problem(fact)
+        row["unknown_pixels"] = None if unknown is None else sum(unknown.values())
+        row["label_problem"] = outside_class_list(unknown, layout.legend) if unknown else None
+        row["same_as"] = others[0] if others else None
+        row["copies"] = Counter(other.split for other in equal)[fact.split]
+        rows.append(row)
     return rows
 
 

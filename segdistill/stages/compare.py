@@ -91,7 +91,9 @@ def run(
     diverged: list[Diverged] = []
     for job, model in models.items():
         expected = list(experiments[job.experiment]["students"])
-        networks = read_job(model, counts[job], job.experiment, job.seed, expected, names)
+        networks = read_job(
+            model, counts[job] if counts[job].is_dir() else None, job.experiment, job.seed, expected, names
+        )
         if isinstance(networks, Diverged):
             diverged.append(networks)
         else:

@@ -93,15 +93,14 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
 
 def _finding(rule: Any, verdict: Any, tables: "Tables", data: Path) -> dict[str, Any]:
     """What is wrong by a rule that does not hold, ready for JSON."""
-    rows = [tables[rule.expectation.table][number] for number in verdict.rows]
-    subjects = [rule.subject(row) for row in rows]
-    if rule.expectation.table != "classes":
-        subjects = [(data / subject).as_posix() for subject in subjects]
+    rows = [tables[rule.table][number] for number in verdict.rows]
+    names = [row[rule.subject] for row in rows]
+    subjects = [f"class '{name}'" if rule.table == "classes" else (data / name).as_posix() for name in names]
     return {
         "rule": rule.title,
-        "severity": rule.expectation.severity,
-        "table": rule.expectation.table,
-        "expectation": rule.expectation.kind,
+        "severity": rule.severity,
+        "table": rule.table,
+        "expectation": rule.kind,
         "names": subjects,
         "sentences": [f"{subject}: {rule.problem(row)}" for subject, row in zip(subjects, rows, strict=True)],
     }

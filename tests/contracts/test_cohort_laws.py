@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import tiny
 import torch
 from test_loop_laws import finished, result, two
 
-from segdistill.engine import checkpoint, cohort
+from segdistill.engine import checkpoint, cohort, stopwatch
 from segdistill.engine.distributed import Processes
 from segdistill.engine.tracker import NullTracker
 from segdistill.engine.trainer import Diverged, Result
@@ -145,6 +146,38 @@ def test_a_batch_is_shown_to_the_teacher_once_and_not_at_all_where_nobody_learns
             together.teacher.register_forward_hook(lambda *batch, shown=shown: shown.append(batch))
         together.run()
         assert len(shown) == passes
+
+
+def test_a_member_is_charged_for_its_steps_and_what_it_shares_and_not_for_start_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, original = [0.0], cohort.training_batches
+
+    def taking(seconds: float, action: Any) -> Any:
+        def act(*rest: Any, **options: Any) -> Any:
+            now[0] += seconds
+            return action(*rest, **options)
+
+        return act
+
+    def batches(*rest: Any, **options: Any) -> Any:
+        for batch in original(*rest, **options):
+            now[0] += 1
+            yield batch
+
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(cohort, "time", clock)
+    monkeypatch.setattr(stopwatch, "time", clock)
+    monkeypatch.setattr(cohort, "training_batches", batches)
+    trainings = [tiny.make_training(name, tmp_path / name, method=name) for name in ("none", "kd")]
+    pair = tiny.make_cohort(trainings, ALONE, iterations=4)
+    pair.teacher.forward = taking(10, pair.teacher.forward)
+    for seconds, member in zip((100, 1000), pair.members.values(), strict=True):
+        member.step = taking(seconds, member.step)
+    outcomes = pair.run()
+    assert outcomes["none"].seconds == 3 * (1 + 100) and outcomes["kd"].seconds == 3 * (1 + 10 + 1000)
+    assert outcomes["kd"].images_per_second == 3 * 8 / outcomes["kd"].seconds
+    assert pair.seconds == {"data": 3 * 1, "training": 3 * (10 + 100 + 1000), "evaluation": 0}
 
 
 def test_what_cannot_be_a_cohort_is_refused(tmp_path: Path) -> None:

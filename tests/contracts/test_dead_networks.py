@@ -67,6 +67,7 @@ def test_a_buffer_that_is_not_finite_is_not_scored(tmp_path: Path, select: str) 
 
 def test_scores_that_are_not_finite_are_no_scores() -> None:
     network = tiny.TinySegmenter()
+    torch.nn.init.constant_(network.decoder[0].bias, 10.0)
     torch.nn.init.constant_(network.classifier.weight, 3e38)  # finite, its products are not
     with pytest.raises(UserError, match="the network's scores are not finite"):
         evaluate(network, tiny.Blobs(4), tiny.INFERENCE, num_classes=3, processes=ALONE)  # type: ignore[arg-type]

@@ -30,9 +30,9 @@ def test_a_ramp_raises_the_methods_weights_linearly_and_leaves_the_cross_entropy
     learner = tiny.make_trainer(tmp_path, ALONE, method="kd", settings={"weight": 2.0, "ramp": 0.5}).learner
     for progress, weight in ((0.0, 0.0), (0.125, 0.5), (0.25, 1.0), (0.5, 2.0), (1.0, 2.0)):
         found = learner.weights(progress)
-        assert found["cnn/kd.kl"] == pytest.approx(weight) and found["cnn/ce"] == 1.0
+        assert found["kd.kl"] == pytest.approx(weight) and found["ce"] == 1.0
     terms = learner(*BATCH)
-    expected = terms["cnn/ce"] + 0.5 * terms["cnn/kd.kl"]
+    expected = terms["cnn"]["ce"] + 0.5 * terms["cnn"]["kd.kl"]
     torch.testing.assert_close(learner.total(terms, 0.125), expected)
 
 
@@ -42,7 +42,7 @@ def test_a_ramp_leaves_what_trains_a_methods_helpers_alone(tmp_path: Path, metho
     for progress, risen in ((0.0, 0.0), (0.25, 0.5), (1.0, 1.0)):
         for own, factor in learner.methods[method].weights.items():
             expected = factor if own == term else risen * factor
-            assert learner.weights(progress)[f"cnn/{method}.{own}"] == pytest.approx(expected)
+            assert learner.weights(progress)[f"{method}.{own}"] == pytest.approx(expected)
 
 
 def test_helpers_have_a_gradient_of_zero_before_a_ramp_begins_to_rise(tmp_path: Path) -> None:
@@ -70,18 +70,34 @@ def test_terms_are_logged_raw_and_weighted_and_the_weighted_ones_sum_to_the_tota
 @pytest.mark.parametrize("method", ["kd", "dml"])
 def test_gradient_shares_are_those_of_separate_backward_passes_and_sum_to_one(tmp_path: Path, method: str) -> None:
     learner = tiny.make_trainer(tmp_path, ALONE, method=method, settings={"weight": 3.0}).learner
-    learner.keep_features = True
-    terms = learner(*BATCH)
-    shares = learner.gradient_shares(terms)
-    for student, feature in learner.last_features.items():
-        mine = {key: loss for key, loss in terms.items() if key.startswith(f"{student}/")}
+    with learner.last_features() as features:
+        terms = learner(*BATCH)
+    shares = learner.gradient_shares(terms, features)
+    assert features.keys() == shares.keys() == learner.students.keys()
+    for student, feature in features.items():
         norms = {
-            key: torch.autograd.grad(learner.factors[key] * loss, feature, retain_graph=True)[0].norm()
-            for key, loss in mine.items()
+            term: torch.autograd.grad(learner.factors[term] * loss, feature, retain_graph=True)[0].norm()
+            for term, loss in terms[student].items()
         }
         total = sum(norms.values())
-        for key, norm in norms.items():
-            torch.testing.assert_close(shares[key], norm / total)
+        for term, norm in norms.items():
+            torch.testing.assert_close(shares[student][term], norm / total)
+
+
+def test_features_are_given_to_who_asks_and_kept_for_nobody_else(tmp_path: Path) -> None:
+    learner = tiny.make_trainer(tmp_path, ALONE, method="kd").learner
+    with learner.last_features() as features:
+        learner(*BATCH)
+    before = features["cnn"]
+    learner(*BATCH)
+    assert features["cnn"] is before
+
+
+def test_a_methods_memory_is_named_among_its_banks_and_no_weight_is(tmp_path: Path) -> None:
+    learner = tiny.make_trainer(tmp_path, ALONE, method="cirkd").learner
+    banks = set(learner.banks())
+    assert any(name.endswith("rows") for name in banks) and banks <= set(learner.state_dict())
+    assert not banks & {name for name, _ in learner.named_parameters()}
 
 
 def test_gradient_shares_are_logged_every_so_often_and_change_no_weight(tmp_path: Path) -> None:
@@ -131,8 +147,7 @@ def test_a_compiled_step_is_one_graph_compiled_once_and_has_the_values_of_the_pl
                 terms = learner(IMAGES, TARGET, None, teacher_outputs)
             learner.total(terms).backward()
             outcomes.append(terms)
-        for key, term in outcomes[0].items():
-            torch.testing.assert_close(outcomes[1][key], term, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-5, atol=1e-6)
     assert len(graphs) == 1 + plain.needs_teacher and not counters["graph_break"] and not counters["recompile_limit"]
 
 

@@ -161,11 +161,12 @@ def on(method: Method, device: str) -> Method:
 
 
 def terms(method: Method, first: Outputs, second: Outputs, target: Tensor) -> dict[str, Tensor]:
-    """Raw terms; ``first`` is the student and ``second`` the teacher, or both are peers. Chance repeats."""
+    """Raw terms; ``first`` is the student and ``second`` the teacher, or both are peers: ``first/kl``. Repeatable."""
     torch.manual_seed(1)
     if method.kind == "offline":
         return method(first, second, target)
-    return method({"first": first, "second": second}, target)
+    nested = method({"first": first, "second": second}, target)
+    return {f"{peer}/{term}": loss for peer, losses in nested.items() for term, loss in losses.items()}
 
 
 def total(method: Method, found: Mapping[str, Tensor]) -> Tensor:

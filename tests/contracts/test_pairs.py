@@ -51,8 +51,8 @@ def learn(learner: Learner, batch: tuple[Tensor, Tensor], teacher: Teacher | Non
     for student in learner.students.values():
         student.zero_grad()
     terms = learner(*batch, None, teacher(batch[0]) if teacher else None)
-    methods = {key: loss for key, loss in terms.items() if "." in key}
-    assert methods and all(bool(loss.isfinite()) for loss in methods.values())
+    methods = {name: {term: loss for term, loss in own.items() if "." in term} for name, own in terms.items()}
+    assert all(own and all(bool(loss.isfinite()) for loss in own.values()) for own in methods.values())
     learner.total(methods).backward()
     for student in learner.students.values():
         gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
@@ -104,8 +104,8 @@ def test_methods_combine_and_their_terms_add_up(
     listed = [{"name": "kd"}, {"name": "cwd", "weight": 0.5}, {"name": "fitnet"}, {"name": "kd", "temperature": 4.0}]
     configs = [parse_method(method, "methods")[1] for method in listed]
     learner = Learner({"student": own}, build_offline(configs, own.info, frozen.info))
-    terms = learner(*batch, None, frozen(batch[0]))
-    assert set(terms) == {f"student/{term}" for term in ("ce", "kd.kl", "cwd.logits", "fitnet.regression", "kd-2.kl")}
+    terms = learner(*batch, None, frozen(batch[0]))["student"]
     by_hand = {"ce": 1.0, "kd.kl": 1.0, "cwd.logits": 1.5, "fitnet.regression": 10.0, "kd-2.kl": 1.0}
-    expected = sum(weight * terms[f"student/{term}"] for term, weight in by_hand.items())
-    torch.testing.assert_close(learner.total(terms), expected)
+    assert terms.keys() == by_hand.keys()
+    expected = sum(weight * terms[term] for term, weight in by_hand.items())
+    torch.testing.assert_close(learner.total({"student": terms}), expected)

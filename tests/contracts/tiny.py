@@ -201,7 +201,7 @@ def main(work: str, out: str, *options: str) -> int:
         step, agree = members[0].step, cohort._agree
         for member in members:
             if member.training.name == dead:
-                member.learner.total = lambda terms, progress: sum(terms.values()) * float("nan")
+                member.learner.total = lambda terms, progress: sum(terms["cnn"].values()) * float("nan")
 
         def dying_step() -> None:
             if members[0].progress.iteration == die_at:

@@ -21,6 +21,9 @@ import yaml
 from s3_server import SECRET, Server, credentials
 from services import ROOT, GitDaemon, MlflowServer, tasks
 
+from segdistill.config import to_dict
+from segdistill.plan import Job, cohort_plan
+
 BUCKET = "datasets"
 RUN, SEEDS = ["none", "kd"], [0, 1]
 SIZE = (64, 48)
@@ -213,22 +216,24 @@ class Done:
     folder: Path
     params: dict[str, Any]
 
-    def made(self, stage: str, output: str, job: str | None = None) -> Path:
+    def made(self, stage: str, output: str, cohort: str | None = None) -> Path:
         """An output's folder, by what its mark says."""
         for mark in self.folder.rglob(".completed"):
             facts = json.loads(mark.read_text())
-            if (facts["stage"], facts["job"], mark.parent.name) == (stage, job, output):
+            if (facts["stage"], facts["cohort"], mark.parent.name) == (stage, cohort, output):
                 return mark.parent
-        raise AssertionError(f"{stage} {output} {job}: not in {self.folder}")
+        raise AssertionError(f"{stage} {output} {cohort}: not in {self.folder}")
 
     def inputs_of_distill(self) -> dict[str, tuple[Path, str]]:
         prepared, teacher = self.made("prepare", "prepared"), self.made("train_teacher", "teacher")
         return {"prepared": (prepared, "Dataset"), "teacher": (teacher, "Model")}
 
 
-def parameters_of_distill(params: dict[str, Any], experiment: str = "kd", seed: int = 0) -> dict[str, Any]:
-    chosen = {"distill": params["distill"], f"experiments.{experiment}": params["experiments"][experiment]}
-    return {"params": json.dumps(chosen), "experiment": experiment, "seed": seed}
+def parameters_of_distill(params: dict[str, Any], *experiments: str) -> dict[str, Any]:
+    """The cohort of the first seed, or these experiments of it."""
+    jobs = [Job(experiment, SEEDS[0]) for experiment in experiments or RUN]
+    plan = cohort_plan(params["distill"], params["experiments"], jobs)
+    return {"plan": json.dumps(to_dict(plan)), "cohort": "s0"}
 
 
 @pytest.fixture(scope="session")
@@ -316,16 +321,16 @@ def test_a_training_container_that_is_killed_goes_on_and_ends_as_if_never_killed
     )
     with given as running:
         # The first checkpoint is written; training goes on for some more iterations.
-        running.until(lambda: list(work.rglob("*.safetensors")))
+        running.until(lambda: list(work.rglob("resume.safetensors")))
         (container,) = cluster.containers("distill")
         container.kill("SIGKILL")
         assert running.ended() == 0, running.output[-5000:]
     assert "FAILED: ended by SIGKILL (exit code 137)" in running.output
     assert "resumed at iteration" in running.output, running.output[-5000:]
     (made,) = cluster.known() - before
-    (student,) = made.rglob("cnn.safetensors")
-    undisturbed = done.made("distill", "students", "kd-s0") / "cnn.safetensors"
-    assert student.read_bytes() == undisturbed.read_bytes()
+    undisturbed = done.made("distill", "students", "s0")
+    students = {path.parent.name: path.read_bytes() for path in made.rglob("cnn.safetensors")}
+    assert students == {name: (undisturbed / name / "cnn.safetensors").read_bytes() for name in RUN}
     assert not list(work.rglob("*.safetensors"))
 
 
@@ -357,12 +362,10 @@ def test_an_s3_that_is_away_for_20_seconds_is_waited_for_by_fetch(cluster: Clust
 def test_an_s3_that_is_away_for_20_seconds_delays_the_upload_of_artifacts(
     done: Done, cluster: Cluster, mlflow: Any
 ) -> None:
-    parameters = {
-        "params": json.dumps({"evaluate": done.params["evaluate"]}), "experiment": "kd", "seed": 0,
-    }  # fmt: skip
+    parameters = {"params": json.dumps({"evaluate": done.params["evaluate"]}), "cohort": "s0"}
     inputs = {
         "prepared": (done.made("prepare", "prepared"), "Dataset"),
-        "model": (done.made("distill", "students", "kd-s0"), "Model"),
+        "students": (done.made("distill", "students", "s0"), "Model"),
     }
     with cluster.task("upload-away", "evaluate", parameters, inputs) as running:
         running.until(lambda: cluster.containers("evaluate"))
@@ -374,7 +377,7 @@ def test_an_s3_that_is_away_for_20_seconds_delays_the_upload_of_artifacts(
             cluster.store.start()
         assert running.ended() == 0, running.output[-5000:]
     assert "send them later" not in running.output
-    (run,) = [run for run in runs_of(mlflow, "upload-away") if run.data.tags["segdistill.role"] == "run"]
+    (run,) = [run for run in runs_of(mlflow, "upload-away") if run.info.run_name == "kd-s0"]
     pictures = mlflow.MlflowClient().list_artifacts(run.info.run_id, "pictures")
     assert pictures
     assert all(picture.is_dir or picture.file_size for picture in pictures)

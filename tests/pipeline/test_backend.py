@@ -19,8 +19,9 @@ from segdistill.errors import UserError
 
 pytest.importorskip("kfp")
 PARAMS = Path(__file__).resolve().parents[2] / "params.yaml"
-GOLDEN = (Path(__file__).parent / "golden/pipeline.yaml").read_text()
-JOBS = ["none-s0", "none-s1", "kd-s0", "kd-s1"]
+GOLDEN_PARAMS = Path(__file__).parent / "golden/params.yaml"
+GOLDEN = GOLDEN_PARAMS.with_name("pipeline.yaml").read_text()
+COHORTS = ["none-s0", "kd-s0", "none-s1", "kd-s1"]  # of one job each
 VERSION = {"repository": "https://git.invalid/streets.git", "revision": "4567"}
 
 
@@ -28,13 +29,13 @@ def stub(task: str, container: Any, executor_input: dict[str, Any]) -> None:
     """Makes no output but an empty one: only which artifact goes where is of interest."""
 
 
-def failing(task: str, job: str = "", error: type[Exception] = TaskFailed, times: int = 10**9) -> Executor:
-    """A stub of which one task fails so many times, in a loop only the one of this job."""
+def failing(task: str, cohort: str = "", error: type[Exception] = TaskFailed, times: int = 10**9) -> Executor:
+    """A stub of which one task fails so many times, in a loop only the one of this cohort."""
     left = iter(range(times))
 
     def execute(name: str, container: Any, executor_input: dict[str, Any]) -> None:
         given = executor_input["inputs"]["parameterValues"]
-        here = name == task and (not job or f"{given['experiment']}-s{given['seed']}" == job)
+        here = name == task and (not cohort or given["cohort"] == cohort)
         if here and next(left, None) is not None:
             raise error(f"{task} ended")
 
@@ -50,19 +51,18 @@ def told(run: Run) -> str:
 # The graph as it is
 
 
-def test_every_student_of_the_matrix_reaches_compare_and_register_in_the_order_of_the_jobs(tmp_path: Path) -> None:
+def test_the_students_of_every_cohort_reach_compare_and_register(tmp_path: Path) -> None:
     run = Server(tmp_path, stub).start(GOLDEN, VERSION)
     assert run.state == "SUCCEEDED", run.failed
-    jobs = [f"{one.parameters['experiment']}-s{one.parameters['seed']}" for one in run.of("distill")]
-    assert jobs == JOBS
+    assert [one.parameters["cohort"] for one in run.of("distill")] == COHORTS
     made = {name: [one.output_artifacts[name] for one in run.of(task)] for task, name in (
-        ("distill", "students"), ("evaluate", "evaluation")
+        ("distill", "students"), ("evaluate", "evaluations")
     )}  # fmt: skip
     (compare,), (register,) = run.of("compare"), run.of("register")
     assert compare.artifacts["students"] == register.artifacts["students"] == made["students"]
-    assert compare.artifacts["evaluations"] == made["evaluation"]
+    assert compare.artifacts["evaluations"] == made["evaluations"]
     for distill, evaluate in zip(run.of("distill"), run.of("evaluate"), strict=True):
-        assert evaluate.artifacts["model"] == [distill.output_artifacts["students"]]
+        assert evaluate.artifacts["students"] == [distill.output_artifacts["students"]]
 
 
 def test_no_graph_within_the_graph_is_handed_a_list_of_artifacts() -> None:
@@ -91,10 +91,35 @@ def test_no_graph_within_the_graph_is_handed_an_artifact_under_two_names() -> No
 def test_values_arrive_as_the_types_that_a_task_declares_or_not_at_all(tmp_path: Path) -> None:
     run = Server(tmp_path, stub).start(GOLDEN, VERSION | {"accelerator_count": 4})
     assert {one.parameters["accelerators"] for one in run.of("distill")} == {"4"}
-    jobs = [{"experiment": "kd", "seed": 2**53 + 1, "params": "{}"}, {"experiment": "kd", "seed": "1", "params": "{}"}]
-    run = Server(tmp_path, stub).start(GOLDEN, VERSION | {"jobs": jobs})
-    assert [one.parameters["seed"] for one in run.of("distill")] == [2**53], "a double"
-    assert run.failed == {"distill": 'input parameter "seed" type mismatch: expect NUMBER_INTEGER, got STRING'}
+    cohorts = [{"cohort": "7", "plan": "{}"}, {"cohort": 7, "plan": "{}"}]
+    run = Server(tmp_path, stub).start(GOLDEN, VERSION | {"cohorts": cohorts})
+    assert [one.parameters["cohort"] for one in run.of("distill")] == ["7", "7"], "text, whatever it was"
+
+
+def test_one_changed_experiment_runs_only_the_cohorts_that_have_it_again(tmp_path: Path) -> None:
+    params = read_yaml(GOLDEN_PARAMS)
+    server = Server(tmp_path, stub)
+
+    def states(**changes: Any) -> dict[str, str]:
+        from pipelines.__main__ import arguments
+
+        given = arguments({**params, **changes}, size=1)
+        run = server.start(GOLDEN, VERSION | given | {"accelerator_count": "1"})
+        assert run.state == "SUCCEEDED", run.failed
+        return {one.parameters["cohort"]: one.state for one in run.of("distill")} | {
+            name: run.of(name)[0].state for name in ("prepare", "train-teacher", "compare")
+        }
+
+    assert set(states().values()) == {"COMPLETE"}
+    others = dict.fromkeys(("prepare", "train-teacher", "none-s0", "none-s1"), "CACHED")
+    kd = params["experiments"]["kd"] | {"methods": [{"name": "kd", "weight": 0.5}]}
+    again = dict.fromkeys(("kd-s0", "kd-s1", "compare"), "COMPLETE")
+    assert states(experiments=params["experiments"] | {"kd": kd}) == others | again
+    new = params["experiments"] | {"first": params["experiments"]["none"]}
+    added = dict.fromkeys(("first-s0", "first-s1", "compare"), "COMPLETE")
+    assert states(experiments=new, run=["first", *params["run"]]) == added | others | dict.fromkeys(
+        ("kd-s0", "kd-s1"), "CACHED"
+    )
 
 
 @pytest.mark.parametrize("version", ["2.14.0", "2.16.1", "2.17.0"])
@@ -143,20 +168,20 @@ def test_as_many_jobs_as_may_be_submitted_can_be_handed_over(tmp_path: Path) -> 
     from pipelines.__main__ import arguments
     from pipelines.limits import check_matrix
 
-    params = read_yaml(Path(__file__).parent / "golden/params.yaml")
+    params = read_yaml(GOLDEN_PARAMS)
 
     def given(seeds: int) -> dict[str, Any]:
-        return arguments({**params, "run": ["kd"], "seeds": list(range(seeds))})
+        return arguments({**params, "run": ["kd"], "seeds": list(range(seeds))}, size=1)
 
     with pytest.raises(UserError, match="100 jobs are more than") as refused:
         check_matrix(given(100))
-    number = int(re.findall("of these jobs the first ([0-9]+) would fit", str(refused.value))[0])
+    number = int(re.findall("in cohorts as these ([0-9]+) would fit", str(refused.value))[0])
     check_matrix(given(number))
     run = Server(tmp_path, stub).start(GOLDEN, VERSION | given(number))
     assert run.state == "SUCCEEDED", run.failed
     assert len(run.of("compare")[0].artifacts["students"]) == number
-    jobs = [{**job, "params": "{}"} for job in given(300)["jobs"]]
-    beyond = Server(tmp_path, stub).start(GOLDEN, VERSION | {"jobs": jobs})
+    cohorts = [{**cohort, "plan": "{}"} for cohort in given(300)["cohorts"]]
+    beyond = Server(tmp_path, stub).start(GOLDEN, VERSION | {"cohorts": cohorts})
     assert "argument list too long" in beyond.failed["compare"]
 
 
@@ -244,7 +269,7 @@ def test_the_compiled_pipeline_runs_from_fetch_to_register_and_registers_nothing
     def run(name: str, **changes: Any) -> Run:
         monkeypatch.setenv("SEGDISTILL_PIPELINE_RUN", name)
         given = arguments({**params, "compare": {**params["compare"], **changes}})
-        del given["jobs"]  # the compiled ones
+        del given["cohorts"]  # the compiled ones
         given |= {"repository": str(repository), "revision": "HEAD", "accelerator_count": "0"}  # no GPU is needed
         return server.start(package, given, name)
 

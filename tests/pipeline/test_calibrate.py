@@ -20,7 +20,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_prepared: Path) -> Pa
     (root / "artifacts" / "prepared").symlink_to(tiny_prepared)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        assert main(["train_teacher", "--tracker", "none"]) == 0
+        for stage in ("plan", "train_teacher"):
+            assert main([stage, "--tracker", "none"]) == 0
     return root
 
 

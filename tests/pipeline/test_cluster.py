@@ -11,13 +11,13 @@ from compiled import Graphs
 
 from segdistill.config import parse, read_yaml
 from segdistill.errors import UserError
-from segdistill.stages import BY_NAME, STAGES, Job
+from segdistill.stages import STAGES
 
 pytest.importorskip("kfp")
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 CLUSTERS = {"default": ROOT / "pipelines/cluster.yaml", "everything": GOLDEN / "cluster.yaml"}
-TASKS = {stage.name.replace("_", "-") for stage in STAGES} | {"fetch", "finish"}
+TASKS = {stage.name.replace("_", "-") for stage in STAGES if stage.image} | {"fetch", "finish"}
 QUEUE = {"kueue.x-k8s.io/queue-name": "gpus", "kueue.x-k8s.io/priority-class": "research"}
 CERTIFICATES = dict.fromkeys(("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"), "/etc/segdistill/authorities/ca.crt")
 TRAINING = {"train-teacher", "evaluate-teacher", "distill", "evaluate"}
@@ -163,7 +163,7 @@ def test_no_image_is_one_that_moves(compiled: Compiled) -> None:
 
 
 def test_only_what_changes_mlflow_is_never_cached(compiled: Compiled) -> None:
-    # A key of our own would be one string for all jobs: kfp compiles a loop's item into it as a word, not as its value.
+    # A key of our own would be one string for all cohorts: kfp compiles a loop's item into it as a word, not its value.
     assert compiled.tasks["register"]["cachingOptions"] == compiled.tasks["finish"]["cachingOptions"] == {}
     for name in TASKS - {"register", "finish"}:
         assert compiled.tasks[name]["cachingOptions"] == {"enableCache": True}
@@ -193,9 +193,9 @@ def test_a_volume_for_checkpoints_alone_is_mounted_only_where_there_are_any(tmp_
     assert "SEGDISTILL_SHARED" not in compiled.text
 
 
-def test_jobs_run_at_most_so_many_at_a_time(compiled: Compiled) -> None:
+def test_cohorts_run_at_most_so_many_at_a_time(compiled: Compiled) -> None:
     policy = compiled.graphs.tasks[compiled.graphs.loop].get("iteratorPolicy", {})
-    assert policy.get("parallelismLimit") == compiled.cluster.parallel_jobs
+    assert policy.get("parallelismLimit") == compiled.cluster.parallel_cohorts
 
 
 def test_on_several_nodes_the_pod_of_a_task_only_waits_and_the_job_asks_for_the_rest(tmp_path: Path) -> None:
@@ -390,28 +390,47 @@ def test_the_manifests_have_what_the_default_file_names() -> None:
     assert "segdistill-workspace" in by_kind["PersistentVolumeClaim"]
 
 
+# Cohorts
+
+
+def cohorts_of(compiled: Compiled) -> dict[str, list[str]]:
+    """The jobs of each cohort, by its name."""
+    items = compiled.inputs["cohorts"]["defaultValue"]
+    plans = {item["cohort"]: json.loads(item["plan"]) for item in items}
+    return {name: [f"{job['experiment']}-s{job['seed']}" for job in plan["jobs"]] for name, plan in plans.items()}
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (1, {name: [name] for name in ("none-s0", "kd-s0", "none-s1", "kd-s1")}),
+        (2, {"s0-0": ["none-s0", "kd-s0"], "s1-0": ["none-s1", "kd-s1"]}),
+    ],
+)
+def test_a_pod_trains_as_many_jobs_of_a_seed_as_a_gpu_is_to_hold(
+    size: int, expected: dict[str, list[str]], tmp_path: Path
+) -> None:
+    assert cohorts_of(compile_with(changed(tmp_path, jobs_per_gpu=size), tmp_path)) == expected
+
+
 # Where training keeps its checkpoint
 
 
 @pytest.mark.parametrize("volume", [None, "volume"])
-def test_a_component_names_its_checkpoint_after_pipeline_run_and_job(
+def test_a_component_names_its_checkpoints_after_pipeline_run_and_cohort(
     volume: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from segdistill import execution
     from segdistill.kubeflow import tasks
     from segdistill.report.highlights import Highlights
-    from segdistill.stages import distill
 
     seen: dict[str, Any] = {}
 
     class Module:
-        Config = distill.Config
-        ExperimentConfig = distill.ExperimentConfig
-
         @staticmethod
-        def run(config: Any, *, students: Path, work: Path | None) -> dict[str, float]:
-            seen["work"] = work
-            students.mkdir()
+        def run(*, plan: Path, students: Path, work: Path | None) -> dict[str, float]:
+            seen.update(plan=plan.read_text(), students=students, work=work)
+            students.mkdir(parents=True)
             return {}
 
         @staticmethod
@@ -426,11 +445,14 @@ def test_a_component_names_its_checkpoint_after_pipeline_run_and_job(
     monkeypatch.delenv("SEGDISTILL_WORK", raising=False)
     if volume:
         monkeypatch.setenv("SEGDISTILL_WORK", str(tmp_path / volume))
-    stage, job = BY_NAME["distill"], Job("kd", 1)
-    chosen = execution.sections(stage, read_yaml(GOLDEN / "params.yaml"), job)
-    for name in stage.inputs:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / tasks.COMPLETED).write_text('{"stage": "any", "job": null}')
     paths = {name: str(tmp_path / name) for name in ("prepared", "teacher", "students")}
-    tasks.run_component("distill", json.dumps(chosen), paths=paths, experiment="kd", seed=1)
-    assert seen["work"] == (tmp_path / volume / "run-7" / "distill-kd-s1" if volume else None)
+    for name in ("prepared", "teacher"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / tasks.COMPLETED).write_text('{"stage": "any", "cohort": null}')
+    tasks.run_component("distill", plan="the plan", cohort="s1-0", paths=paths)
+    own = tmp_path / "volume/run-7/distill-s1-0"
+    places = {"students": own / "students", "work": own / "checkpoints"} if volume else {
+        "students": tmp_path / "students", "work": None
+    }  # fmt: skip
+    assert seen == {"plan": "the plan", **places}
+    assert sorted(path.name for path in (tmp_path / "students").iterdir()) == [tasks.COMPLETED]

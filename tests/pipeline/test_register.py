@@ -35,10 +35,12 @@ from segdistill.files import SEAL, file_hash, seal, sealed_hashes
 from segdistill.models.config import ModelConfig
 from segdistill.models.export import ExportedSegmenter, load_model, save_model
 from segdistill.models.segmenter import build_segmenter
+from segdistill.plan import Job
 from segdistill.report.inputs import Diverged
 from segdistill.report.results import Comparison, Protocol, Row, SeedResult, read_results
 from segdistill.stages import prepare
 from segdistill.stages import register as stage
+from segdistill.stages._cohort import write_record
 from segdistill.stages.register import Candidate, Config, choose, identity_of_test_data
 
 mlflow = pytest.importorskip("mlflow")
@@ -461,13 +463,13 @@ def row(experiment: str, seeds: dict[int, tuple[float, float, str]], diverged: t
 
 def test_a_comparison_of_other_jobs_is_refused(tmp_path: Path) -> None:
     results = compared(tmp_path, [row("none", {0: (0.3, 0.3, "w")})])
-    with pytest.raises(UserError, match=r"results.json: of other jobs than params.yaml has: .*kd with seed 0.*compare"):
-        stage.candidates(results, {("kd", 0): tmp_path, ("none", 0): tmp_path}, tmp_path)
+    with pytest.raises(UserError, match=r"results.json: of other jobs than params.yaml has: .*kd-s0.*compare"):
+        stage.candidates(results, {Job("kd", 0): tmp_path, Job("none", 0): tmp_path}, tmp_path)
 
 
 def test_seeds_that_diverged_are_no_candidates(tmp_path: Path) -> None:
     results = compared(tmp_path, [row("kd", {1: (0.3, 0.4, "w")}, diverged=(0,)), row("cwd", {}, diverged=(0, 1))])
-    jobs = {(experiment, seed): tmp_path for experiment in ("kd", "cwd") for seed in (0, 1)}
+    jobs = {Job(experiment, seed): tmp_path for experiment in ("kd", "cwd") for seed in (0, 1)}
     candidates = stage.candidates(results, jobs, tmp_path)
     assert [(one.experiment, one.seed, one.val_miou, one.test_miou) for one in candidates] == [("kd", 1, 0.3, 0.4)]
 
@@ -476,7 +478,7 @@ def test_nothing_is_registered_if_no_student_passed_the_gate(root: Path, prepare
     compared(root, [row("kd", {0: (0.3, 0.3, "w")})], passed=False)
     registration, one = root / "registration", tracker(root)
     stage.run(
-        ANY, run=["kd"], seeds=[0], comparison=root, prepared=prepared, students=[root / "kd-s0"],
+        ANY, run=["kd"], seeds=[0], comparison=root, prepared=prepared, students=[root / "s0"],
         registration=registration, tracker=one,
     )  # fmt: skip
     one.close()
@@ -497,12 +499,12 @@ def test_a_comparison_without_a_verdict_registers_nothing(verdict: dict[str, obj
 
 
 def test_weights_that_were_not_compared_are_not_registered(root: Path, prepared: Path) -> None:
-    folder = root / "kd-s0"
-    save_student(folder, prepared, seed=0)
+    save_student(root / "s0/kd", prepared, seed=0)
+    write_record(root / "s0", [Job("kd", 0)])
     compared(root, [row("kd", {0: (0.3, 0.3, "others")})])
-    with pytest.raises(UserError, match=r"kd-s0: 'cnn' has other weights than were compared; run the stage 'compare'"):
+    with pytest.raises(UserError, match=r"s0/kd: 'cnn' has other weights than were compared; run the stage 'compare'"):
         stage.run(
-            ANY, run=["kd"], seeds=[0], comparison=root, prepared=prepared, students=[folder],
+            ANY, run=["kd"], seeds=[0], comparison=root, prepared=prepared, students=[root / "s0"],
             registration=root / "registration", tracker=tracker(root),
         )  # fmt: skip
     assert not (root / "registration").exists()
@@ -522,17 +524,18 @@ def save_student(folder: Path, prepared: Path, seed: int) -> str:
 
 
 def test_the_stage_registers_a_student_that_serves_any_image_size(root: Path, prepared: Path) -> None:
-    folders, rows = [], []
+    rows = []
     for experiment, scores in (("none", (0.31, 0.30)), ("kd", (0.33, 0.35))):
         seeds = {}
         for seed, score in enumerate(scores):
-            folders.append(root / f"{experiment}-s{seed}")
-            seeds[seed] = (score, score + 0.06, save_student(folders[-1], prepared, seed))
+            seeds[seed] = (score, score + 0.06, save_student(root / f"s{seed}" / experiment, prepared, seed))
         rows.append(row(experiment, seeds))
+    for seed in (0, 1):
+        write_record(root / f"s{seed}", [Job(experiment, seed) for experiment in ("none", "kd")])
     compared(root, rows)
     registration, one = root / "registration", tracker(root)
     stage.run(
-        ANY, run=["none", "kd"], seeds=[0, 1], comparison=root, prepared=prepared, students=folders,
+        ANY, run=["none", "kd"], seeds=[0, 1], comparison=root, prepared=prepared, students=[root / "s1", root / "s0"],
         registration=registration, tracker=one,
     )  # fmt: skip
     one.close()

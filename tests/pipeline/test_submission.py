@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -121,9 +122,10 @@ def test_a_run_is_sent_with_the_parameters_of_the_file_and_its_page_is_printed(
     parameters = run["runtime_config"]["parameters"]
     head = subprocess.run(["git", "ls-remote", repository, "HEAD"], capture_output=True, text=True).stdout.split()[0]
     assert (parameters["repository"], parameters["revision"]) == (repository, head), "a branch may move"
-    assert [(job["experiment"], job["seed"]) for job in parameters["jobs"]] == [
-        ("none", 0), ("none", 1), ("kd", 0), ("kd", 1)
-    ]  # fmt: skip
+    plans = {item["cohort"]: json.loads(item["plan"]) for item in parameters["cohorts"]}
+    assert {name: [job["experiment"] for job in plan["jobs"]] for name, plan in plans.items()} == {
+        "none-s0": ["none"], "kd-s0": ["kd"], "none-s1": ["none"], "kd-s1": ["kd"]
+    }  # fmt: skip
     assert json.loads(parameters["compare_params"])["seeds"] == [0, 1]
     # The settings for Kubernetes travel beside the graph, and register stays uncached.
     executors = run["pipeline_spec"]["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
@@ -139,7 +141,7 @@ def test_a_run_may_ask_for_other_accelerators_than_the_file(api: Api) -> None:
     assert (parameters["accelerator_type"], parameters["accelerator_count"]) == ("amd.com/gpu", "4")
 
 
-def test_without_caching_also_the_jobs_of_the_loop_run_anew(api: Api) -> None:
+def test_without_caching_also_the_cohorts_of_the_loop_run_anew(api: Api) -> None:
     assert submit("--no-cache", host=api.host) == 0
     tasks = Graphs(api.sent()["pipeline_spec"]["pipeline_spec"]).leaves
     assert not any(task.get("cachingOptions", {}).get("enableCache") for task in tasks.values())
@@ -178,7 +180,7 @@ def test_a_dry_run_shows_what_would_be_sent_and_sends_nothing(api: Api, capsys: 
     assert submit("--dry-run", "--run-name", "first", host=api.host) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["host"], shown["run"], shown["authentication"]) == (api.host, "first", "none")
-    assert len(shown["images"]) == 2 and len(shown["arguments"]["jobs"]) == 4
+    assert len(shown["images"]) == 2 and len(shown["arguments"]["cohorts"]) == 4
     assert api.requests == []
 
 
@@ -241,11 +243,11 @@ def test_a_matrix_that_a_server_could_not_hand_over_is_refused_with_the_size_of_
     api: Api, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     params = yaml.safe_load((GOLDEN / "params.yaml").read_text())
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump({**params, "seeds": list(range(60))}))
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({**params, "seeds": list(range(90))}))
     assert submit("--params", str(tmp_path / "params.yaml"), host=api.host) == 2
     err = capsys.readouterr().err
-    assert err.startswith("pipelines submit: run, seeds: 120 jobs are more than one run of Kubeflow Pipelines can hand")
-    assert "the first 79 would fit" in err and api.requests == []
+    assert err.startswith("pipelines submit: run, seeds: 180 jobs are more than one run of Kubeflow Pipelines can hand")
+    assert re.search(r"in cohorts as these [78]\d would fit", err) and api.requests == []
 
 
 @pytest.mark.parametrize("status", [401, 503])

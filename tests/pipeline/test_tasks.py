@@ -14,14 +14,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny_params import tiny
 
 from segdistill import files
-from segdistill.config import read_yaml
+from segdistill.config import read_yaml, to_dict
 from segdistill.errors import UserError
 from segdistill.execution import sections
 from segdistill.kubeflow import tasks
-from segdistill.kubeflow.marks import COMPLETED, ELSEWHERE
+from segdistill.kubeflow.marks import COMPLETED, ELSEWHERE, write_mark
 from segdistill.kubeflow.tasks import run_component
+from segdistill.plan import Job, cohort_plan, teacher_plan
 from segdistill.stages import BY_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,9 +44,9 @@ def _as_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
 
 
-def mark(folder: Path, stage: str = "fetch", job: str | None = None, **more: str) -> None:
+def mark(folder: Path, stage: str = "fetch", cohort: str | None = None, **more: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / COMPLETED).write_text(json.dumps({"stage": stage, "job": job, **more}))
+    write_mark(folder, {"stage": stage, "cohort": cohort, **more})
 
 
 def mistake(capsys: pytest.CaptureFixture[str], name: str, params: Any, paths: Mapping[str, Any]) -> str:
@@ -60,7 +62,7 @@ def mistake(capsys: pytest.CaptureFixture[str], name: str, params: Any, paths: M
 def chosen(name: str, **changes: Any) -> str:
     params = read_yaml(ROOT / "params.yaml")
     params[name] |= changes
-    return json.dumps(sections(BY_NAME[name], params, None))
+    return json.dumps(sections(BY_NAME[name], params))
 
 
 # Marks
@@ -78,26 +80,6 @@ def test_the_output_of_a_task_that_did_not_complete_is_refused(
     (tmp_path / "half").mkdir()
     message = mistake(capsys, "register", {"register": {}, "run": ["none"], "seeds": [0]}, {"students": ["half"]})
     assert "half: register needs it, but the task that makes it did not complete" in message
-
-
-def test_jobs_that_are_not_those_of_the_parameters_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for job in ("kd-s0", "dml-s0"):
-        mark(tmp_path / job, "distill", job)
-    params = {"register": {}, "run": ["none", "kd"], "seeds": [0]}
-    message = mistake(capsys, "register", params, {"students": ["kd-s0", "dml-s0"]})
-    assert "its parameters name the jobs none-s0, kd-s0, the pipeline ran kd-s0, dml-s0" in message
-
-
-def test_folders_of_jobs_are_put_in_the_order_of_the_matrix(tmp_path: Path) -> None:
-    wanted = ["none-s0", "none-s1", "kd-s0", "kd-s1"]
-    for number, job in enumerate(reversed(wanted)):
-        mark(tmp_path / f"iteration-{number}", "distill", job)
-    given = [str(tmp_path / f"iteration-{number}") for number in (2, 0, 3, 1)]
-    params = json.dumps({"register": {}, "run": ["none", "kd"], "seeds": [0, 1]})
-    places = tasks._places(tasks.Task("register", params, {"students": given}))
-    assert [folder.name for folder in places.paths["students"]] == [f"iteration-{number}" for number in (3, 2, 1, 0)]
 
 
 def prepare(data: Path, out: Path, **accelerators: str) -> None:
@@ -118,7 +100,7 @@ def data(tiny_data: Path, tmp_path: Path) -> Path:
 def test_the_version_of_the_data_goes_from_mark_to_mark_and_into_the_run(data: Path, tmp_path: Path) -> None:
     prepare(data, tmp_path / "out")
     assert json.loads((tmp_path / "out/prepared" / COMPLETED).read_text()) == {
-        "stage": "prepare", "job": None, **VERSION
+        "stage": "prepare", "cohort": None, **VERSION
     }  # fmt: skip
     tracked = Path("artifacts/tracking/run-7/prepare.jsonl").read_text().splitlines()
     assert json.loads(tracked[0])["values"]["data_md5"] == VERSION["data_md5"]
@@ -136,12 +118,12 @@ def test_with_a_volume_the_shards_are_made_once_and_read_there(
         assert sorted(path.name for path in (tmp_path / run / "prepared").iterdir()) == [COMPLETED, ELSEWHERE]
     assert "is on the volume already" in capsys.readouterr().err
     (made,) = (tmp_path / "volume").iterdir()
-    task = tasks.Task("train_teacher", chosen("train_teacher"), {"prepared": str(tmp_path / "two/prepared")})
+    task = tasks.Task("train_teacher", "{}", {"prepared": str(tmp_path / "two/prepared")})
     assert tasks._places(task).paths["prepared"] == made / "prepared"
     assert (made / "prepared/dataset.json").is_file()
     made.rename(tmp_path / "gone")
     paths = {"prepared": str(tmp_path / "two/prepared"), "teacher": str(tmp_path / "teacher")}
-    message = mistake(capsys, "train_teacher", json.loads(chosen("train_teacher")), paths)
+    message = mistake(capsys, "train_teacher", {}, paths)
     assert "no longer on the volume; run the pipeline again with --no-cache" in message
 
 
@@ -227,20 +209,66 @@ def test_validation_shows_its_summary_and_data_docs_on_one_page(data: Path, tmp_
     assert html.count("<iframe srcdoc=") == 3 and "values must belong to this set" in html
 
 
+# A cohort, and its next attempt
+
+
+def distill(prepared: Path, teacher: Path, out: Path, *experiments: str) -> Path:
+    params = tiny(read_yaml(ROOT / "params.yaml"))
+    jobs = [Job(name, 0) for name in experiments]
+    plan = json.dumps(to_dict(cohort_plan(params["distill"], params["experiments"], jobs)))
+    paths = {"prepared": str(prepared), "teacher": str(teacher), "students": str(out / "students")}
+    run_component("distill", plan=plan, cohort="s0-1", paths=paths)
+    return out / "students"
+
+
+@pytest.fixture
+def teacher(tiny_prepared: Path, tmp_path: Path) -> Path:
+    run_component("train_teacher", **teacher_task(tiny_prepared, tmp_path, batch_size=2))
+    return tmp_path / "teacher"
+
+
+def test_a_cohort_is_trained_by_its_plan_and_its_mark_names_it(
+    tiny_prepared: Path, teacher: Path, tmp_path: Path
+) -> None:
+    students = distill(tiny_prepared, teacher, tmp_path / "out", "none", "kd")
+    assert json.loads((students / COMPLETED).read_text()) == {"stage": "distill", "cohort": "s0-1", **VERSION}
+    assert sorted(path.parent.name for path in students.glob("*/metrics.json")) == ["kd", "none"]
+    assert Path("artifacts/tracking/run-7/distill-s0-1.jsonl").is_file()
+
+
+def test_an_attempt_keeps_the_students_that_the_one_before_it_left_on_the_volume(
+    tiny_prepared: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEGDISTILL_WORK", str(tmp_path / "volume"))
+    with monkeypatch.context() as lost:
+        lost.setattr(tasks, "bring_back", lambda *given: pytest.exit("the pod is lost"))
+        with pytest.raises(pytest.exit.Exception):
+            distill(tiny_prepared, teacher, tmp_path / "first", "none")
+    (left,) = (tmp_path / "volume/run-7/distill-s0-1").rglob("cnn.safetensors")
+    number = left.stat().st_ino
+    inodes: list[int] = []
+    real = tasks.bring_back
+
+    def bring_back(place: Path, target: Path) -> None:
+        inodes.append((place / "none/cnn.safetensors").stat().st_ino)
+        real(place, target)
+
+    monkeypatch.setattr(tasks, "bring_back", bring_back)
+    students = distill(tiny_prepared, teacher, tmp_path / "second", "none", "kd")
+    assert inodes == [number], "it was not trained again"
+    assert sorted(path.parent.name for path in students.glob("*/cnn.safetensors")) == ["kd", "none"]
+    assert not list((tmp_path / "volume").rglob("*.safetensors"))
+
+
 # Several processes
 
 
 def teacher_task(prepared: Path, tmp_path: Path, **train: Any) -> dict[str, Any]:
     mark(prepared, "prepare", **VERSION)
-    section = read_yaml(ROOT / "params.yaml")["train_teacher"]
-    base = {"iterations": 2, "batch_size": 4, "validate_every": 2, "checkpoint_every": 1, "log_every": 1}
-    crop = {**section["train"]["augmentation"], "crop_size": [32, 32]}
-    model = {
-        "architecture": "DeepLabV3Plus", "encoder": "mobilenetv3_small_050", "encoder_weights": "none",
-        "output_stride": 16, "decoder": {"decoder_channels": 16},
-    }  # fmt: skip
-    params = chosen("train_teacher", model=model, train={**section["train"], **base, "augmentation": crop, **train})
-    return {"params": params, "paths": {"prepared": str(prepared), "teacher": str(tmp_path / "teacher")}}
+    section = tiny(read_yaml(ROOT / "params.yaml"))["train_teacher"]
+    section["train"] |= {"batch_size": 4, "checkpoint_every": 1, **train}
+    paths = {"prepared": str(prepared), "teacher": str(tmp_path / "teacher")}
+    return {"plan": json.dumps(to_dict(teacher_plan(section))), "paths": paths}
 
 
 CALL = """
@@ -304,7 +332,7 @@ def test_a_number_of_processes_that_is_none_is_named(
 ) -> None:
     monkeypatch.setenv("SEGDISTILL_PROCESSES", "two")
     task = teacher_task(tiny_prepared, tmp_path)
-    message = mistake(capsys, "train_teacher", json.loads(task["params"]), task["paths"])
+    message = mistake(capsys, "train_teacher", {}, task["paths"])
     assert "SEGDISTILL_PROCESSES: 'two' is not a number of processes" in message
     for count, sentence in (("two", "accelerators: 'two' is not a number of them"), ("2", "accelerator: missing")):
         with pytest.raises(SystemExit):
@@ -338,7 +366,15 @@ def test_a_task_whose_accelerators_torch_does_not_see_ends_before_anything_runs(
         if on_node:
             file = tmp_path / "task.json"
             file.write_text(
-                json.dumps({"name": "train_teacher", **task, "accelerator": "nvidia.com/gpu", "accelerators": asked})
+                json.dumps(
+                    {
+                        "name": "train_teacher",
+                        "params": "{}",
+                        **task,
+                        "accelerator": "nvidia.com/gpu",
+                        "accelerators": asked,
+                    }
+                )
             )
             tasks.main(str(file))
         else:
@@ -380,6 +416,28 @@ def nodes_template(tmp_path: Path) -> str:
         "image": "train-python:1", "nodes": 2, "resources": resources, "user": 1000, "group": 1000,
         "volume": {"claim": "workspace", "path": str(tmp_path / "volume")}, "timeout_seconds": 60,
     })  # fmt: skip
+
+
+def test_the_nodes_are_told_the_plan_and_the_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from segdistill.kubeflow import trainjob_run
+
+    told: list[Any] = []
+
+    def made(job: Any) -> None:
+        told.append((job.name, json.loads(Path(job.args[0]).read_text())))
+        raise UserError("enough")
+
+    monkeypatch.setattr(trainjob_run, "run", made)
+    monkeypatch.setenv("SEGDISTILL_TRAINJOB", nodes_template(tmp_path))
+    paths = {name: str(tmp_path / name) for name in ("prepared", "teacher", "students")}
+    for name in ("prepared", "teacher"):
+        mark(tmp_path / name, **VERSION)
+    for plan in ("one", "other"):
+        with pytest.raises(SystemExit):
+            run_component("distill", plan=plan, cohort="s1-0", paths=paths)
+    (name, task), (other, _) = told
+    assert (task["plan"], task["cohort"], set(task["paths"])) == ("one", "s1-0", set(paths))
+    assert name.startswith("segdistill-distill-s1-0-") and other != name, "another plan is another job"
 
 
 def test_the_pods_of_a_job_are_told_which_run_kfp_made_in_mlflow(

@@ -296,13 +296,13 @@ def test_a_mistake_in_the_settings_is_named(change: dict[str, Any], sentence: st
 
 
 def test_a_jobs_name_is_the_tasks_own_and_fits_the_names_of_its_pods() -> None:
-    task = ("2f7c", "train_teacher", None, '{"train_teacher": {}}')
+    task = ("2f7c", "train_teacher", "{}")
     others = [
         ("2f7d", *task[1:]),
-        ("2f7c", "distill", "kd-s1", task[3]),
-        ("2f7c", "distill", "kd-s2", task[3]),
-        (*task[:3], '{"train_teacher": {"x": 1}}'),
-        ("2f7c", "distill", "an_experiment_with_a_name_that_goes_on_and_on-s1", ""),
+        ("2f7c", "distill-kd-s1", task[2]),
+        ("2f7c", "distill-kd-s2", task[2]),
+        (*task[:2], '{"settings": {"x": 1}}'),
+        ("2f7c", "distill-an_experiment_with_a_name_that_goes_on_and_on-s1", ""),
     ]
     assert job_name(*task) == job_name(*task)
     names = {job_name(*one) for one in [task, *others]}

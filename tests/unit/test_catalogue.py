@@ -22,7 +22,7 @@ from segdistill.execution import check_params
 from segdistill.methods import METHODS, build_offline, build_online, load, parse_method
 from segdistill.methods.method import Evidence, MethodConfig, OfflineMethod
 from segdistill.models.outputs import ModelInfo
-from segdistill.stages.distill import ExperimentConfig, parse_methods
+from segdistill.plan import ExperimentConfig, parse_methods
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = pytest.mark.parametrize("name", METHODS)

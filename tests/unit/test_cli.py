@@ -70,9 +70,22 @@ def test_an_unknown_layout_is_named_with_its_neighbour(project: Path, capsys: py
     assert "foldr" in said and "did you mean 'folder'?" in said
 
 
-def test_an_unknown_experiment_is_named_with_its_neighbour(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused(capsys, "distill", "--experiment", "kdd", "--seed", "0")
-    assert said == "segdistill distill: --experiment: 'kdd' is unknown; did you mean 'kd'?"
+def test_an_unknown_seed_is_named_with_those_that_there_are(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "distill", "--seed", "7")
+    assert said == "segdistill distill: --seed: 7 is not under seeds; these are: 0, 1"
+
+
+def test_a_plan_of_other_parameters_is_not_trained(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--tracker", "none"]) == 0
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["experiments"]["kd"]["methods"] = [{"name": "kd", "weight": 2}]
+    edit(project, experiments=params["experiments"])
+    capsys.readouterr()
+    said = refused(capsys, "distill", "--seed", "0")
+    assert (
+        "artifacts/plan/s0.json: made from other parameters or other code than there are now; run the stage 'plan'"
+        in said
+    )
 
 
 def test_the_whole_file_is_checked_with_its_methods(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,11 +22,13 @@ from segdistill.engine.tracker import JsonLinesTracker, NullTracker
 from segdistill.errors import UserError
 from segdistill.files import seal
 from segdistill.metrics import paired_difference
+from segdistill.plan import Job
 from segdistill.report import charts, page
 from segdistill.report.inputs import Diverged
 from segdistill.report.overlays import Scene, Tile
 from segdistill.report.results import Comparison, find_reference
 from segdistill.stages import compare
+from segdistill.stages._cohort import write_record
 
 CLASSES = {"sky": [70, 130, 180], "road & rail": [128, 64, 128], "car": [0, 0, 142], "bicyclist": [119, 11, 32]}
 CNN, VIT = {"model": {"encoder": "mobilenet"}}, {"model": {"encoder": "mit_b0"}}
@@ -39,6 +41,15 @@ EXPERIMENTS: dict[str, Any] = {
 ACCURACY = {"teacher": 0.95, "none": 0.70, "none_vit": 0.75, "kd": 0.85, "dml": 0.74}
 PARAMS = {"teacher": 12_000_000, "cnn": 900_000, "vit": 3_700_000}
 CONFIG = compare.Config(confidence=0.95, resamples=200, bootstrap_seed=0, overlays=2, min_test_miou=0.0)
+
+
+COHORTS = ("artifacts/students", "reports/evaluation")
+
+
+def place(job: str) -> str:
+    """``s0/kd`` for the job ``kd-s0``."""
+    experiment, _, seed = job.rpartition("-")
+    return f"{seed}/{experiment}"
 
 
 class Inputs:
@@ -100,10 +111,10 @@ class Inputs:
         (self.model(job) / "diverged.json").write_text(json.dumps(facts))
 
     def model(self, job: str) -> Path:
-        return self.root / ("artifacts/teacher" if job == "teacher" else f"artifacts/students/{job}")
+        return self.root / ("artifacts/teacher" if job == "teacher" else f"artifacts/students/{place(job)}")
 
     def evaluation(self, job: str) -> Path:
-        return self.root / f"reports/evaluation/{job}"
+        return self.root / f"reports/evaluation/{job if job == 'teacher' else place(job)}"
 
     def score(self, job: str, name: str) -> float:
         valid = self.truth != 255
@@ -120,15 +131,20 @@ class Inputs:
         seals: bool = True,
         **changes: Any,
     ) -> Comparison:
-        jobs = [f"{experiment}-s{seed}" for experiment in run for seed in seeds]
+        cohorts = {kind: [self.root / kind / f"s{seed}" for seed in seeds] for kind in COHORTS}
+        for folder, seed in [
+            (folder, seed) for kind in COHORTS for folder, seed in zip(cohorts[kind], seeds, strict=True)
+        ]:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_record(folder, [Job(experiment, seed) for experiment in run])
         arguments: dict[str, Any] = {
             "run": run,
             "seeds": seeds,
             "prepared": self.prepared,
             "teacher": self.model("teacher"),
             "teacher_evaluation": self.evaluation("teacher"),
-            "students": [self.model(job) for job in jobs],
-            "evaluations": [path if (path := self.evaluation(job)).exists() else None for job in jobs],
+            "students": cohorts["artifacts/students"],
+            "evaluations": cohorts["reports/evaluation"],
             "report": self.report,
             "metrics": self.root / "reports/metrics.json",
             "tracker": tracker or NullTracker(),
@@ -140,9 +156,9 @@ class Inputs:
 
     def seal(self) -> None:
         """As the stages do at their ends."""
-        for folder in (self.model("teacher"), *self.root.glob("artifacts/students/*")):
+        for folder in (self.model("teacher"), self.evaluation("teacher")):
             seal(folder)
-        for folder in self.root.glob("reports/evaluation/*"):
+        for folder in (*self.root.glob("artifacts/students/*/*/"), *self.root.glob("reports/evaluation/s*/*/")):
             seal(folder)
 
     @property
@@ -481,7 +497,7 @@ def test_jobs_that_all_diverged_give_no_comparison(inputs: Inputs) -> None:
 
 def test_a_job_without_evaluation_that_did_not_diverge_is_named(inputs: Inputs) -> None:
     shutil.rmtree(inputs.evaluation("kd-s0"))
-    with pytest.raises(UserError, match=r"students/kd-s0: not evaluated; run the stage 'evaluate' again"):
+    with pytest.raises(UserError, match=r"students/s0/kd: not evaluated; run the stage 'evaluate' again"):
         inputs.compare(["kd"], [0])
 
 
@@ -590,14 +606,14 @@ def test_a_missing_file_is_named_and_the_old_report_stays(inputs: Inputs, missin
 
 def test_a_student_that_was_not_evaluated_is_named(inputs: Inputs) -> None:
     inputs.write_job("dml", 0, ["cnn"])
-    with pytest.raises(UserError, match=r"dml-s0/metrics\.json: nothing about 'vit'; it holds cnn"):
+    with pytest.raises(UserError, match=r"s0/dml/metrics\.json: nothing about 'vit'; it holds cnn"):
         inputs.compare(["dml"], [0])
 
 
 def test_counts_of_other_images_cannot_be_compared(inputs: Inputs) -> None:
     inputs.ids[3] = "scene-999"
     inputs.write_job("kd", 1, ["cnn"])
-    with pytest.raises(UserError, match=r"kd-s1/cnn\.npz: evaluated on other test images"):
+    with pytest.raises(UserError, match=r"s1/kd/cnn\.npz: evaluated on other test images"):
         inputs.compare(["none", "kd"], [0, 1])
 
 
@@ -622,10 +638,10 @@ def change(path: Path, **values: Any) -> None:
         ("metrics.json", {"settings": None}, "no 'settings' in it; run the stage that trains it again"),
         ("metrics.json", {"config": None}, "no 'config' in it"),
         ("metrics.json", {"students": None}, "no 'students' in it"),
-        ("metrics.json", {"settings": EXPERIMENTS["none"]}, "'kd' was trained with other settings than .*kd-s0"),
+        ("metrics.json", {"settings": EXPERIMENTS["none"]}, "'kd' was trained with other settings than .*s0/kd"),
         ("metrics.json", {"data_content": "other"}, "trained on other data than is prepared"),
         ("metrics.json", {"teacher_sha256": "other"}, "learnt from another teacher than the one in"),
-        ("cnn.json", {"sha256": "other"}, "not of the weights in .*kd-s1/cnn.safetensors; run the stage 'evaluate'"),
+        ("cnn.json", {"sha256": "other"}, "not of the weights in .*s1/kd/cnn.safetensors; run the stage 'evaluate'"),
     ],
 )
 def test_students_of_other_settings_data_teacher_or_weights_are_not_compared_without_a_word(
@@ -646,7 +662,7 @@ def test_an_evaluation_of_other_classes_is_refused_with_both_lists(inputs: Input
 def test_what_changed_after_its_stage_ended_is_not_compared(inputs: Inputs) -> None:
     inputs.seal()
     change(inputs.model("kd-s1") / "metrics.json", seconds=76.0)
-    with pytest.raises(UserError, match=r"kd-s1/metrics\.json: damaged: not the content that"):
+    with pytest.raises(UserError, match=r"s1/kd/metrics\.json: damaged: not the content that"):
         inputs.compare(["kd"], [0, 1], seals=False)
 
 
@@ -660,7 +676,7 @@ def test_pickled_counts_are_never_loaded(inputs: Inputs) -> None:
 
 
 def test_an_experiment_may_not_be_called_teacher(inputs: Inputs) -> None:
-    with pytest.raises(UserError, match="the teacher's own name"):
+    with pytest.raises(UserError, match="the name 'teacher' is taken"):
         inputs.compare(["teacher"], [0])
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import _reference as reference
 import pytest
 import torch
+from _flat import flat
 from torch import Tensor
 
 from segdistill.errors import UserError
@@ -18,7 +19,7 @@ INFO = ModelInfo(CLASSES, (4, 4, 4, 4), (4, 8, 16, 32), 4, 4, 4, "cnn")
 def mutual(logits: dict[str, Tensor], target: Tensor, **changes: Any) -> dict[str, Tensor]:
     method, config = parse_method({"name": "dml", **changes}, "methods.0")
     peers = {name: Outputs(value, (), value) for name, value in logits.items()}
-    return method(config, dict.fromkeys(peers, INFO))(peers, target)
+    return flat(method(config, dict.fromkeys(peers, INFO))(peers, target))
 
 
 def scene(*sizes: tuple[int, int]) -> tuple[dict[str, Tensor], Tensor]:

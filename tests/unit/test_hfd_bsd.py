@@ -10,6 +10,7 @@ import _reference as plain
 import _reference_hfd_bsd as reference
 import pytest
 import torch
+from _flat import flat
 from torch import Tensor, nn
 
 from segdistill.config import parse, to_dict
@@ -147,7 +148,7 @@ def test_region_and_pixel_terms_equal_the_slow_loops(
 ) -> None:
     peers, target = scene()
     method = build(**BSD, **changes, upsample=upsample)
-    found = method(peers, target)
+    found = flat(method(peers, target))
     weights = {name: method.helpers[name]["region"].weight for name in peers}
     slow = reference.bsd(
         {name: outputs.logits for name, outputs in peers.items()},
@@ -170,7 +171,7 @@ def test_the_low_level_term_equals_the_slow_loop(hfd: str, distance: str) -> Non
     peers, target = scene()
     student = Student()
     method = build(student=student, hfd=hfd, distance=distance, region_weight=0, pixel_weight=0)
-    found = method(peers, target)
+    found = flat(method(peers, target))
     cnn, vit = (peers[name].features[0] for name in ("cnn", "vit"))
     phi, psi = (method.helpers[name]["hfd"].weight for name in ("cnn", "vit"))
     fitted_phi = torch.einsum("oi,bihw->bohw", phi[:, :, 0, 0], cnn)
@@ -207,7 +208,7 @@ def test_a_case_small_enough_for_a_pencil() -> None:
     }
     pair = ModelInfo(2, (2,) * 4, (4, 8, 16, 32), 2, 4, 4, "cnn")
     method, config = parse_method({"name": "hfd_bsd", "hfd_weight": 0}, "methods.0")
-    found = method(config, {"a": pair, "b": pair})(peers, torch.zeros(1, 1, 2, dtype=torch.int64))
+    found = flat(method(config, {"a": pair, "b": pair})(peers, torch.zeros(1, 1, 2, dtype=torch.int64)))
     expected = {"a/region": 0.0, "b/region": 1 - 0.5**0.5, "a/pixel": 0.0, "b/pixel": 0.5 * math.log(4 / 3)}
     assert {key: loss.item() for key, loss in found.items()} == pytest.approx(expected, abs=1e-6)
 
@@ -219,7 +220,7 @@ def test_students_that_agree_have_nothing_to_learn() -> None:  # 1
     outputs = draw(VIT, SIZE, seed=0)
     student = Student()
     nn.init.dirac_(student.mlp.weight)
-    found = build(TWIN, VIT, student, region_grid=3)({"cnn": outputs, "vit": outputs}, labels())
+    found = flat(build(TWIN, VIT, student, region_grid=3)({"cnn": outputs, "vit": outputs}, labels()))
     assert set(found) == {f"{name}/{term}" for name in ("cnn", "vit") for term in ("hfd", "region", "pixel")}
     assert all(abs(loss.item()) < 1e-12 for loss in found.values())
 
@@ -227,7 +228,7 @@ def test_students_that_agree_have_nothing_to_learn() -> None:  # 1
 def test_equal_features_give_no_region_loss_though_one_student_is_selected() -> None:  # 1
     peers, target = twins()
     peers["vit"] = peers["vit"]._replace(last_feature=peers["cnn"].last_feature)
-    found = build(TWIN, VIT, **BSD)(peers, target)
+    found = flat(build(TWIN, VIT, **BSD)(peers, target))
     assert found["cnn/pixel"] > 0 and found["vit/pixel"] > 0
     assert abs(found["cnn/region"].item()) < 1e-12 and abs(found["vit/region"].item()) < 1e-12
 
@@ -236,7 +237,7 @@ def test_from_an_oracle_only_the_other_learns_and_a_step_brings_it_nearer_to_the
     peers, target = twins()
     oracle = 20.0 * torch.nn.functional.one_hot(target.clamp_max(CLASSES - 1), CLASSES).movedim(-1, 1).double()
     peers["cnn"] = peers["cnn"]._replace(logits=oracle)
-    found = build(TWIN, VIT, **BSD)(peers, target)
+    found = flat(build(TWIN, VIT, **BSD)(peers, target))
     logits = peers["vit"].logits
     assert found["cnn/pixel"].item() == 0.0 and found["cnn/region"].item() == 0.0 and found["vit/pixel"] > 0.1
     (gradient,) = gradients(found["vit/pixel"], logits)
@@ -250,7 +251,7 @@ def test_from_an_oracle_only_the_other_learns_and_a_step_brings_it_nearer_to_the
 def test_a_students_terms_have_no_gradient_to_the_other(hfd: str) -> None:  # 3
     peers, target = scene()
     method = build(hfd=hfd, region_grid=3)
-    for key, loss in method(peers, target).items():
+    for key, loss in flat(method(peers, target)).items():
         sink = key.split("/")[0]
         for name, outputs in peers.items():
             assert all(gradient is None for gradient in gradients(loss, *leaves(outputs))) == (name != sink), key
@@ -261,7 +262,7 @@ def test_a_students_terms_have_no_gradient_to_the_other(hfd: str) -> None:  # 3
 def test_the_cnn_leaves_the_attention_weights_alone_and_the_vit_trains_its_mlp() -> None:  # 3
     peers, target = scene()
     student = Student()
-    found = build(student=student)(peers, target)
+    found = flat(build(student=student)(peers, target))
     for key, loss in found.items():
         attention, mlp = gradients(loss, student.attention.weights, student.mlp.weight)
         assert attention is None, key
@@ -272,10 +273,10 @@ def test_the_weights_are_read_at_every_call_and_stay_the_students() -> None:
     peers, target = scene()
     student = Student()
     method = build(student=student)
-    before = method(peers, target)["cnn/hfd"]
+    before = flat(method(peers, target))["cnn/hfd"]
     with torch.no_grad():
         student.attention.weights.mul_(-3.0)
-    assert abs(method(peers, target)["cnn/hfd"] - before) > 1e-3
+    assert abs(flat(method(peers, target))["cnn/hfd"] - before) > 1e-3
     assert not any("attention" in name or "mlp" in name for name in method.state_dict())
     mine = {id(parameter) for parameter in method.parameters()}
     assert mine.isdisjoint(id(parameter) for parameter in student.parameters())
@@ -285,7 +286,7 @@ def test_dropout_in_the_attention_does_not_separate_equal_features() -> None:
     outputs = draw(VIT, SIZE, seed=0)
     student = Student(dropout=0.5)
     method = build(TWIN, VIT, student, region_weight=0, pixel_weight=0)
-    assert abs(method({"cnn": outputs, "vit": outputs}, labels())["cnn/hfd"].item()) < 1e-12
+    assert abs(flat(method({"cnn": outputs, "vit": outputs}, labels()))["cnn/hfd"].item()) < 1e-12
     assert student.attention.training and student.attention.dropout.training
 
 
@@ -302,7 +303,7 @@ def test_the_pixel_gradient_is_zero_wherever_the_student_is_the_better(sink: str
     source = "vit" if sink == "cnn" else "cnn"
     errors = {name: pixel_errors(outputs.logits, target) for name, outputs in peers.items()}
     learns = (target != 255) & (errors[source] < errors[sink])
-    (gradient,) = gradients(build(TWIN, VIT, **BSD)(peers, target)[f"{sink}/pixel"], peers[sink].logits)
+    (gradient,) = gradients(flat(build(TWIN, VIT, **BSD)(peers, target))[f"{sink}/pixel"], peers[sink].logits)
     assert gradient is not None and 0.2 < learns.double().mean() < 0.8
     assert torch.equal((gradient != 0).any(1), learns)
 
@@ -314,14 +315,14 @@ def test_exchanging_the_students_exchanges_their_terms(changes: dict[str, Any]) 
     infos = {"cnn": CNN, "vit": VIT}
     forward, backward = (method(config, dict(order)).double() for order in (infos.items(), [*infos.items()][::-1]))
     backward.load_state_dict(forward.state_dict())
-    here, there = forward(peers, target), backward(dict([*peers.items()][::-1]), target)
+    here, there = flat(forward(peers, target)), flat(backward(dict([*peers.items()][::-1]), target))
     assert set(here) == set(there)
     for key, loss in here.items():
         torch.testing.assert_close(there[key], loss)
     unnamed = method(config, {"cnn": VIT, "vit": CNN}).double()
     for name, other in (("cnn", "vit"), ("vit", "cnn")):
         unnamed.helpers[name].load_state_dict(forward.helpers[other].state_dict())
-    swapped = unnamed({"cnn": peers["vit"], "vit": peers["cnn"]}, target)
+    swapped = flat(unnamed({"cnn": peers["vit"], "vit": peers["cnn"]}, target))
     for term in ("region", "pixel"):
         torch.testing.assert_close(swapped[f"cnn/{term}"], here[f"vit/{term}"])
         torch.testing.assert_close(swapped[f"vit/{term}"], here[f"cnn/{term}"])
@@ -345,16 +346,16 @@ def test_nothing_at_an_ignored_pixel_changes_a_selective_term_but_features_unles
     peers, target = twins()
     ignored = (target == 255)[:, None]
     method = build(TWIN, VIT, **BSD, mask_region_features=masked)
-    before = method(peers, target)
+    before = flat(method(peers, target))
 
     def spoil(maps: Tensor) -> Tensor:
         return torch.where(ignored, 100 * torch.randn_like(maps), maps)
 
-    after = method({name: each._replace(logits=spoil(each.logits)) for name, each in peers.items()}, target)
+    after = flat(method({name: each._replace(logits=spoil(each.logits)) for name, each in peers.items()}, target))
     for key, loss in before.items():
         torch.testing.assert_close(after[key], loss, rtol=1e-12, atol=0)
     features = {name: each._replace(last_feature=spoil(each.last_feature)) for name, each in peers.items()}
-    moved = abs(method(features, target)["cnn/region"] - before["cnn/region"]) > 1e-3
+    moved = abs(flat(method(features, target))["cnn/region"] - before["cnn/region"]) > 1e-3
     assert bool(moved) != masked
 
 
@@ -362,7 +363,7 @@ def test_nothing_at_an_ignored_pixel_changes_a_selective_term_but_features_unles
 def test_a_batch_without_labels_gives_zeros_with_a_graph(changes: dict[str, Any]) -> None:  # 7
     peers, target = scene()
     method = build(**BSD, **changes)
-    found = method(peers, torch.full_like(target, 255))
+    found = flat(method(peers, torch.full_like(target, 255)))
     assert len(found) == 4 and all(loss.item() == 0.0 for loss in found.values())
     sum(found.values()).backward()
     for outputs in peers.values():
@@ -376,7 +377,7 @@ def test_a_batch_twice_is_the_batch_once(hfd: str, normalize: str) -> None:  # 8
     peers, target = scene()
     method = build(hfd=hfd, normalize=normalize, region_grid=3)
     twice = {name: mapped(outputs, lambda maps: torch.cat([maps, maps])) for name, outputs in peers.items()}
-    once, again = method(peers, target), method(twice, torch.cat([target, target]))
+    once, again = flat(method(peers, target)), flat(method(twice, torch.cat([target, target])))
     for key, loss in once.items():
         torch.testing.assert_close(again[key], loss)
 
@@ -390,9 +391,9 @@ def test_places_where_the_other_learns_do_not_dilute_a_term_divided_per_directio
     peers["cnn"] = peers["cnn"]._replace(logits=torch.where(known == 0, oracle, peers["cnn"].logits))
     peers["vit"] = peers["vit"]._replace(logits=torch.where(known == 1, oracle, peers["vit"].logits))
     method = build(TWIN, VIT, **BSD, normalize=normalize)
-    both = method(peers, target)
+    both = flat(method(peers, target))
     single = {name: mapped(outputs, lambda maps: maps[:1]) for name, outputs in peers.items()}
-    alone = method(single, target[:1])
+    alone = flat(method(single, target[:1]))
     for term in ("region", "pixel"):
         share = 1.0 if normalize == "per_direction" else 0.5
         assert both[f"vit/{term}"] > 1e-2 and alone[f"cnn/{term}"].item() == 0.0
@@ -409,7 +410,7 @@ def test_the_scale_of_a_feature_does_not_matter(hfd: str) -> None:  # 9
         name: outputs._replace(features=(factor * outputs.features[0],), last_feature=factor * outputs.last_feature)
         for (name, outputs), factor in zip(peers.items(), (0.01, 37.0), strict=True)
     }
-    before, after = method(peers, target), method(scaled, target)
+    before, after = flat(method(peers, target)), flat(method(scaled, target))
     for key, loss in before.items():
         torch.testing.assert_close(after[key], loss)
 
@@ -418,8 +419,8 @@ def test_the_scale_of_a_feature_does_not_matter(hfd: str) -> None:  # 9
 def test_without_selection_the_pixel_term_is_mutual_learning(temperature: float) -> None:  # 10
     peers, target = scene()
     mutual, config = parse_method({"name": "dml", "temperature": temperature, "upsample": True}, "methods.0")
-    expected = mutual(config, {"cnn": CNN, "vit": VIT})(peers, target)
-    found = build(**BSD, selection=False, temperature=temperature)(peers, target)
+    expected = flat(mutual(config, {"cnn": CNN, "vit": VIT})(peers, target))
+    found = flat(build(**BSD, selection=False, temperature=temperature)(peers, target))
     for name in peers:
         torch.testing.assert_close(found[f"{name}/pixel"], expected[f"{name}/kl"])
 
@@ -427,8 +428,8 @@ def test_without_selection_the_pixel_term_is_mutual_learning(temperature: float)
 def test_the_two_directions_over_all_pixels_are_the_parts_of_mutual_learning() -> None:  # 10
     """Divided by all labelled pixels, selected and not selected parts of the same divergence add up to it."""
     peers, target = twins()
-    selected = build(TWIN, VIT, **BSD, normalize="all")(peers, target)
-    everywhere = build(TWIN, VIT, **BSD, selection=False)(peers, target)
+    selected = flat(build(TWIN, VIT, **BSD, normalize="all")(peers, target))
+    everywhere = flat(build(TWIN, VIT, **BSD, selection=False)(peers, target))
     errors = [pixel_errors(outputs.logits, target) for outputs in peers.values()]
     better = (target != 255) & (errors[0] < errors[1])  # where the CNN does not learn
     left_out = [
@@ -460,7 +461,7 @@ def test_a_real_pair_learns_and_exports_exactly_the_plain_students(hfd: str, tmp
     method: Any = build_online([config], {name: student.info for name, student in students.items()})["hfd_bsd"]
     method.attach(students)
     images, target = torch.rand(2, 3, 64, 64), torch.randint(CLASSES, (2, 64, 64))
-    found = method({name: student(images) for name, student in students.items()}, target)
+    found = flat(method({name: student(images) for name, student in students.items()}, target))
     assert len(found) == 6 and all(bool(loss.isfinite()) for loss in found.values())
     sum(found.values()).backward()
     for name, student in students.items():
@@ -475,7 +476,7 @@ def test_a_real_pair_learns_and_exports_exactly_the_plain_students(hfd: str, tmp
         torch.testing.assert_close(loaded.logits(images), student.logits(images))
     block: Any = students["vit"].encoder.block1[-1]
     only_hfd = torch.autograd.grad(
-        method({name: student(images) for name, student in students.items()}, target)["cnn/hfd"],
+        flat(method({name: student(images) for name, student in students.items()}, target))["cnn/hfd"],
         [block.attn.q.weight, block.norm1.weight],
         allow_unused=True,
     )
@@ -506,8 +507,8 @@ def test_each_part_alone_is_what_it_is_in_company_and_builds_only_its_own_helper
     assert alone.weights == {term: 2.0}
     assert {key.split(".")[2] for key in alone.state_dict()} == ({term} if term != "pixel" else set())
     alone.load_state_dict({key: whole.state_dict()[key] for key in alone.state_dict()})
-    expected = whole(peers, target)
-    found = alone(peers, target)
+    expected = flat(whole(peers, target))
+    found = flat(alone(peers, target))
     assert set(found) == {f"cnn/{term}", f"vit/{term}"}
     for key, loss in found.items():
         torch.testing.assert_close(loss, expected[key])
@@ -522,10 +523,10 @@ def test_the_default_grid_has_a_region_for_every_cell_of_a_stride_32_feature() -
     features = {name: each.last_feature for name, each in outputs.items()}
     small = plain.nearest(target, (10, 20))
     slow = reference.bsd(logits, features, small, size=(10, 20), grid=(2, 3))
-    found = build(TWIN, VIT, hfd_weight=0, upsample=False)(outputs, target)
+    found = flat(build(TWIN, VIT, hfd_weight=0, upsample=False)(outputs, target))
     for name in outputs:
         torch.testing.assert_close(found[f"{name}/region"], slow[f"{name}/region"])
-    square = build(TWIN, VIT, hfd_weight=0, upsample=False, region_grid=3)(outputs, target)
+    square = flat(build(TWIN, VIT, hfd_weight=0, upsample=False, region_grid=3)(outputs, target))
     assert abs(square["cnn/region"] - found["cnn/region"]) > 1e-4
 
 
@@ -536,7 +537,7 @@ def test_both_taps_can_be_moved(tap: str) -> None:
     widths = {"stage1": (3, 4), "last_feature": (5, 7)}[tap]
     for helper in moved.helpers["cnn"].values():
         assert helper.weight.shape[:2] == widths[::-1]
-    found = moved(peers, target)
+    found = flat(moved(peers, target))
     for name, outputs in peers.items():
         used, unused = outputs.last_feature, outputs.features[0]
         if tap == "stage1":
@@ -550,17 +551,17 @@ def test_equal_widths_need_no_projection_and_the_source_is_never_projected() -> 
     assert not list(build(TWIN, VIT, hfd="direct").parameters())
     peers, target = scene()
     method = build(**BSD)
-    before = method(peers, target)
+    before = flat(method(peers, target))
     with torch.no_grad():
         method.helpers["vit"]["region"].weight.normal_()
-    after = method(peers, target)
+    after = flat(method(peers, target))
     assert after["cnn/region"] == before["cnn/region"] and after["vit/region"] != before["vit/region"]
 
 
 def test_loose_operators_train_with_the_student_that_learns_through_them() -> None:
     peers, target = scene()
     method = build(hfd="aux_op", aux_heads=2, aux_grid=3, aux_expansion=2, region_weight=0, pixel_weight=0)
-    found = method(peers, target)
+    found = flat(method(peers, target))
     assert type(method.helpers["cnn"]["operator"]).__name__ == "PooledAttention"
     assert type(method.helpers["vit"]["operator"]).__name__ == "ConvMLP"
     sum(found.values()).backward()
@@ -592,7 +593,7 @@ def test_the_order_in_which_the_students_are_named_does_not_matter() -> None:
     for method in (one, other):
         method.attach({"cnn": nn.Identity(), "vit": student})
     other.load_state_dict(one.state_dict())
-    expected, found = one(peers, target), other(peers, target)
+    expected, found = flat(one(peers, target)), flat(other(peers, target))
     assert set(found) == set(expected)
     for key, loss in found.items():
         torch.testing.assert_close(loss, expected[key])
@@ -607,7 +608,7 @@ def test_no_term_asks_the_device_for_a_value() -> None:
     peers = {
         name: mapped(outputs, lambda maps: maps.detach().to("meta").requires_grad_()) for name, outputs in peers.items()
     }
-    found = method(peers, target.to("meta"))
+    found = flat(method(peers, target.to("meta")))
     sum(found.values()).backward()
     assert len(found) == 6 and student.mlp.weight.grad is not None and student.attention.weights.grad is None
 
@@ -642,7 +643,7 @@ def test_two_of_a_kind_are_refused_with_the_alternatives(hfd: str, kind: str) ->
     peers, target = scene()
     for changes in ({"hfd": "direct"}, {"hfd_weight": 0}, {"weight": 0}):
         method = build(*pair, **{"hfd": hfd, **changes})
-        assert set(method(peers, target)) == {f"{name}/{term}" for name in peers for term in method.weights}
+        assert set(flat(method(peers, target))) == {f"{name}/{term}" for name in peers for term in method.weights}
 
 
 def test_an_encoder_without_operators_to_borrow_is_refused_with_the_alternatives() -> None:

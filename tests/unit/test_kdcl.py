@@ -7,6 +7,7 @@ from typing import Any
 import _reference as reference
 import pytest
 import torch
+from _flat import flat
 from torch import Tensor
 
 from segdistill.errors import UserError
@@ -22,7 +23,7 @@ ENSEMBLES = ("naive", "linear", "min_logit")
 def learn(logits: dict[str, Tensor], target: Tensor, **changes: Any) -> dict[str, Tensor]:
     method, config = parse_method({"name": "kdcl", **changes}, "methods.0")
     peers = {name: Outputs(value, (), value) for name, value in logits.items()}
-    return method(config, dict.fromkeys(peers, INFO))(peers, target)
+    return flat(method(config, dict.fromkeys(peers, INFO))(peers, target))
 
 
 def scene(*sizes: tuple[int, int], scale: float = 1.0) -> tuple[dict[str, Tensor], Tensor]:

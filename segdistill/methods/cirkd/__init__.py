@@ -215,13 +215,12 @@ class CrossImageRelations(OfflineMethod[CIRKDConfig]):
         pool = config.pool or (LARGE_POOL if min(size_of(teacher)) >= LARGE else 1)
         if pool > 1:
             student, teacher = (F.avg_pool2d(maps, pool, ceil_mode=True) for maps in (student, teacher))
-        return image_pair_kl(
-            student,
-            teacher,
-            temperature=config.temperature,
-            block_rows=config.block_rows,
-            half_products=config.half_products,
-        )
+        return image_pair_kl(student, teacher, **self._settings)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What all terms have in common."""
+        return {name: getattr(self.config, name) for name in ("temperature", "block_rows", "half_products")}
 
     def _memory(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         config, size = self.config, size_of(teacher)
@@ -234,16 +233,7 @@ class CrossImageRelations(OfflineMethod[CIRKDConfig]):
         for term, queues in self.queues.items():
             wanted = config.pixel_contrast if term == "pixel" else config.region_contrast
             memory, there = queues.sample(wanted // self.num_classes + 1)
-            terms[term] = memory_kl(
-                student,
-                teacher,
-                valid_mask(labels),
-                memory,
-                there,
-                temperature=config.temperature,
-                block_rows=config.block_rows,
-                half_products=config.half_products,
-            )
+            terms[term] = memory_kl(student, teacher, valid_mask(labels), memory, there, **self._settings)
         return terms
 
     @torch.no_grad()

@@ -145,13 +145,13 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
         except UserError as error:
             raise UserError(f"hfd_bsd: student '{self.vit}': {error}; or choose hfd: aux_op, or hfd: direct") from None
 
-    def forward(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, Tensor]:
-        terms: dict[str, Tensor] = {}
+    def forward(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, dict[str, Tensor]]:
+        terms: dict[str, dict[str, Tensor]] = {}  # term -> student -> loss
         if "hfd" in self.weights:
-            terms.update(self._hfd(peers))
+            terms["hfd"] = self._hfd(peers)
         if not {"region", "pixel"}.isdisjoint(self.weights):
             terms.update(self._bsd(peers, target))
-        return terms
+        return {sink: {term: losses[sink] for term, losses in terms.items()} for sink in self.peers} if terms else {}
 
     def _build_helpers(self, name: str, sink: ModelInfo, source: ModelInfo) -> dict[str, nn.Module]:
         """What one student learns through; projections without bias, so that the scale of a feature does not matter."""
@@ -179,9 +179,7 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
             }
         else:
             pairs = self._through_operators(features[self.cnn], features[self.vit])
-        return {
-            f"{sink}/hfd": feature_distances(*pairs[sink], distance=self.config.distance).mean() for sink in self.peers
-        }
+        return {sink: feature_distances(*pairs[sink], distance=self.config.distance).mean() for sink in self.peers}
 
     def _through_operators(self, cnn: Tensor, vit: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """What each student's feature becomes, and what it is to resemble, at the size of the transformer's."""
@@ -201,7 +199,7 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
             mixed = borrowed_mlp(vit)
         return {self.cnn: (attended, goal), self.vit: (psi(mixed), self._fit(cnn.detach(), size))}
 
-    def _bsd(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, Tensor]:
+    def _bsd(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, dict[str, Tensor]]:
         config = self.config
         logits = [peers[name].logits for name in self.peers]
         size = size_of(target) if config.upsample else finest(map(size_of, logits))
@@ -211,16 +209,16 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
         if config.selection or "pixel" in self.weights:
             logits = [resize_logits(each, size, align_corners=config.align_corners) for each in logits]
         errors = [pixel_errors(each, labels) for each in logits] if config.selection else []
-        terms: dict[str, Tensor] = {}
+        terms: dict[str, dict[str, Tensor]] = {}
         if "region" in self.weights:
             grid = self._grid(target)
             features = [peers[name].tap(config.region_tap) for name in self.peers]
             regional = [region_errors(each, labels, grid) for each in errors]
             distances = self._region_distances(features, labels, grid)
-            terms.update(self._selected("region", distances, regional, labelled_regions(labels, grid)))
+            terms["region"] = self._selected(distances, regional, labelled_regions(labels, grid))
         if "pixel" in self.weights:
             divergences = mutual_divergences(*logits, temperature=config.temperature)
-            terms.update(self._selected("pixel", divergences, errors, valid_mask(labels)))
+            terms["pixel"] = self._selected(divergences, errors, valid_mask(labels))
         return terms
 
     def _region_distances(self, features: list[Tensor], labels: Tensor, grid: tuple[int, int]) -> list[Tensor]:
@@ -232,14 +230,14 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
             for sink, mean, goal in zip(self.peers, means, means[::-1], strict=True)
         ]
 
-    def _selected(self, term: str, values: Any, errors: list[Tensor], labelled: Tensor) -> dict[str, Tensor]:
+    def _selected(self, values: Any, errors: list[Tensor], labelled: Tensor) -> dict[str, Tensor]:
         """The mean of each student's values over the places where it learns."""
         config = self.config
         counted = labelled if config.selection or config.mask_ignore else torch.ones_like(labelled)
         learning = learners(errors[0], errors[1], counted) if config.selection else (counted, counted)
         divisor = counted if config.normalize == "all" else None
         return {
-            f"{sink}/{term}": selected_mean(value, selected, divisor)
+            sink: selected_mean(value, selected, divisor)
             for sink, value, selected in zip(self.peers, values, learning, strict=True)
         }
 
