@@ -43,7 +43,7 @@ from segdistill.data.memory import Memory
 from segdistill.data.settings import AugmentationConfig
 from segdistill.data.shards import ShardDataset, read_dataset_info
 from segdistill.data.transforms import Augmentation, cut, jitter
-from segdistill.stages.distill import ExperimentConfig
+from segdistill.plan import ExperimentConfig
 
 CPU = torch.device("cpu")
 

@@ -132,13 +132,13 @@ def test_a_checkpoint_of_another_layout_is_put_aside_and_leaves_no_trace(tmp_pat
 
 def identity(**changes: Any) -> str:
     train = changes.pop("train", tiny.train_config())
-    facts = {"data": "d", "teacher": "t", "seed": 0, "settings": {"train": effective(train)}}
+    facts = {"data": "d", "teacher": "t", "seed": 0, "settings": {"train": effective(train)}, "code": "c"}
     return Identity(**(facts | changes)).key
 
 
 def test_identity_knows_data_teacher_seed_and_settings_and_nothing_that_changes_no_update() -> None:
     mine, train = identity(), tiny.train_config()
-    others = [identity(data="e"), identity(teacher="u"), identity(teacher=None), identity(seed=1)]
+    others = [identity(data="e"), identity(teacher="u"), identity(teacher=None), identity(seed=1), identity(code="d")]
     others += [identity(train=replace(train, **change)) for change in ({"iterations": 9}, {"precision": "bf16"})]
     assert len({mine, *others}) == len(others) + 1
     same = {"workers": 7, "cache_gib": 3.0, "log_every": 1, "checkpoint_every": 1, "validate_every": 1}
@@ -151,7 +151,7 @@ def test_identity_knows_data_teacher_seed_and_settings_and_nothing_that_changes_
 def test_identity_knows_the_weights_that_a_training_begins_with_and_not_where_they_lie(tmp_path: Path) -> None:
     def key(name: str, content: bytes) -> str:
         (tmp_path / name).write_bytes(content)
-        return Identity("d", None, 0, {"model": {"encoder_weights": str(tmp_path / name)}}).key
+        return Identity("d", None, 0, {"model": {"encoder_weights": str(tmp_path / name)}}, "c").key
 
     first = key("a.safetensors", b"weights")
     assert key("a.safetensors", b"others") != first

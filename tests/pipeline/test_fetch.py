@@ -414,7 +414,7 @@ def test_the_component_marks_its_folder_and_names_the_version(
         md5, commit = component.python_func(repository=str(repository.folder), revision="one", data=data)
         assert data.metadata == {"data_md5": md5, "data_commit": commit}
         mark = json.loads((tmp_path / "data" / COMPLETED).read_text())
-        assert mark == {"stage": "fetch", "job": None, "data_md5": md5, "data_commit": commit}
+        assert mark == {"stage": "fetch", "cohort": None, "data_md5": md5, "data_commit": commit}
     with pytest.raises(SystemExit) as caught:
         component.python_func(repository=str(repository.folder), revision="v9", data=data)
     assert caught.value.code == 2

@@ -43,11 +43,7 @@ def test_a_student_is_trained_and_evaluated_with_the_orchestration_unimportable(
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params()))
     (tmp_path / "artifacts").mkdir()
     (tmp_path / "artifacts" / "prepared").symlink_to(tiny_prepared)
-    commands = [
-        "train_teacher",
-        "distill --experiment kd --seed 0",
-        "evaluate --experiment kd --seed 0",
-    ]
+    commands = ["plan", "train_teacher", "distill --seed 0", "evaluate --seed 0"]
     environment = {**os.environ, "SEGDISTILL_PIPELINE_RUN": "alone"}
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED, *commands],
@@ -58,7 +54,7 @@ def test_a_student_is_trained_and_evaluated_with_the_orchestration_unimportable(
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads((tmp_path / "reports/evaluation/kd-s0/evaluation.json").read_text())
+    result = json.loads((tmp_path / "reports/evaluation/s0/kd/evaluation.json").read_text())
     assert 0 <= result["models"]["cnn"]["test/miou"] <= 1 and result["samples"] == 4
     lines = [
         json.loads(line)

@@ -192,5 +192,6 @@ def test_a_network_that_is_gone_is_not_taken_for_one_that_never_was(tmp_path: Pa
     (model / f"cnn.{suffix}").unlink()
     config = parse(evaluate.Config, yaml.safe_load(Path("params.yaml").read_text())["evaluate"], "evaluate")
     with pytest.raises(UserError, match=rf"cnn\.{suffix}: no such file"):
-        evaluate.run(config, prepared=prepared, model=model, evaluation=tmp_path / "e", tracker=Mock())
+        evaluate.measure(config, {tmp_path / "e": model}, prepared=prepared, names={tmp_path / "e": {"cnn": "kd-s0"}},
+                         tracker=Mock(), device="cpu")  # fmt: skip
     assert not (tmp_path / "e").exists()
