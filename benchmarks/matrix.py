@@ -29,9 +29,9 @@ from typing import Any
 
 import torch
 from _cost import MIB
+from _streets import make_data
 from _table import machine, markdown
 
-from segdistill import streets
 from segdistill.config import parse
 from segdistill.data.shards import ShardDataset, read_dataset_info
 from segdistill.engine.building import build_learner
@@ -45,7 +45,6 @@ from segdistill.models.export import count_parameters
 from segdistill.models.segmenter import build_segmenter
 from segdistill.models.teacher import Teacher
 from segdistill.plan import ExperimentConfig, parse_methods
-from segdistill.stages import prepare
 
 STUDENT = {
     "model": {
@@ -133,17 +132,6 @@ class Side:
         seconds = time.perf_counter() - started
         assert not any(isinstance(outcome, Diverged) for outcome in outcomes.values())
         return seconds
-
-
-def make_data(folder: Path, size: Sequence[int], samples: int) -> Path:
-    """Synthetic streets, prepared."""
-    height, width = size
-    streets.write(folder / "data", size=(width, height), samples={"train": samples, "val": 1, "test": 1})
-    (folder / "summary.json").write_text('{"success": true, "layout": "folder"}')
-    settings = {"layout": "folder", "shard_samples": 256, "max_side": None, "workers": 1}
-    config = parse(prepare.Config, settings, "prepare")
-    prepare.run(config, data=folder / "data", report=folder, prepared=folder / "prepared", tracker=NullTracker())
-    return folder / "prepared"
 
 
 def in_its_own_process(run: Callable[[], tuple[float, float, int]]) -> tuple[float, float, int]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Plan = TypeVar("Plan")
 
 MOST_JOBS = 10_000  # of one matrix
+TRAINED, DIVERGED = "metrics.json", "diverged.json"  # the folder of a job has one of them
 TEACHER = "teacher"  # the name of its plan, of its folder and of its run
 # The code that trains any network; what a job has beside it are its methods.
 TRAINING = ("segdistill.engine.building", "segdistill.engine.cohort")

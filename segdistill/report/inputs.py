@@ -17,8 +17,8 @@ from segdistill.errors import UserError
 from segdistill.files import read_sealed, read_sealed_json
 from segdistill.identity import require_classes
 from segdistill.metrics import iou_counts, mean_iou
+from segdistill.plan import DIVERGED, TRAINED
 
-TRAINED, DIVERGED = "metrics.json", "diverged.json"  # a job's folder has one of them
 TRAIN, EVALUATE = "run the stage that trains it again", "run the stage 'evaluate' again"
 COUNTS_LIMIT = 4 * 2**30  # bytes of one network's counts, which grow with the test images
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from segdistill.config import parse, to_dict
 from segdistill.errors import UserError
 from segdistill.files import SEAL, file_hash, read_json, read_sealed_json, sealed_hashes, write_file
-from segdistill.plan import Job
+from segdistill.plan import DIVERGED, Job
 
 RECORD = "cohort.json"
-DIVERGED = "diverged.json"  # in place of a job's students
 
 
 def write_record(folder: Path, jobs: Iterable[Job]) -> None:

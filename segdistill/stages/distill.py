@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,9 @@ from segdistill.errors import UserError
 from segdistill.files import new_folder, read_sealed_json, seal
 from segdistill.identity import Identity
 from segdistill.plan import (
+    DIVERGED,
     TEACHER,
+    TRAINED,
     CohortPlan,
     DistillConfig,
     PlannedJob,
@@ -25,7 +26,7 @@ from segdistill.plan import (
     run_name,
 )
 from segdistill.report.highlights import Highlights, scores_of
-from segdistill.stages._cohort import DIVERGED, RECORD, diverged, job_folders, made_by, remove_others, write_record
+from segdistill.stages._cohort import RECORD, diverged, job_folders, made_by, remove_others, write_record
 
 if TYPE_CHECKING:
     from segdistill.data.shards import DatasetInfo, ShardDataset
@@ -42,12 +43,9 @@ class Member:
 
     planned: PlannedJob
     protocol: DistillConfig
+    methods: Sequence[Any]  # their configs
+    needs_teacher: bool
     identity: Identity
-
-    @cached_property
-    def needs_teacher(self) -> bool:
-        """Whether its methods learn from the frozen teacher."""
-        return parse_methods(self.planned.experiment, self.planned.settings)[0] == "offline"
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -132,13 +130,14 @@ def _members(cohort: CohortPlan, info: "DatasetInfo", teacher: Path) -> list[Mem
             info.content_hash, weights if kind == "offline" else None, planned.seed,
             decisive(planned, cohort.protocol), code_of_job(methods),
         )  # fmt: skip
-        members.append(Member(planned, cohort.protocol, identity))
+        configs = [config for _, config in methods]
+        members.append(Member(planned, cohort.protocol, configs, kind == "offline", identity))
     return members
 
 
 def _is_there(students: Path, member: Member) -> bool:
     folder = students / member.planned.experiment
-    return member.identity.key in (made_by(folder, "metrics.json"), made_by(folder, DIVERGED))
+    return member.identity.key in (made_by(folder, TRAINED), made_by(folder, DIVERGED))
 
 
 def _train(
@@ -187,30 +186,24 @@ def _train(
 def _training(
     member: Member, info: "DatasetInfo", frozen: "Teacher | None", work: Path, trackers: Mapping[str, Tracker]
 ) -> "Training":
+    from segdistill.engine.building import build_learner
     from segdistill.engine.trainer import Training
 
-    settings = member.planned.settings
+    planned = member.planned
+    students = planned.settings.students
+    learner = build_learner(
+        {name: student.model for name, student in students.items()}, member.methods, seed=planned.seed,
+        num_classes=info.num_classes, teacher=frozen.info if frozen and member.needs_teacher else None,
+        supervised=planned.settings.supervised, auxiliary=planned.settings.auxiliary,
+    )  # fmt: skip
     return Training(
-        name=member.planned.experiment,
-        learner=learner_of(member.planned, info.num_classes, frozen if member.needs_teacher else None),
-        optimizers={name: student.optimizer for name, student in settings.students.items()},
+        name=planned.experiment,
+        learner=learner,
+        optimizers={name: student.optimizer for name, student in students.items()},
         fingerprint=member.identity.key,
-        work=work / member.planned.experiment,
+        work=work / planned.experiment,
         trackers=trackers,
     )
-
-
-def learner_of(planned: PlannedJob, num_classes: int, teacher: "Teacher | None") -> Any:
-    """The job's students and methods, drawn from its seed; with the teacher if they learn from one."""
-    from segdistill.engine.building import build_learner
-
-    settings = planned.settings
-    return build_learner(
-        {name: student.model for name, student in settings.students.items()},
-        [config for _, config in parse_methods(planned.experiment, settings)[1]],
-        seed=planned.seed, num_classes=num_classes, teacher=None if teacher is None else teacher.info,
-        supervised=settings.supervised, auxiliary=settings.auxiliary,
-    )  # fmt: skip
 
 
 def _record_divergence(output: Path, member: Member, iteration: int, reason: str) -> None:

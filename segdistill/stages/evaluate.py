@@ -57,9 +57,10 @@ def run(
     """
     jobs = job_folders(students, TRAIN)
     trained = {job: folder for job, folder in jobs.items() if not diverged(folder)}
-    evaluations.mkdir(parents=True, exist_ok=True)
-    (evaluations / RECORD).unlink(missing_ok=True)
-    remove_others(evaluations, {job.experiment for job in trained})
+    if not environment.rank():
+        evaluations.mkdir(parents=True, exist_ok=True)
+        (evaluations / RECORD).unlink(missing_ok=True)
+        remove_others(evaluations, {job.experiment for job in trained})
     models = {evaluations / job.experiment: folder for job, folder in trained.items()}
     runs = {}
     for job, folder in trained.items():
