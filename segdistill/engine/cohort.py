@@ -126,7 +126,7 @@ class Cohort:
         config, number = self.config, -1
         with (
             stop_on_sigterm() as stop,
-            TrainingBar(config, list(self.members), enabled=self.processes.is_main) as bar,
+            TrainingBar(config, list(self.members), enabled=self.processes.is_main and not self.processes.part) as bar,
         ):
             while active := [member for member in self.members.values() if not self._finished(member)]:
                 iteration = min(member.progress.iteration for member in active)

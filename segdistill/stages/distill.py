@@ -1,14 +1,17 @@
 """One cohort of the matrix: students that learn from the frozen teacher, or from each other, on the same batches."""
 
+import contextlib
+import functools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segdistill.config import flatten, to_dict
 from segdistill.engine.tracker import Tracker
-from segdistill.errors import UserError
+from segdistill.errors import Interrupted, UserError
 from segdistill.files import new_folder, read_sealed_json, seal
 from segdistill.identity import Identity
 from segdistill.plan import (
@@ -91,34 +94,46 @@ def run(
         Seconds by activity.
     """
     from segdistill.data.memory import Memory
+    from segdistill.data.shards import read_dataset_info
     from segdistill.engine.distributed import processes as join
+    from segdistill.engine.parts import divided, run_parts
     from segdistill.stages._training import dataset, forget
 
     cohort: CohortPlan = read_plan(CohortPlan, plan)
     protocol, work = cohort.protocol, work or students.with_name(students.name + ".work")
-    spent = {"data": 0.0, "training": 0.0, "evaluation": 0.0}
     with join(device) as processes:
-        info, train_set, val_set = dataset(prepared, Memory(protocol.train.cache_gib))
-        members = _members(cohort, info, teacher)
+        members = _members(cohort, read_dataset_info(prepared), teacher)
         waiting = [member for member in members if not _is_there(students, member)]
         processes.barrier()  # all have seen what is there
         if processes.is_main:
             students.mkdir(parents=True, exist_ok=True)
             (students / RECORD).unlink(missing_ok=True)
             remove_others(students, {member.planned.experiment for member in members})
-        frozen = None
-        if any(member.needs_teacher for member in waiting):
-            frozen = _verified_teacher(teacher, info, val_set, protocol, processes)
-        # A clock that several trainings share is not the clock of one.
-        for group in [waiting] if protocol.train.iterations else [[member] for member in waiting]:
-            if group:
-                seconds = _train(group, protocol, info, train_set, val_set, frozen, students, work, tracker, processes)
-                spent = {activity: spent[activity] + seconds[activity] for activity in spent}
+        # Those that the teacher teaches first, so that few parts need it. A clock that several trainings share is not
+        # the clock of one.
+        waiting.sort(key=lambda member: not member.needs_teacher)
+        parts = (
+            [[part] for part in divided(waiting, lambda member: len(member.planned.settings.students), processes)]
+            if protocol.train.iterations
+            else [[[member] for member in waiting]]
+        )
+        room = protocol.train.cache_gib
+        info, train_set, val_set = dataset(prepared, Memory(room if room == "auto" else room / max(1, len(parts))))
+
+        def train(number: int, groups: Sequence[Sequence[Member]]) -> dict[str, float]:
+            here, spent, frozen = replace(processes, part=number), Counter[str](), None
+            if any(member.needs_teacher for group in groups for member in group):
+                frozen = _verified_teacher(teacher, info, val_set, protocol, here)
+            for group in groups:
+                spent.update(_train(group, protocol, info, train_set, val_set, frozen, students, work, tracker, here))
+            return dict(spent)
+
+        spent = run_parts([functools.partial(train, number, groups) for number, groups in enumerate(parts)])
         if processes.is_main:
             write_record(students, [member.planned.job for member in members])
             forget(work)
         processes.barrier()
-    return spent
+    return max(spent, key=lambda seconds: sum(seconds.values()), default={})
 
 
 def _members(cohort: CohortPlan, info: "DatasetInfo", teacher: Path) -> list[Member]:
@@ -163,7 +178,8 @@ def _train(
         trainings, train_set, val_set, protocol.train, inference=protocol.inference, seed=group[0].planned.seed,
         teacher=frozen, processes=processes,
     )  # fmt: skip
-    outcomes = cohort.run()
+    with _ended(trackers.values()):
+        outcomes = cohort.run()
     for member, training in zip(group, trainings, strict=True):
         outcome, output = outcomes[training.name], students / member.planned.experiment
         if not processes.is_main:
@@ -181,6 +197,21 @@ def _train(
             child.close("FAILED" if isinstance(outcome, Diverged) else "FINISHED")
     processes.barrier()
     return cohort.seconds
+
+
+@contextlib.contextmanager
+def _ended(trackers: Iterable[Mapping[str, Tracker]]) -> Iterator[None]:
+    """Ends the runs with what became of them, if the training did not come to its end."""
+    status = "FAILED"
+    try:
+        yield
+        status = ""
+    except (Interrupted, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        for child in (child for children in trackers for child in children.values() if status):
+            child.close(status)
 
 
 def _training(
