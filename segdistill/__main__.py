@@ -32,6 +32,8 @@ def parser() -> argparse.ArgumentParser:
     synth.add_argument("--out", type=Path, required=True)
     synth.add_argument("--seed", type=int, default=0)
     synth.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), default=(128, 96))
+    synth.add_argument("--classes", choices=["large", "all"], default="large",
+                       help="all 11 of CamVid, or the 6 large ones, the thin ones void (%(default)s)")  # fmt: skip
     for split in ("train", "val", "test"):
         synth.add_argument(f"--{split}", type=int, help=f"number of {split} scenes")
     importing = data.add_parser("import", help="bring a data set of a known layout into data/")

@@ -10,7 +10,8 @@ def command(arguments: argparse.Namespace) -> None:
 
         samples = dict(streets.DEFAULT_SAMPLES)
         samples |= {split: count for split in samples if (count := getattr(arguments, split)) is not None}
-        streets.write(arguments.out, seed=arguments.seed, size=tuple(arguments.size), samples=samples)
+        size, classes = tuple(arguments.size), arguments.classes
+        streets.write(arguments.out, seed=arguments.seed, size=size, samples=samples, classes=classes)
     elif arguments.action == "fetch":
         from segdistill.adapters.dvc_remote import fetch
 

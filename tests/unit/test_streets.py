@@ -153,7 +153,7 @@ def test_a_scene_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None:
 def test_the_folder_holds_pictures_masks_and_classes(tmp_path: Path) -> None:
     out = tmp_path / "data"
     out.mkdir()  # an empty folder may stand there
-    streets.write(out, size=(97, 65), samples=TINY, workers=1)
+    streets.write(out, size=(97, 65), samples=TINY, classes="all", workers=1)
     files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     assert files == [
         "README.txt",
@@ -177,12 +177,29 @@ def test_the_folder_holds_pictures_masks_and_classes(tmp_path: Path) -> None:
 
 
 def test_classes_json_names_camvids_classes_in_its_order(tmp_path: Path) -> None:
-    streets.write(tmp_path / "data", size=(32, 24), samples=TINY, workers=1)
+    streets.write(tmp_path / "data", size=(32, 24), samples=TINY, classes="all", workers=1)
     stored = json.loads((tmp_path / "data" / "classes.json").read_text())
     assert stored["ignore_index"] == 255
     names = [entry["name"] for entry in stored["classes"]]
     assert " ".join(names) == "sky building pole road pavement tree sign_symbol fence car pedestrian bicyclist"
     assert stored["classes"][4] == {"name": "pavement", "color": [60, 40, 222]}
+
+
+def test_the_default_data_label_the_large_classes_of_the_same_pictures(tmp_path: Path) -> None:
+    for classes in ("all", "large"):
+        streets.write(tmp_path / classes, size=(64, 48), samples=TINY, classes=classes, workers=1)
+    names = {
+        classes: [entry["name"] for entry in json.loads((tmp_path / classes / "classes.json").read_text())["classes"]]
+        for classes in ("all", "large")
+    }
+    assert " ".join(names["large"]) == "sky building road pavement tree car"
+    for path in sorted((tmp_path / "all/masks").rglob("*.png")):
+        whole, large = (np.asarray(Image.open(tmp_path / one / path.relative_to(tmp_path / "all"))) for one in names)
+        for index, name in enumerate(names["all"]):
+            expected = names["large"].index(name) if name in names["large"] else 255
+            assert (large[whole == index] == expected).all()
+    pictures = [digest(tmp_path / classes / "images") for classes in ("all", "large")]
+    assert pictures[0] == pictures[1]
 
 
 def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path) -> None:
