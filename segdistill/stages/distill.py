@@ -203,6 +203,7 @@ def _training(
         fingerprint=member.identity.key,
         work=work / planned.experiment,
         trackers=trackers,
+        budget=planned.settings.budget,
     )
 
 
