@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from segdistill.adapters.mlflow_names import file_name
 from segdistill.adapters.mlflow_spool import Sender, Spool
 from segdistill.adapters.mlflow_store import (
     DatasetFacts,
@@ -173,7 +174,8 @@ class MlflowTracker:
 
     def finish_pipeline(self, status: str) -> None:
         """Ends the parent run; a failure before anything was logged leaves no trace."""
-        if status == "FINISHED" or self._spool is not None or any(child._spool is not None for child in self._children):
+        spools = self.settings.spool / file_name(self.settings.pipeline_run)
+        if status == "FINISHED" or next(spools.glob("*.meta.json"), None):
             finish_parent(self.settings.store, self.settings.pipeline_run, status)
 
     def _open(self) -> Spool:

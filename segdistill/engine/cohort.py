@@ -23,7 +23,7 @@ from segdistill.engine.evaluate import Evaluation, evaluate_together
 from segdistill.engine.progress import TrainingBar
 from segdistill.engine.settings import InferenceConfig, TrainConfig
 from segdistill.engine.stopwatch import timed
-from segdistill.engine.trainer import AGREE_EVERY, Diverged, Result, Trainer, Training, autocast
+from segdistill.engine.trainer import AGREE_EVERY, Diverged, Ended, Result, Trainer, Training, autocast
 from segdistill.errors import Interrupted, UserError, stop_on_sigterm
 from segdistill.losses import valid_mask
 from segdistill.models.segmenter import Segmenter
@@ -91,11 +91,11 @@ class Cohort:
             self.teacher = teacher.to(processes.device, memory_format=layout)  # type: ignore[call-overload]
             if config.compile:
                 self.teacher.compile()
-        self.outcomes: dict[str, Result | Diverged] = {}
+        self.outcomes: dict[str, Result | Ended] = {}
         # What the cohort as a whole took of this process's time after its first step, by activity.
         self.seconds = {"data": 0.0, "training": 0.0, "evaluation": 0.0}
 
-    def run(self) -> dict[str, Result | Diverged]:
+    def run(self) -> dict[str, Result | Ended]:
         """Trains to the end of the budget, from the checkpoints that are there; what became of each member, by name.
 
         Raises:
@@ -155,9 +155,8 @@ class Cohort:
 
     def _bar(self) -> TrainingBar:
         ends = [member.iterations for member in self.members.values() if member.iterations is not None]
-        return TrainingBar(
-            list(self.members), max(ends, default=None), self.config.batch_size, enabled=self.processes.is_main
-        )
+        shown = self.processes.is_main and not self.processes.part
+        return TrainingBar(list(self.members), max(ends, default=None), self.config.batch_size, enabled=shown)
 
     def _batches(self, iteration: int) -> Iterator[tuple[Tensor, Tensor]]:
         config, processes = self.config, self.processes
@@ -224,16 +223,16 @@ class Cohort:
 
     @contextlib.contextmanager
     def _ending_alone(self, name: str) -> Iterator[None]:
-        """A member that diverges inside ends; the others go on."""
+        """A member that diverges inside, or is ended by its judge, ends; the others go on."""
         try:
             yield
-        except Diverged as diverged:
-            logger.warning("%s: %s", name, diverged)
-            self.outcomes[name] = diverged
+        except Ended as ended:
+            logger.log(logging.WARNING if isinstance(ended, Diverged) else logging.INFO, "%s: %s", name, ended)
+            self.outcomes[name] = ended
             member = self.members.pop(name)
             if self.processes.is_main:
                 for tracker in member.training.trackers.values():
-                    tracker.tags({"diverged": f"at iteration {diverged.iteration}: {diverged.reason}"})
+                    tracker.tags({ended.became: f"at iteration {ended.iteration}: {ended.reason}"})
 
     # -- validation ---------------------------------------------------------------------------------------------------
 

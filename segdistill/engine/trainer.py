@@ -8,7 +8,7 @@ import contextlib
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ class Training:
         work: folder of the resume checkpoint.
         trackers: one a student, by its name.
         budget: a multiple of the loop's budget.
+        judge: is told the iteration and the scores of each validation but the last, alike in all processes; raises
+            :class:`Ended` where it is not worth going on.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Training:
     work: Path
     trackers: Mapping[str, Tracker]
     budget: float = 1.0
+    judge: Callable[[int, Mapping[str, Evaluation]], None] | None = None
 
 
 @dataclass
@@ -77,20 +80,31 @@ class Result:
     startup_seconds: float = 0.0  # of first steps, which wait for compilers, caches and the first data
 
 
-class Diverged(UserError):
-    """A training that ended in numbers that are not finite: nothing good can come of it, and its weights are lost.
+class Ended(UserError):
+    """A training that ended before its budget, alone; the other members of its cohort went on.
 
     Args:
-        iteration: by which it was found.
-        reason: what is not finite.
+        iteration: by which it ended.
+        reason: why.
     """
 
+    became = "ended"  # the tag that says so
+
     def __init__(self, iteration: int, reason: str) -> None:
-        super().__init__(
-            f"{reason} by iteration {iteration}: the training diverged; lower its learning rate or the"
+        super().__init__(f"{self.became} by iteration {iteration}: {reason}")
+        self.iteration, self.reason = iteration, reason
+
+
+class Diverged(Ended):
+    """A training that ended in numbers that are not finite: nothing good can come of it, and its weights are lost."""
+
+    became = "diverged"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.reason} by iteration {self.iteration}: the training diverged; lower its learning rate or the"
             " weights of its methods (segdistill calibrate shows them)"
         )
-        self.iteration, self.reason = iteration, reason
 
 
 @dataclass
@@ -342,6 +356,7 @@ class Trainer:
 
         Raises:
             Diverged: a network's scores are not finite.
+            Ended: the judge ends it.
         """
         step = self.progress.iteration
         for name, evaluation in evaluations.items():
@@ -358,6 +373,9 @@ class Trainer:
                 self.progress.best[name] = evaluation.miou
                 student = self.learner.students[name]
                 self.kept[name] = {key: value.detach().clone() for key, value in student.state_dict().items()}
+
+        if self.training.judge is not None and self.fraction < 1.0:
+            self.training.judge(step, evaluations)
 
     def restore_best(self, evaluations: Mapping[str, Evaluation]) -> dict[str, Segmenter]:
         """Takes back the weights of students that were better before, if any were kept; gives these students."""

@@ -1,14 +1,17 @@
 """One cohort of the matrix: students that learn from the frozen teacher, or from each other, on the same batches."""
 
+import contextlib
+import functools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from segdistill.config import flatten, to_dict
 from segdistill.engine.tracker import Tracker
-from segdistill.errors import UserError
+from segdistill.errors import Interrupted, UserError
 from segdistill.files import new_folder, read_sealed_json, seal
 from segdistill.identity import Identity
 from segdistill.plan import (
@@ -31,8 +34,11 @@ from segdistill.stages._cohort import RECORD, diverged, job_folders, made_by, re
 if TYPE_CHECKING:
     from segdistill.data.shards import DatasetInfo, ShardDataset
     from segdistill.engine.distributed import Processes
-    from segdistill.engine.trainer import Training
+    from segdistill.engine.evaluate import Evaluation
+    from segdistill.engine.trainer import Ended, Result, Training
     from segdistill.models.teacher import Teacher
+
+T = TypeVar("T")
 
 AGAIN = "run the stage 'distill' again"
 
@@ -46,6 +52,19 @@ class Member:
     methods: Sequence[Any]  # their configs
     needs_teacher: bool
     identity: Identity
+    trial: str = ""  # what tells it from other members of this experiment
+    judge: "Callable[[int, Mapping[str, Evaluation]], None] | None" = None  # see Training
+
+    @property
+    def name(self) -> str:
+        """Its own among the members."""
+        return f"{self.planned.experiment}-{self.trial}" if self.trial else self.planned.experiment
+
+    @property
+    def cost(self) -> float:
+        """How long it trains, compared with one student on the plan's budget."""
+        settings = self.planned.settings
+        return len(settings.students) * settings.budget
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -59,7 +78,8 @@ class Member:
         planned, children = self.planned, {}
         settings = planned.settings
         for name, student in settings.students.items():
-            child = tracker.child(run_name(planned.experiment, planned.seed, name, settings.students))
+            run = run_name(planned.experiment, planned.seed, name, settings.students)
+            child = tracker.child(f"{run}-{self.trial}" if self.trial else run)
             # The teacher's names, so that all runs share their columns.
             child.params(flatten({**to_dict(self.protocol), **to_dict(student), "seed": planned.seed}))
             child.params(flatten({"methods": settings.methods}))
@@ -69,6 +89,19 @@ class Member:
             })  # fmt: skip
             children[name] = child
         return children
+
+
+@dataclass(frozen=True)
+class Common:
+    """What members that train together have in common."""
+
+    protocol: DistillConfig
+    info: "DatasetInfo"
+    train_set: "ShardDataset"
+    val_set: "ShardDataset"
+    teacher: "Teacher | None"
+    processes: "Processes"
+    work: Path  # for checkpoints, a folder a member
 
 
 def run(
@@ -90,49 +123,86 @@ def run(
     Returns:
         Seconds by activity.
     """
-    from segdistill.data.memory import Memory
+    from segdistill.data.shards import read_dataset_info
     from segdistill.engine.distributed import processes as join
-    from segdistill.stages._training import dataset, forget
+    from segdistill.stages._training import forget
 
     cohort: CohortPlan = read_plan(CohortPlan, plan)
     protocol, work = cohort.protocol, work or students.with_name(students.name + ".work")
-    spent = {"data": 0.0, "training": 0.0, "evaluation": 0.0}
     with join(device) as processes:
-        info, train_set, val_set = dataset(prepared, Memory(protocol.train.cache_gib))
-        members = _members(cohort, info, teacher)
+        info, weights = read_dataset_info(prepared), teacher_hash(teacher)
+        members = [as_member(planned, protocol, info.content_hash, weights) for planned in cohort.jobs]
         waiting = [member for member in members if not _is_there(students, member)]
         processes.barrier()  # all have seen what is there
         if processes.is_main:
             students.mkdir(parents=True, exist_ok=True)
             (students / RECORD).unlink(missing_ok=True)
             remove_others(students, {member.planned.experiment for member in members})
-        frozen = None
-        if any(member.needs_teacher for member in waiting):
-            frozen = _verified_teacher(teacher, info, val_set, protocol, processes)
-        # A clock that several trainings share is not the clock of one.
-        for group in [waiting] if protocol.train.iterations else [[member] for member in waiting]:
-            if group:
-                seconds = _train(group, protocol, info, train_set, val_set, frozen, students, work, tracker, processes)
-                spent = {activity: spent[activity] + seconds[activity] for activity in spent}
+
+        def train(group: Sequence[Member], common: Common) -> dict[str, float]:
+            return _train(group, common, students, tracker)
+
+        spent = in_parts(waiting, protocol, prepared, teacher, work, processes, train)
         if processes.is_main:
             write_record(students, [member.planned.job for member in members])
             forget(work)
         processes.barrier()
-    return spent
+    totals = [sum(map(Counter, groups), Counter[str]()) for groups in spent]
+    return max(map(dict, totals), key=lambda seconds: sum(seconds.values()), default={})
 
 
-def _members(cohort: CohortPlan, info: "DatasetInfo", teacher: Path) -> list[Member]:
+def in_parts(
+    members: Sequence[Member],
+    protocol: DistillConfig,
+    prepared: Path,
+    teacher: Path,
+    work: Path,
+    processes: "Processes",
+    act: Callable[[Sequence[Member], Common], T],
+) -> list[list[T]]:
+    """Calls ``act`` with members that train together, in as many processes as pay; what it gave, by process.
+
+    Raises:
+        UserError: the teacher is not what was trained; see :func:`_verified_teacher`.
+    """
+    from segdistill.data.memory import Memory
+    from segdistill.engine.parts import divided, run_parts
+    from segdistill.stages._training import dataset
+
+    # Those that the teacher teaches first, so that few parts need it. A clock that several trainings share is not
+    # the clock of one.
+    members = sorted(members, key=lambda member: not member.needs_teacher)
+    parts = (
+        [[part] for part in divided(members, lambda member: member.cost, processes)]
+        if protocol.train.iterations
+        else [[[member] for member in members]]
+    )
+    room = protocol.train.cache_gib
+    info, train_set, val_set = dataset(prepared, Memory(room if room == "auto" else room / max(1, len(parts))))
+
+    def run_part(number: int, groups: Sequence[Sequence[Member]]) -> list[T]:
+        here, frozen = replace(processes, part=number), None
+        if any(member.needs_teacher for group in groups for member in group):
+            frozen = _verified_teacher(teacher, info, val_set, protocol, here)
+        common = Common(protocol, info, train_set, val_set, frozen, here, work)
+        return [act(group, common) for group in groups]
+
+    return run_parts([functools.partial(run_part, number, groups) for number, groups in enumerate(parts)])
+
+
+def teacher_hash(teacher: Path) -> str | None:
+    """The SHA-256 of the teacher's weights."""
     weights = read_sealed_json(teacher, f"{TEACHER}.json", mend="run the stage 'train_teacher' again").get("sha256")
-    members = []
-    for planned in cohort.jobs:
-        kind, methods = parse_methods(planned.experiment, planned.settings)
-        identity = Identity(
-            info.content_hash, weights if kind == "offline" else None, planned.seed,
-            decisive(planned, cohort.protocol), code_of_job(methods),
-        )  # fmt: skip
-        configs = [config for _, config in methods]
-        members.append(Member(planned, cohort.protocol, configs, kind == "offline", identity))
-    return members
+    return None if weights is None else str(weights)
+
+
+def as_member(planned: PlannedJob, protocol: DistillConfig, data: str, teacher: str | None) -> Member:
+    """A job with its identity; see :class:`Identity` for the hashes of the data and of the teacher."""
+    kind, methods = parse_methods(planned.experiment, planned.settings)
+    identity = Identity(
+        data, teacher if kind == "offline" else None, planned.seed, decisive(planned, protocol), code_of_job(methods)
+    )  # fmt: skip
+    return Member(planned, protocol, [config for _, config in methods], kind == "offline", identity)
 
 
 def _is_there(students: Path, member: Member) -> bool:
@@ -140,70 +210,96 @@ def _is_there(students: Path, member: Member) -> bool:
     return member.identity.key in (made_by(folder, TRAINED), made_by(folder, DIVERGED))
 
 
-def _train(
-    group: Sequence[Member],
-    protocol: DistillConfig,
-    info: "DatasetInfo",
-    train_set: "ShardDataset",
-    val_set: "ShardDataset",
-    frozen: "Teacher | None",
-    students: Path,
-    work: Path,
-    tracker: Tracker,
-    processes: "Processes",
-) -> dict[str, float]:
+def _train(group: Sequence[Member], common: Common, students: Path, tracker: Tracker) -> dict[str, float]:
     """Trains some members on the same batches and writes what they gave; returns seconds by activity."""
-    from segdistill.engine.cohort import Cohort
     from segdistill.engine.trainer import Diverged
     from segdistill.stages._training import write
 
-    trackers = {member.planned.experiment: member.trackers(tracker) for member in group}
-    trainings = [_training(member, info, frozen, work, trackers[member.planned.experiment]) for member in group]
-    cohort = Cohort(
-        trainings, train_set, val_set, protocol.train, inference=protocol.inference, seed=group[0].planned.seed,
-        teacher=frozen, processes=processes,
-    )  # fmt: skip
-    outcomes = cohort.run()
-    for member, training in zip(group, trainings, strict=True):
-        outcome, output = outcomes[training.name], students / member.planned.experiment
-        if not processes.is_main:
-            continue
+    def keep(member: Member, training: "Training", outcome: "Result | Ended") -> None:
+        output = students / member.planned.experiment
         if isinstance(outcome, Diverged):
             _record_divergence(output, member, outcome.iteration, outcome.reason)
         else:
+            assert not isinstance(outcome, UserError)
             write(
-                output, training.learner, outcome, info, identity=member.identity, facts=member.facts,
+                output, training.learner, outcome, common.info, identity=member.identity, facts=member.facts,
                 trackers=training.trackers,
             )  # fmt: skip
+
+    return train_together(group, common, tracker, keep)
+
+
+def train_together(
+    group: Sequence[Member],
+    common: Common,
+    tracker: Tracker,
+    keep: "Callable[[Member, Training, Result | Ended], None]",
+) -> dict[str, float]:
+    """Trains some members on the same batches; returns seconds by activity.
+
+    Args:
+        group: the members, all of one seed.
+        common: what they share.
+        tracker: their runs become its children.
+        keep: is given, by the main process, each member with what became of it, before its runs are closed.
+    """
+    from segdistill.engine.cohort import Cohort
+    from segdistill.engine.trainer import Diverged
+
+    trackers = {member.name: member.trackers(tracker) for member in group}
+    trainings = [_training(member, common, trackers[member.name]) for member in group]
+    cohort = Cohort(
+        trainings, common.train_set, common.val_set, common.protocol.train, inference=common.protocol.inference,
+        seed=group[0].planned.seed, teacher=common.teacher, processes=common.processes,
+    )  # fmt: skip
+    with _ended(trackers.values()):
+        outcomes = cohort.run()
+    for member, training in zip(group, trainings, strict=True):
+        outcome = outcomes[training.name]
+        if not common.processes.is_main:
+            continue
+        keep(member, training, outcome)
         for child in training.trackers.values():
-            if isinstance(outcome, Diverged):
-                child.tags({"diverged": f"at iteration {outcome.iteration}: {outcome.reason}"})
             child.close("FAILED" if isinstance(outcome, Diverged) else "FINISHED")
-    processes.barrier()
+    common.processes.barrier()
     return cohort.seconds
 
 
-def _training(
-    member: Member, info: "DatasetInfo", frozen: "Teacher | None", work: Path, trackers: Mapping[str, Tracker]
-) -> "Training":
+@contextlib.contextmanager
+def _ended(trackers: Iterable[Mapping[str, Tracker]]) -> Iterator[None]:
+    """Ends the runs with what became of them, if the training did not come to its end."""
+    status = "FAILED"
+    try:
+        yield
+        status = ""
+    except (Interrupted, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        for child in (child for children in trackers for child in children.values() if status):
+            child.close(status)
+
+
+def _training(member: Member, common: Common, trackers: Mapping[str, Tracker]) -> "Training":
     from segdistill.engine.building import build_learner
     from segdistill.engine.trainer import Training
 
-    planned = member.planned
+    planned, frozen = member.planned, common.teacher
     students = planned.settings.students
     learner = build_learner(
         {name: student.model for name, student in students.items()}, member.methods, seed=planned.seed,
-        num_classes=info.num_classes, teacher=frozen.info if frozen and member.needs_teacher else None,
+        num_classes=common.info.num_classes, teacher=frozen.info if frozen and member.needs_teacher else None,
         supervised=planned.settings.supervised, auxiliary=planned.settings.auxiliary,
     )  # fmt: skip
     return Training(
-        name=planned.experiment,
+        name=member.name,
         learner=learner,
         optimizers={name: student.optimizer for name, student in students.items()},
         fingerprint=member.identity.key,
-        work=work / planned.experiment,
+        work=common.work / member.name,
         trackers=trackers,
         budget=planned.settings.budget,
+        judge=member.judge,
     )
 
 

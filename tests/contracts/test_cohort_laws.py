@@ -1,5 +1,6 @@
 """Laws of a cohort: what its members become does not depend on who trains beside them."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from test_loop_laws import finished, result, two
 from segdistill.engine import checkpoint, cohort, stopwatch
 from segdistill.engine.distributed import Processes
 from segdistill.engine.tracker import NullTracker
-from segdistill.engine.trainer import Diverged, Result
+from segdistill.engine.trainer import Diverged, Ended, Result
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 # Dropout in all; masks that are drawn, memories, critics, heads with an optimiser of their own, peers.
@@ -33,7 +34,12 @@ class Recorder(NullTracker):
 
 
 def together(
-    work: Path, names: Sequence[str], dead: str = "", budgets: Mapping[str, float] = EQUAL, **changes: Any
+    work: Path,
+    names: Sequence[str],
+    dead: str = "",
+    judges: Any = None,
+    budgets: Mapping[str, float] = EQUAL,
+    **changes: Any,
 ) -> tuple[Any, dict[str, Trained]]:
     """A cohort of these methods, and what became of its members; the ``dead`` one's loss is NaN from step 3 on."""
     trainings = [
@@ -45,6 +51,8 @@ def together(
     settings = {"iterations": 7, "accumulate": 2, "select": "best"} | changes
     trained = tiny.make_cohort(trainings, ALONE, **settings)
     members = dict(trained.members)
+    for name, judge in (judges or {}).items():
+        members[name].training = dataclasses.replace(members[name].training, judge=judge)
     if dead:
         poison(members[dead])
     outcomes = trained.run()
@@ -158,6 +166,22 @@ def test_a_member_that_diverges_ends_alone_and_leaves_the_others_as_they_are(
     diverged = outcomes["fitnet"]
     assert isinstance(diverged, Diverged) and diverged.iteration == 4 and "is not finite" in diverged.reason
     assert set(trained) == {"kd", "dml"}
+    assert_equal(trained, alone)
+
+
+def test_a_member_that_its_judge_ends_leaves_the_others_as_they_are(tmp_path: Path, alone: dict[str, Trained]) -> None:
+    heard = []
+
+    def judge(iteration: int, scores: Any) -> None:
+        heard.append((iteration, set(scores)))
+        raise Ended(iteration, "not worth it")
+
+    judges = {"fitnet": judge, "dml": lambda *heard_of: heard.append(heard_of)}
+    outcomes, trained = together(tmp_path, ["kd", "fitnet", "dml"], judges=judges)
+    ended = outcomes["fitnet"]
+    assert isinstance(ended, Ended) and not isinstance(ended, Diverged)
+    assert heard[0] == (ended.iteration, {"cnn"}) and ended.iteration < 7
+    assert max(iteration for iteration, _ in heard) < 7, "the last validation is nobody's to judge"
     assert_equal(trained, alone)
 
 

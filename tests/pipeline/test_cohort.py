@@ -92,6 +92,21 @@ def test_one_changed_experiment_trains_one_student(
     assert not (tmp_path / "s0.work").exists()
 
 
+def test_parts_of_a_cohort_in_processes_of_their_own_give_what_one_process_gives(
+    train: Callable[..., Names], tmp_path: Path
+) -> None:
+    train("none", "kd")
+    one = content(tmp_path / "s0")
+    (tmp_path / "s0").rename(tmp_path / "former")
+    torch.set_num_threads(2)
+    try:
+        assert not train("none", "kd").runs, "the runs are of the processes that train"
+    finally:
+        torch.set_num_threads(1)
+    assert content(tmp_path / "s0") == one
+    assert not (tmp_path / "s0.work").exists()
+
+
 def test_how_a_training_is_watched_is_no_part_of_its_identity(
     params: dict[str, Any], train: Callable[..., Names]
 ) -> None:

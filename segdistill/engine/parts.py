@@ -1,0 +1,117 @@
+"""Parts of one stage, each in a process of its own: how a CPU's cores train several students at once.
+
+The operations of a small network on small images are too small to be shared out to cores; whole trainings are not.
+"""
+
+import logging
+import multiprocessing
+import os
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import TypeVar
+
+import torch
+
+from segdistill.engine.distributed import Processes
+from segdistill.errors import Interrupted, UserError, stop_on_sigterm
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+def divided(items: Sequence[T], cost: Callable[[T], float], processes: Processes) -> list[list[T]]:
+    """Neighbouring items together, in as many parts of like cost as this CPU's threads can work on; one on a GPU.
+
+    Under torchrun the processes share each batch instead, so that there is one part, too.
+    """
+    count = min(torch.get_num_threads(), len(items)) if processes.world_size == 1 else 1
+    if count <= 1 or processes.device.type != "cpu":
+        return [list(items)] if items else []
+    whole, before = sum(map(cost, items)), 0.0
+    parts: list[list[T]] = [[] for _ in range(count)]
+    for item in items:  # by where its middle lies
+        parts[min(count - 1, int(count * (before + cost(item) / 2) / whole))].append(item)
+        before += cost(item)
+    return [part for part in parts if part]
+
+
+def run_parts(tasks: Sequence[Callable[[], T]]) -> list[T]:
+    """What the tasks return, each from a process of its own, which has its share of this one's threads.
+
+    A single task runs here. Processes are forked, so that they share what is loaded and start at once; nothing may have
+    been computed with several threads before, and no thread of ours may run. SIGTERM is passed on to them, and what one
+    raises is raised here when all have ended.
+    """
+    if len(tasks) <= 1:
+        return [task() for task in tasks]
+    context, threads = multiprocessing.get_context("fork"), max(1, torch.get_num_threads() // len(tasks))
+    children: list[tuple[BaseProcess, Connection]] = []
+    with stop_on_sigterm() as stop, _no_orphans(children):
+        for task in tasks:
+            reader, writer = context.Pipe(duplex=False)
+            child = context.Process(target=_run, args=(task, threads, writer))
+            child.start()
+            writer.close()
+            children.append((child, reader))
+        answers = _answers(children, stop)
+    failures = [answer for answer in answers if isinstance(answer, BaseException)]
+    for failure in sorted(failures, key=lambda error: isinstance(error, Interrupted)):
+        raise failure  # a mistake rather than the wish to stop
+    return answers  # type: ignore[return-value]
+
+
+def _run(task: Callable[[], T], threads: int, writer: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    answer: T | BaseException
+    try:
+        answer = task()
+    except BaseException as error:
+        if not isinstance(error, UserError | Interrupted | KeyboardInterrupt):
+            error.add_note(traceback.format_exc())
+        answer = error
+    writer.send(answer)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _answers(children: Sequence[tuple[BaseProcess, Connection]], stop: threading.Event) -> list[object]:
+    """What each child sent; where it died without a word, an error that says so."""
+    answers: dict[Connection, object] = {}
+    told = False
+    while len(answers) < len(children):
+        waiting = [reader for _, reader in children if reader not in answers]
+        for reader in wait(waiting, timeout=0.5):
+            assert isinstance(reader, Connection)
+            try:
+                answers[reader] = reader.recv()
+            except EOFError:
+                answers[reader] = UserError(
+                    f"one of {len(children)} training processes was killed, probably for want of memory; set"
+                    " OMP_NUM_THREADS=1 to train in one process, or lower batch_size or crop_size"
+                )
+        if stop.is_set() and not told:
+            told = True
+            for child, _ in children:
+                child.terminate()
+    return [answers[reader] for _, reader in children]
+
+
+@contextmanager
+def _no_orphans(children: Sequence[tuple[BaseProcess, Connection]]) -> Iterator[None]:
+    """Ctrl-C reaches the children as well: they end first."""
+    try:
+        yield
+    finally:
+        for child, _ in children:
+            child.join()

@@ -1,0 +1,91 @@
+"""Parts of a stage in processes of their own: what they return, and how they end."""
+
+import functools
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from segdistill.engine.distributed import Processes
+from segdistill.engine.parts import divided, run_parts
+from segdistill.errors import Interrupted, UserError, stop_on_sigterm
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_neighbours_of_like_cost_go_together() -> None:
+    assert divided([1, 1, 1, 1, 2, 2], float, ALONE) == [[1, 1, 1, 1], [2, 2]]
+    assert divided([1, 9], float, ALONE) == [[1], [9]]
+    assert divided([5], float, ALONE) == [[5]]
+    assert divided([], float, ALONE) == []
+
+
+def test_one_thread_and_a_batch_that_is_shared_make_one_part() -> None:
+    assert divided([1, 1], float, ALONE) == [[1, 1]]
+    torch.set_num_threads(2)
+    assert divided([1, 1], float, Processes(0, 2, torch.device("cpu"))) == [[1, 1]]
+    assert divided([1, 1], float, Processes(0, 1, torch.device("cuda"))) == [[1, 1]]
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_each_part_has_a_process_and_its_share_of_the_threads() -> None:
+    answers = run_parts([lambda: (os.getpid(), torch.get_num_threads())] * 2)
+    assert len({process for process, _ in answers} | {os.getpid()}) == 3
+    assert {threads for _, threads in answers} == {1}
+
+
+def test_a_single_part_runs_here() -> None:
+    assert run_parts([os.getpid]) == [os.getpid()]
+
+
+def test_a_mistake_in_one_part_is_raised_when_the_others_have_ended(tmp_path: Path) -> None:
+    def mistake() -> None:
+        raise UserError("a mistake")
+
+    def work() -> None:
+        time.sleep(0.2)
+        (tmp_path / "done").touch()
+
+    with pytest.raises(UserError, match="a mistake"):
+        run_parts([mistake, work])
+    assert (tmp_path / "done").exists()
+
+
+def test_a_part_that_is_killed_says_what_can_be_done() -> None:
+    with pytest.raises(UserError, match=r"one of 2 training processes was killed.*OMP_NUM_THREADS=1"):
+        run_parts([lambda: None, lambda: os.kill(os.getpid(), signal.SIGKILL)])
+
+
+def test_a_wish_to_stop_reaches_every_part(tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        with stop_on_sigterm() as stop:
+            (tmp_path / str(number)).touch()
+            assert stop.wait(60)
+        raise Interrupted("stopped")
+
+    def tell() -> None:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.01)
+        os.kill(os.getppid(), signal.SIGTERM)
+        with stop_on_sigterm() as stop:
+            stop.wait(60)
+
+    former = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(Interrupted):
+            run_parts([functools.partial(work, 0), functools.partial(work, 1), tell])
+    finally:
+        signal.signal(signal.SIGTERM, former)
