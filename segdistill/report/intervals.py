@@ -22,7 +22,6 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
 from segdistill.errors import UserError
 from segdistill.metrics import iou_from_counts, mean_over_present
@@ -70,6 +69,8 @@ def differences(
     Raises:
         UserError: fewer than two blocks have a labelled pixel.
     """
+    from scipy.special import stdtrit  # not for those who only read a comparison
+
     scores = {
         name: {seed: (_miou(counts.sum(axis=0)), leave_one_out(counts, block)) for seed, counts in seeds.items()}
         for name, seeds in networks.items()

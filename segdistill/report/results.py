@@ -258,13 +258,13 @@ def _trained_as_long(row: Row, twins: Sequence[Row]) -> str | None:
 def warnings(rows: Sequence[Row], experiments: Mapping[str, Any]) -> list[str]:
     """What a reader must know before comparing these rows, a sentence for each kind of trouble."""
     sentences: list[str] = []
-    alone, own_optimizer, budgets = list[str](), list[str](), list[str]()
+    alone, seeds, budgets, own_optimizer = list[str](), list[str](), list[str](), list[str]()
     by_name = {(row.experiment, row.student): row for row in rows}
     for row in rows:
         name = f"{row.experiment} ({row.student})"
         if row.diverged:
             rest = "; its numbers are of the others" if row.seeds else ""
-            sentences.append(f"{name}: {row.divergence}{rest}.")
+            sentences.append(f"{row.experiment}: {row.divergence}{rest}.")
         if row.seeds and row.distilled and row.reference is None:
             alone.append(name)
         if not row.seeds or row.reference is None:
@@ -276,7 +276,7 @@ def warnings(rows: Sequence[Row], experiments: Mapping[str, Any]) -> list[str]:
             continue
         if len(row.gain.seeds) < max(len(row.seeds), len(reference.seeds)):
             common = ", ".join(str(seed) for seed in row.gain.seeds)
-            sentences.append(f"{name} is compared with {row.reference} on the seeds that both have: {common}.")
+            seeds.append(f"{name} and {row.reference}: {common}")
         iterations = [
             [seed.iterations for seed in one.seeds if seed.seed in row.gain.seeds] for one in (row, reference)
         ]
@@ -291,12 +291,13 @@ def warnings(rows: Sequence[Row], experiments: Mapping[str, Any]) -> list[str]:
             "methods to say what distillation did.",
             alone,
         ),
+        ("Compared on the seeds that both have: {}.", seeds),
         ("The budgets differ, so that the difference is not distillation's alone: {}.", budgets),
         ("Each has optimiser settings of its own: {}.", own_optimizer),
     ):
         if members:
             sentences.append(sentence.format("; ".join(members)))
-    return sentences
+    return list(dict.fromkeys(sentences))  # students of one job diverge together
 
 
 def best_row(rows: Sequence[Row]) -> tuple[str, str]:

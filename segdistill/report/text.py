@@ -84,12 +84,12 @@ def rounded(value: float | None, whole_from: float = 10) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """``41 s``, ``12 min``, ``3.4 h``."""
+    """``41 s``, ``2.5 min``, ``12 min``, ``3.4 h``."""
     if value is None:
         return NOTHING
     if value < 120:
         return f"{value:.0f} s"
-    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+    return f"{rounded(value / 60)} min" if value < 7200 else f"{value / 3600:.1f} h"
 
 
 def milliseconds(value: float | None) -> str:
@@ -148,7 +148,7 @@ def equal_time_caption(comparison: Comparison) -> str:
     gains = [row.equal_time_gain for row in comparison.rows]
     sentence = (
         "Each row against the same student undistilled that trained as long, or least longer: one with a larger "
-        "`budget`. An online method's time trains all of its students."
+        "budget. An online method's time trains all of its students."
     )
     return f"{sentence} {family(gains, comparison.protocol)}." if any(gains) else sentence
 
@@ -164,7 +164,9 @@ def headline(comparison: Comparison) -> str:
             "No distilled student has an undistilled reference in this run, so nothing can be said about what "
             "distillation did."
         )
-    names = [name(row) for row in comparison.rows if row.gain and row.gain.verdict == "gains"]
+    names = [
+        f"{name(row)} {points(row.gain.mean)}" for row in comparison.rows if row.gain and row.gain.verdict == "gains"
+    ]
     numbers = [sum(gain.verdict == verdict for gain in gains) for verdict in VERDICTS]
     rest = f"{numbers[1]} of {len(gains)} lose, of {numbers[2]} nothing is shown"
     alone = "" if len(comparison.protocol.seeds) > 1 else ", and a single seed may be luck"
@@ -173,7 +175,7 @@ def headline(comparison: Comparison) -> str:
     verb = "gains" if len(names) == 1 else "gain"
     return (
         f"{len(names)} of {plural(len(gains), 'distilled student')} {verb} over the same student undistilled: "
-        f"{', '.join(names)}; {rest}{alone}."
+        f"{', '.join(names)} points; {rest}{alone}."
     )
 
 
