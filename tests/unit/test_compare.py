@@ -242,8 +242,8 @@ def test_numbers_are_those_of_a_direct_computation(compared: tuple[Inputs, Compa
         assert row.test_miou.std == pytest.approx(np.std(scores, ddof=1))
         assert row.val_miou.mean == pytest.approx(ACCURACY[row.experiment] - 0.02)
         assert row.params == PARAMS[row.student]
-    shown = [(row.experiment, row.student) for row in comparison.rows]
-    assert shown == [("none", "cnn"), ("none_vit", "vit"), ("kd", "cnn"), ("dml", "cnn"), ("dml", "vit")]
+    order = [(row.experiment, row.student) for row in comparison.rows]
+    assert order == [("none", "cnn"), ("none_vit", "vit"), ("kd", "cnn"), ("dml", "cnn"), ("dml", "vit")]
     assert comparison.best == ("kd", "cnn")
 
 
