@@ -86,7 +86,7 @@ def of_the_comparison(counts: NDArray[np.float64], block: int, rows: int) -> Bou
     # Bonferroni divides by the rows given; a single row's interval is that at another confidence.
     confidence = 1 - (1 - CONFIDENCE) * (len(counts) - 1) / rows
     intervals = differences(networks, dict.fromkeys(range(1, len(counts)), 0), confidence=confidence, block=block)
-    return np.array([one.low for one in intervals.values()]), np.array([one.high for one in found.values()])
+    return np.array([one.low for one in intervals.values()]), np.array([one.high for one in intervals.values()])
 
 
 def of_each_row_alone(counts: NDArray[np.float64], block: int, rows: int) -> Bounds:
