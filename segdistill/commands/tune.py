@@ -164,13 +164,12 @@ class Tuning:
             if processes.world_size > 1:
                 raise UserError("tune trains in one process; start it several times instead: they share the trials")
             for seed in self.config.seeds:
-                trials = {
-                    self._member(name, trial, seed): trial
+                pairs = [
+                    (self._member(name, trial, seed), trial)
                     for name, several in claimed.items() for trial in several if _scores(seed) not in trial.notes
-                }  # fmt: skip
-                waiting = {member.name: trial for member, trial in trials.items() if member.name not in ended}
-                act = functools.partial(self._train_group, trials=waiting)
-                members = [member for member in trials if member.name in waiting]
+                ]  # fmt: skip
+                members = [member for member, _ in pairs if member.name not in ended]
+                act = functools.partial(self._train_group, trials={member.name: trial for member, trial in pairs})
                 work = self.work / f"s{seed}"
                 parts = in_parts(members, self.protocol, self.prepared, self.teacher, work, processes, act)
                 ended |= {name for part in parts for group in part for name in group}
@@ -219,7 +218,7 @@ class Tuning:
 
     def write(self, params_text: str, output: Path) -> None:
         """Fills the output folder: the tuned parameters, the page, and the trials as JSON."""
-        from segdistill.report import tuning as report
+        import segdistill.report.tuning as report
 
         with self.searches() as searches:
             results = [

@@ -38,7 +38,7 @@ class Result:
 
     @cached_property
     def finished(self) -> list["Trial"]:
-        """Those with a score."""
+        """Those that came to their end, which gives a score."""
         return [trial for trial in self.trials if trial.score is not None]
 
     @property
@@ -69,6 +69,11 @@ class Result:
         if self.present is None or self.best is None:
             return None
         return (self.best.score or 0.0) - (self.present.score or 0.0)
+
+    def percent(self, trial: "Trial") -> float:
+        """The score of a finished trial."""
+        assert trial.score is not None
+        return 100 * trial.score
 
     def value(self, parameter: Parameter, trial: "Trial") -> float:
         """What a trial had."""
@@ -110,11 +115,11 @@ class Report:
     def findings(self) -> list[str]:
         """What to read first."""
         better = [result for result in self.results if result.tuned and result.gain is not None]
+        gains = listed(f"{result.name} {signed(result.gain)}" for result in better) if better else ""
         sentences = [
-            f"Tuning found better settings than the present ones for {len(better)} of {len(self.results)} experiments"
-            + (f": {listed(f'{result.name} {signed(result.gain)}' for result in better)} points of validation mIoU." if better
-               else ": the present settings stay.")
-        ]  # fmt: skip
+            f"Tuning found better settings than the present ones for {len(better)} of {len(self.results)} experiments: "
+            + (f"{gains} points of validation mIoU." if better else "the present settings stay.")
+        ]
         if lost := [result.name for result in self.results if result.best is None]:
             sentences.append(f"No trial of {listed(lost)} came to its end: the present settings stay.")
         if saved := [result.name for result in self.results if result.best is not None and result.present is None]:
@@ -236,13 +241,13 @@ def _trials(report: Report) -> Any:
     figure = _figure(9, 0.9 + 0.42 * len(report.results))
     axes = figure.add_subplot()
     for y, result in enumerate(report.results):
-        others = [100 * trial.score for trial in result.finished if trial.score is not None and not trial.present]
+        others = [result.percent(trial) for trial in result.finished if not trial.present]
         axes.scatter(others, [y] * len(others), s=30, color=charts.SERIES[0], alpha=0.65, linewidth=0, zorder=3)
         if result.present is not None:
-            axes.scatter([100 * result.present.score], [y], s=75, marker="D", color="none", edgecolor=charts.SERIES[1],
-                         linewidth=2, zorder=4)  # fmt: skip
+            style = {"s": 75, "marker": "D", "color": "none", "edgecolor": charts.SERIES[1], "linewidth": 2}
+            axes.scatter([result.percent(result.present)], [y], zorder=4, **style)
         if result.best is not None:
-            axes.scatter([100 * result.best.score], [y], s=130, color="none", edgecolor=charts.INK, linewidth=1.4,
+            axes.scatter([result.percent(result.best)], [y], s=130, color="none", edgecolor=charts.INK, linewidth=1.4,
                          zorder=5)  # fmt: skip
     axes.set_yticks(range(len(report.results)), [result.name for result in report.results])
     axes.tick_params(axis="y", labelcolor=charts.INK)
@@ -269,9 +274,9 @@ def _values(result: Result) -> Any:
                 if trial.present
                 else {"marker": "o", "s": 24, "color": charts.SERIES[0], "alpha": 0.75, "linewidth": 0}
             )
-            axes.scatter([value], [100 * (trial.score or 0.0)], zorder=3, **style)
+            axes.scatter([value], [result.percent(trial)], zorder=3, **style)
             if trial is result.best:
-                axes.scatter([value], [100 * (trial.score or 0.0)], s=105, color="none", edgecolor=charts.INK, zorder=4)
+                axes.scatter([value], [result.percent(trial)], s=105, color="none", edgecolor=charts.INK, zorder=4)
         axes.set_xscale("log" if each.log else "linear")
         margin = 1.15 if each.log else 0.05 * (each.high - each.low)
         axes.set_xlim(*((each.low / margin, each.high * margin) if each.log
