@@ -289,14 +289,15 @@ class Search:
 
 
 class _Sampler(optuna.samplers.TPESampler):
-    """What a trial draws depends on the seed, its number and the trials before it, and not on who asks."""
+    """What a trial draws depends on the seed and on the trials before it, and not on who asks, or how often."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
         super().__init__(n_startup_trials=RANDOM_TRIALS, seed=seed)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        seed = zlib.crc32(f"{self._seed} {study.study_name} {trial.number}".encode())
+        before = sum(_is_first(other) for other in study.get_trials(deepcopy=False) if other.number < trial.number)
+        seed = zlib.crc32(f"{self._seed} {study.study_name} {before}".encode())
         super().__init__(n_startup_trials=RANDOM_TRIALS, seed=seed)
         super().before_trial(study, trial)
 

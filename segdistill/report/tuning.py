@@ -47,6 +47,11 @@ class Result:
         return [trial.score for trial in self.finished if trial.score is not None]
 
     @property
+    def ended_early(self) -> list["Trial"]:
+        """Those that were pruned, or diverged."""
+        return [trial for trial in self.trials if trial.state in ("pruned", "diverged")]
+
+    @property
     def present(self) -> "Trial | None":
         """The trial of the present settings, if it has a score."""
         return next((trial for trial in self.finished if trial.present), None)
@@ -105,6 +110,11 @@ class Report:
     config: TuneConfig
     iterations: int
     results: Sequence[Result]
+
+    @property
+    def ended_early(self) -> list["Trial"]:
+        """Trials without a score."""
+        return [trial for result in self.results for trial in result.ended_early]
 
     @property
     def edges(self) -> list[str]:
@@ -281,6 +291,7 @@ def _values(result: Result) -> Any:
         margin = 1.15 if each.log else 0.05 * (each.high - each.low)
         axes.set_xlim(*((each.low / margin, each.high * margin) if each.log
                         else (each.low - margin, each.high + margin)))  # fmt: skip
+        axes.margins(y=0.15)
         _three_ticks(axes, each)
         axes.grid()
         axes.set_title(label(each.path), fontsize=10)
