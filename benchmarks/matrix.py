@@ -1,4 +1,4 @@
-"""Offline experiments with one teacher and one seed: as a cohort, and one after another. Prints Markdown.
+"""Offline experiments with one teacher and one seed: one after another, as a cohort, and as its parts. Prints Markdown.
 
     python benchmarks/matrix.py [--experiments 12] [--iterations 4] [--size 64 96] [--rounds 2]
 
@@ -9,11 +9,13 @@ On a GPU, at CamVid's size, in some minutes and without a network:
 
 Both train with the real loop and loader, on synthetic streets that are made for it, from the same seed. Every training
 is of a small student (DeepLabV3+ over MobileNetV3-small at half width) under one of the ``--methods``, each time with
-another weight. Each side has a process of its own, and rounds alternate; a first training, not timed, loads what is
-loaded on first use. Peak memory is what PyTorch allocated on a GPU, and the resident set of the process on a CPU.
+another weight. Parts are what stage ``distill`` makes of a cohort on a CPU: a process a thread. Each side has a process
+of its own, and rounds alternate; a first training, not timed, loads what is loaded on first use. Peak memory is what
+PyTorch allocated on a GPU, and the resident set on a CPU, of all processes, what they share counted in each.
 """
 
 import argparse
+import functools
 import itertools
 import multiprocessing
 import resource
@@ -25,7 +27,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from _cost import MIB
@@ -37,6 +39,7 @@ from segdistill.data.shards import ShardDataset, read_dataset_info
 from segdistill.engine.building import build_learner
 from segdistill.engine.cohort import Cohort
 from segdistill.engine.distributed import Processes
+from segdistill.engine.parts import divided, run_parts
 from segdistill.engine.settings import InferenceConfig, TrainConfig
 from segdistill.engine.tracker import NullTracker
 from segdistill.engine.trainer import Diverged, Training
@@ -58,12 +61,12 @@ INFERENCE = {"batch_size": 8, "input_scale": 1.0, "window": None, "window_stride
 
 @dataclass(frozen=True)
 class Side:
-    """Trainings in one process: all at once, or each in a cohort of its own."""
+    """Trainings: each in a cohort of its own, all in one, or in parts with a process each."""
 
     given: argparse.Namespace
     prepared: Path
     experiments: range
-    together: bool
+    kind: Literal["one after another", "a cohort", "its parts"]
 
     def run(self) -> tuple[float, float, int]:
         """Seconds, peak memory in bytes, and the parameters of a student."""
@@ -79,19 +82,29 @@ class Side:
             def training(number: int) -> Training:
                 return self.training(number, Path(work), info.num_classes, teacher)
 
+            if self.kind == "its parts":  # a process that has computed with several threads must not be forked
+                torch.set_num_threads(1)
             self.train([training(0)], teacher, iterations=2)
             (Path(work) / "0" / "resume.safetensors").unlink()
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            seconds, groups = 0.0, [self.experiments] if self.together else [[one] for one in self.experiments]
-            for group in groups:
+
+            def train(group: Sequence[int]) -> tuple[float, int]:
                 trainings = [training(number) for number in group]
-                seconds += self.train(trainings, teacher, iterations=self.given.iterations)
-        parameters = count_parameters(next(iter(trainings[0].learner.students.values())))
-        if device.type == "cuda":
-            return seconds, torch.cuda.max_memory_allocated(), parameters
-        in_bytes = 1 if sys.platform == "darwin" else 1024
-        return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * in_bytes, parameters
+                return self.train(trainings, teacher, iterations=self.given.iterations), resident()
+
+            everything = list(self.experiments)
+            if self.kind == "its parts":
+                torch.set_num_threads(self.given.threads)
+                parts = divided(everything, lambda number: 1.0, Processes(0, 1, device))
+                measured = run_parts([functools.partial(train, part) for part in parts])
+                seconds, peak = max(one for one, _ in measured), sum(size for _, size in measured)
+            else:
+                groups = [everything] if self.kind == "a cohort" else [[number] for number in everything]
+                seconds, peak = sum(train(group)[0] for group in groups), resident()
+            student = training(0).learner.students["student"]
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak
+        return seconds, peak, count_parameters(student)
 
     def training(self, number: int, work: Path, num_classes: int, teacher: Teacher) -> Training:
         methods = self.given.methods
@@ -134,6 +147,11 @@ class Side:
         return seconds
 
 
+def resident() -> int:
+    """The largest resident set of this process, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def in_its_own_process(run: Callable[[], tuple[float, float, int]]) -> tuple[float, float, int]:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(run).result()
@@ -161,13 +179,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     count, images = given.experiments, given.experiments * given.iterations * given.batch_size
     with tempfile.TemporaryDirectory() as folder:
         prepared = make_data(Path(folder), given.size, given.samples)
-        sides = {"one after another": False, "a cohort": True}
+        sides = get_args(Side.__annotations__["kind"])[: 2 if given.device == "cuda" or given.threads == 1 else 3]
         outcomes: dict[str, list[tuple[float, float, int]]] = {name: [] for name in sides}
-        for number, (name, together) in itertools.product(range(given.rounds), sides.items()):
-            outcomes[name].append(in_its_own_process(Side(given, prepared, range(count), together).run))
+        for number, name in itertools.product(range(given.rounds), sides):
+            outcomes[name].append(in_its_own_process(Side(given, prepared, range(count), name).run))
             print(f"round {number + 1}, {name}: {outcomes[name][-1][0]:.1f} s", file=sys.stderr, flush=True)
         sizes = sorted({1, max(1, count // 4), max(1, count // 2)} - {count})
-        peaks = {size: in_its_own_process(Side(given, prepared, range(size), True).run)[1] for size in sizes}
+        peaks = {size: in_its_own_process(Side(given, prepared, range(size), "a cohort").run)[1] for size in sizes}
     peaks[count] = statistics.median(outcome[1] for outcome in outcomes["a cohort"])
     height, width = given.size
     print(

@@ -77,6 +77,9 @@ class ExperimentConfig:
     # Weight of the cross-entropy to the labels; the auxiliary head's has ``auxiliary`` times that.
     supervised: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     auxiliary: Annotated[float, Field(ge=0, le=1e6)] = 0.4
+    # A multiple of the budget, iterations or seconds, for this experiment: an undistilled student may so have the time
+    # that a method takes.
+    budget: Annotated[float, Field(ge=1e-3, le=1000)] = 1.0
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ def command(arguments: argparse.Namespace) -> None:
     """Runs the stage that the command names."""
     stage, started = BY_NAME[arguments.command], time.time()
     params = read_yaml(arguments.params)
-    # What begins a run builds every network in outline; later stages build their own at once.
-    execution.check_params(params, networks=stage.name in ("validate", "prepare", "plan"), here=True)
+    # What begins a run, or any change of what is trained, builds every network in outline; others build their own.
+    execution.check_params(params, networks=stage.name in ("validate", "plan"), here=True)
     cohort = f"s{arguments.seed}" if stage.per_cohort else None
     if cohort is not None and cohort not in cohorts(params["run"], params["seeds"]):
         known = ", ".join(map(str, params["seeds"]))

@@ -23,7 +23,7 @@ from segdistill.engine.evaluate import Evaluation, evaluate_together
 from segdistill.engine.progress import TrainingBar
 from segdistill.engine.settings import InferenceConfig, TrainConfig
 from segdistill.engine.stopwatch import timed
-from segdistill.engine.trainer import Diverged, Ended, Result, Trainer, Training, autocast
+from segdistill.engine.trainer import AGREE_EVERY, Diverged, Ended, Result, Trainer, Training, autocast
 from segdistill.errors import Interrupted, UserError, stop_on_sigterm
 from segdistill.losses import valid_mask
 from segdistill.models.segmenter import Segmenter
@@ -31,15 +31,12 @@ from segdistill.models.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-# Iterations between two agreements of all processes on the clock and on a wish to stop.
-AGREE_EVERY = 10
-
 
 class Cohort:
-    """Trains several learners on one data set, each with the whole of one budget.
+    """Trains several learners on one data set, each with the whole of one budget, or its own multiple of it.
 
     Members step one after another, so that their activations do not add up. One that is ahead of the others, after a
-    resume, waits for them.
+    resume, waits for them; one whose budget is used leaves.
 
     Args:
         trainings: the members.
@@ -126,13 +123,11 @@ class Cohort:
         config, number = self.config, -1
         with (
             stop_on_sigterm() as stop,
-            TrainingBar(config, list(self.members), enabled=self.processes.is_main and not self.processes.part) as bar,
+            self._bar() as bar,
         ):
-            while active := [member for member in self.members.values() if not self._finished(member)]:
-                iteration = min(member.progress.iteration for member in active)
-                takers = {
-                    name: member for name, member in self.members.items() if member.progress.iteration == iteration
-                }
+            while active := {name: member for name, member in self.members.items() if not member.finished}:
+                iteration = min(member.progress.iteration for member in active.values())
+                takers = {name: member for name, member in active.items() if member.progress.iteration == iteration}
                 started = time.monotonic()
                 if iteration != number:  # at first, and where one that was behind the others has diverged
                     batches = self._batches(iteration)
@@ -141,23 +136,27 @@ class Cohort:
                 if number < 0:  # the first step is start-up
                     self.seconds |= {"data": 0.0, "training": 0.0}
                 number = iteration + 1
-                fraction = next(iter(takers.values())).fraction
+                fraction = min(member.fraction for member in active.values())
                 bar.update(number, fraction, self.seconds["data"] + self.seconds["training"], len(takers))
                 stopping = self._agree(stop, number, takers)  # once: a later signal is heard the next time, by all
-                finished = all(self._finished(member) for member in takers.values())
-                if number % config.log_every == 0 or finished:
-                    for name, member in takers.items():
+                for name, member in takers.items():
+                    if number % config.log_every == 0 or member.finished:
                         with self._ending_alone(name):
-                            member.log(finished=finished)
-                if number % config.validate_every == 0 and not finished:
-                    self._validate(takers)
-                # At the end, too: who is told to stop during the last validation trains nothing anew.
-                if number % config.checkpoint_every == 0 or stopping or finished:
-                    for name in [name for name in takers if name in self.members]:
+                            member.log()
+                if number % config.validate_every == 0:  # who is at the end is scored there
+                    self._validate({name: member for name, member in takers.items() if not member.finished})
+                for name in [name for name in takers if name in self.members]:
+                    # At the end, too: who is told to stop during the last validation trains nothing anew.
+                    if number % config.checkpoint_every == 0 or stopping or takers[name].finished:
                         with self._ending_alone(name):
                             takers[name].save()
                 if stopping and self.members:
                     raise Interrupted(f"stopped at iteration {number}; the same command continues from there")
+
+    def _bar(self) -> TrainingBar:
+        ends = [member.iterations for member in self.members.values() if member.iterations is not None]
+        shown = self.processes.is_main and not self.processes.part
+        return TrainingBar(list(self.members), max(ends, default=None), self.config.batch_size, enabled=shown)
 
     def _batches(self, iteration: int) -> Iterator[tuple[Tensor, Tensor]]:
         config, processes = self.config, self.processes
@@ -208,13 +207,6 @@ class Cohort:
             return None
         labelled = torch.stack([valid_mask(target).sum() for target in targets]).sum()
         return self.processes.sum(labelled).clamp_min(1) / count
-
-    def _finished(self, member: Trainer) -> bool:
-        if self.config.iterations is not None:
-            return member.progress.iteration >= self.config.iterations
-        # All processes must leave in the same iteration, so the clock counts only where they agree on it.
-        agreed = self.processes.world_size == 1 or member.progress.iteration % AGREE_EVERY == 0
-        return agreed and member.fraction >= 1.0
 
     def _agree(self, stop: threading.Event, iteration: int, takers: Mapping[str, Trainer]) -> bool:
         """Whether all processes stop now, because any of them was told to; makes all see the slowest clock."""

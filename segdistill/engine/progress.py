@@ -8,8 +8,6 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from segdistill.engine.settings import TrainConfig
-
 
 def progress_bar(enabled: bool = True, *columns: str) -> Progress:
     """A rich progress bar on standard error, silent where that is not a terminal."""
@@ -26,13 +24,14 @@ class TrainingBar:
     """What trains, its iteration, images per second and time left.
 
     Args:
-        config: the loop.
         names: of what trains.
+        iterations: how many the longest takes; None where time is the budget.
+        batch_size: images in a step of one training.
         enabled: whether it is to be seen at all.
     """
 
-    def __init__(self, config: TrainConfig, names: Sequence[str], *, enabled: bool) -> None:
-        self.config, self.images = config, 0
+    def __init__(self, names: Sequence[str], iterations: int | None, batch_size: int, *, enabled: bool) -> None:
+        self.iterations, self.batch_size, self.images = iterations, batch_size, 0
         self.title = names[0] if len(names) == 1 else f"{len(names)} trainings"
         self.bar = progress_bar(enabled, "{task.fields[text]}")
         self.task = self.bar.add_task(self.title, total=1.0, text="")
@@ -57,8 +56,8 @@ class TrainingBar:
         """
         if self.bar.disable:
             return
-        self.images += takers * self.config.batch_size if seconds else 0
-        of = f" of {self.config.iterations}" if self.config.iterations else ""
+        self.images += takers * self.batch_size if seconds else 0
+        of = f" of {self.iterations}" if self.iterations else ""
         speed = f"{self.images / max(seconds, 1e-9):.1f} img/s "
         self.bar.update(
             self.task, completed=fraction, description=f"{self.title}: iteration {iteration}{of}", text=speed

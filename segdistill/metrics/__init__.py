@@ -1,24 +1,25 @@
-"""Segmentation scores from integer counts, and what their differences are worth."""
+"""Segmentation scores from integer counts."""
 
-from segdistill.metrics.bootstrap import Difference, iou_counts, paired_difference, paired_difference_of_counts
 from segdistill.metrics.confusion import (
     confusion_matrix,
     confusion_matrix_per_image,
     iou,
+    iou_counts,
+    iou_from_counts,
     mean_iou,
+    mean_over_present,
     per_class_iou,
     pixel_accuracy,
 )
 
 __all__ = [
-    "Difference",
     "confusion_matrix",
     "confusion_matrix_per_image",
     "iou",
     "iou_counts",
+    "iou_from_counts",
     "mean_iou",
-    "paired_difference",
-    "paired_difference_of_counts",
+    "mean_over_present",
     "per_class_iou",
     "pixel_accuracy",
 ]

@@ -75,6 +75,18 @@ def iou(confusion: NDArray[np.integer]) -> NDArray[np.float64]:
     return iou_from_counts(intersection, confusion.sum(axis=-1), confusion.sum(axis=-2))
 
 
+def iou_counts(confusion: NDArray[np.integer]) -> NDArray[np.float64]:
+    """What the IoU of each class depends on: pixels in the intersection, in the truth, in the prediction.
+
+    float64 holds these integers exactly up to 2^53.
+
+    Shape:
+        confusion: [..., K, K]; result: [..., 3, K].
+    """
+    intersection = np.diagonal(confusion, axis1=-2, axis2=-1)
+    return np.stack([intersection, confusion.sum(axis=-1), confusion.sum(axis=-2)], axis=-2).astype(np.float64)
+
+
 def iou_from_counts(intersection: NDArray[Any], truth: NDArray[Any], prediction: NDArray[Any]) -> NDArray[np.float64]:
     """:func:`iou` from the three pixel counts of each class that it depends on; all [..., K]."""
     union = np.asarray(truth + prediction - intersection, dtype=np.float64)

@@ -100,7 +100,7 @@ def _gains(comparison: Comparison) -> Any:
     for y, (row, gain) in enumerate(gains):
         color = palette.color(row.experiment)
         axes.plot([100 * gain.low, 100 * gain.high], [y, y], color=color, linewidth=2.5)
-        face = color if gain.is_evidence else "none"
+        face = "none" if gain.verdict == "not shown" else color
         axes.scatter([100 * gain.mean], [y], s=64, marker="o", color=face, edgecolor=color, linewidth=2, zorder=3)
         if len(gain.per_seed) > 1:
             seeds = [100 * value for value in gain.per_seed]

@@ -66,5 +66,11 @@ def _render(template: str, comparison: Comparison, **values: Any) -> str:
     )
     rows = (comparison.teacher, *comparison.rows)
     return environment.get_template(template).render(
-        text=text, comparison=comparison, rows=rows, teacher=comparison.teacher, protocol=comparison.protocol, **values
+        text=text,
+        comparison=comparison,
+        rows=rows,
+        by_name={(row.experiment, row.student): row for row in rows},
+        teacher=comparison.teacher,
+        protocol=comparison.protocol,
+        **values,
     )

@@ -15,12 +15,13 @@ import numpy as np
 from segdistill.config import parse
 from segdistill.errors import UserError
 from segdistill.files import read_sealed_json
-from segdistill.metrics import Difference, iou, paired_difference_of_counts
-from segdistill.metrics.confusion import mean_over_present
+from segdistill.metrics import iou, mean_over_present
 from segdistill.report.inputs import Diverged, Measured
+from segdistill.report.intervals import Difference, differences
 
 RESULTS = "results.json"
 AGAIN = "run the stage 'compare' again"
+ENOUGH = 0.95  # share of a row's training time that is as long: clocks are not exact
 
 
 @dataclass(frozen=True)
@@ -56,25 +57,9 @@ class SeedResult:
 
 @dataclass(frozen=True)
 class Gain(Difference):
-    """Difference in test mIoU to the undistilled student, with its bootstrap interval."""
+    """Difference in test mIoU to the undistilled student, with its interval."""
 
-    seeds: tuple[int | None, ...]  # those that both have
     per_class: dict[str, float | None]
-
-    @property
-    def seeds_agree(self) -> bool:
-        """Whether every seed's difference has the sign of their mean."""
-        return all(value * self.mean > 0 for value in self.per_seed)
-
-    @property
-    def is_disputed(self) -> bool:
-        """Whether the interval excludes zero, and the seeds disagree about the sign all the same."""
-        return self.excludes_zero and not self.seeds_agree
-
-    @property
-    def is_evidence(self) -> bool:
-        """Whether other test images and other seeds both tell the same story."""
-        return self.excludes_zero and self.seeds_agree
 
 
 @dataclass(frozen=True)
@@ -85,8 +70,10 @@ class Row:
     student: str
     methods: tuple[str, ...]
     distilled: bool
-    # The experiment that trained the same student undistilled; None where this run has none.
+    # The experiment that trained the same network undistilled on the same budget; None where this run has none.
     reference: str | None
+    # The one that trained it undistilled for as long.
+    equal_time_reference: str | None
     seeds: tuple[SeedResult, ...]
     diverged: tuple[Diverged, ...]
     # None, as all scores, where every seed diverged.
@@ -100,8 +87,10 @@ class Row:
     macs: int | None
     latency_ms: float | None
     images_per_second: float | None
-    training_seconds: float | None
+    training_seconds: float | None  # mean over seeds
+    step_seconds: float | None  # of training, by iteration
     gain: Gain | None
+    equal_time_gain: Difference | None
 
     @property
     def divergence(self) -> str:
@@ -127,8 +116,7 @@ class Protocol:
     input_size: tuple[int, int] | None
     selection: str | None
     confidence: float
-    resamples: int
-    bootstrap_seed: int
+    block: int
     # The content hash of the prepared data.
     data_content: str
     # Of the teacher's weights.
@@ -168,20 +156,37 @@ def read_results(folder: Path) -> Comparison:
         raise UserError(f"{error}; {AGAIN}") from None
 
 
-def find_reference(experiment: str, student: str, run: Sequence[str], experiments: Mapping[str, Any]) -> str | None:
-    """The experiment of ``run`` that trained this very student alone and without methods; None if there is none.
+def find_twins(experiment: str, student: str, run: Sequence[str], experiments: Mapping[str, Any]) -> list[str]:
+    """The experiments of ``run`` that trained this very network alone and without methods, whatever their budget.
 
-    "This very student" has the same name and an equal configuration. An undistilled student has no reference.
+    "This very network" has the same name and model. Where experiments are tuned each has an optimiser of its own, so
+    that may differ; twins with the same one come first. An undistilled student has no twins.
     """
     settings = experiments.get(experiment) or {}
     if student not in settings.get("students", {}) or not settings.get("methods"):
-        return None
-    alone = {student: settings["students"][student]}
+        return []
+
+    def network(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in config.items() if key != "optimizer"}
+
+    config = settings["students"][student]
+    twins = []
     for name in run:
-        candidate = experiments.get(name) or {}
-        if not candidate.get("methods") and candidate.get("students") == alone:
-            return name
-    return None
+        other = experiments.get(name) or {}
+        is_alone = not other.get("methods") and list(other.get("students", {})) == [student]
+        if is_alone and network(other["students"][student]) == network(config):
+            twins.append(name)
+    return sorted(twins, key=lambda name: experiments[name]["students"][student] != config)
+
+
+def find_reference(experiment: str, student: str, run: Sequence[str], experiments: Mapping[str, Any]) -> str | None:
+    """The first of :func:`find_twins` with the same budget; None if there is none."""
+    twins = find_twins(experiment, student, run, experiments)
+    return next((name for name in twins if _budget(experiments[name]) == _budget(experiments[experiment])), None)
+
+
+def _budget(settings: Mapping[str, Any]) -> float:
+    return float(settings.get("budget", 1.0))
 
 
 def compare_runs(
@@ -191,7 +196,9 @@ def compare_runs(
     run: Sequence[str],
     experiments: Mapping[str, Any],
     class_names: Sequence[str],
-    bootstrap: Mapping[str, Any],
+    *,
+    confidence: float,
+    block: int,
 ) -> tuple[Row, list[Row]]:
     """The teacher's row, and one for each student of each experiment, in the order of ``run``.
 
@@ -202,40 +209,65 @@ def compare_runs(
         run: names of the experiments.
         experiments: their configurations, for the references.
         class_names: the classes of the data set.
-        bootstrap: its ``resamples``, ``confidence`` and ``seed``.
+        confidence: of all intervals to one kind of reference at once.
+        block: consecutive test images that count as one.
     """
-    networks: dict[tuple[str, str], list[Measured]] = {}
+    networks: dict[tuple[str, str], dict[int | None, Measured]] = {
+        (experiment, student): {} for experiment in run for student in experiments[experiment]["students"]
+    }
     for network in measured:
-        networks.setdefault((network.experiment, network.student), []).append(network)
-    rows = []
-    for experiment in run:
-        for student in experiments[experiment]["students"]:
-            seeds = networks.get((experiment, student), [])
-            reference = find_reference(experiment, student, run, experiments)
-            gain = _gain(seeds, networks.get((str(reference), student), []), class_names, bootstrap)
-            row = _row(experiment, student, seeds, experiments[experiment].get("methods") or [], class_names)
-            failures = tuple(job for job in diverged if job.experiment == experiment)
-            rows.append(replace(row, reference=reference, diverged=failures, gain=gain))
-    return _row(teacher.experiment, teacher.student, [teacher], [], class_names), rows
+        networks[network.experiment, network.student][network.seed] = network
+    rows = {
+        (experiment, student): replace(
+            _row(experiment, student, [*seeds.values()], experiments[experiment].get("methods") or [], class_names),
+            diverged=tuple(job for job in diverged if job.experiment == experiment),
+            reference=find_reference(experiment, student, run, experiments),
+        )
+        for (experiment, student), seeds in networks.items()
+    }
+    for (experiment, student), row in rows.items():
+        twins = [rows[name, student] for name in find_twins(experiment, student, run, experiments)]
+        rows[experiment, student] = replace(row, equal_time_reference=_trained_as_long(row, twins))
+    counts = {name: {seed: network.counts for seed, network in seeds.items()} for name, seeds in networks.items()}
+
+    def gains(references: Mapping[tuple[str, str], str | None]) -> dict[tuple[str, str], Difference]:
+        pairs = {name: (reference, name[1]) for name, reference in references.items() if reference}
+        return differences(counts, pairs, confidence=confidence, block=block)
+
+    equal_time = gains({name: row.equal_time_reference for name, row in rows.items()})
+    for name, difference in gains({name: row.reference for name, row in rows.items()}).items():
+        reference = networks[str(rows[name].reference), name[1]]
+        system, other = ([side[seed] for seed in difference.seeds] for side in (networks[name], reference))
+        per_class = _by_class(class_names, _mean_iou_by_class(system) - _mean_iou_by_class(other))
+        rows[name] = replace(rows[name], gain=Gain(**vars(difference), per_class=per_class))
+    return (
+        _row(teacher.experiment, teacher.student, [teacher], [], class_names),
+        [replace(row, equal_time_gain=equal_time.get(name)) for name, row in rows.items()],
+    )
 
 
-def warnings(rows: Sequence[Row]) -> list[str]:
-    """What a reader must know before comparing these rows."""
-    sentences = []
+def _trained_as_long(row: Row, twins: Sequence[Row]) -> str | None:
+    """The twin whose training took least time among those that took as long as the row's."""
+    if row.training_seconds is None:
+        return None
+    times = {twin.experiment: twin.training_seconds for twin in twins if twin.training_seconds is not None}
+    enough = {name: seconds for name, seconds in times.items() if seconds >= ENOUGH * row.training_seconds}
+    return min(enough, key=enough.__getitem__, default=None)
+
+
+def warnings(rows: Sequence[Row], experiments: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before comparing these rows, a sentence for each kind of trouble."""
+    sentences: list[str] = []
+    alone, seeds, budgets, own_optimizer = list[str](), list[str](), list[str](), list[str]()
     by_name = {(row.experiment, row.student): row for row in rows}
     for row in rows:
         name = f"{row.experiment} ({row.student})"
         if row.diverged:
             rest = "; its numbers are of the others" if row.seeds else ""
-            sentences.append(f"{name}: {row.divergence}{rest}.")
-        if not row.seeds:
-            continue
-        if row.distilled and row.reference is None:
-            sentences.append(
-                f"{name} has no undistilled reference in this run: add an experiment with the same student and no "
-                f"methods to say what distillation did."
-            )
-        if row.reference is None:
+            sentences.append(f"{row.experiment}: {row.divergence}{rest}.")
+        if row.seeds and row.distilled and row.reference is None:
+            alone.append(name)
+        if not row.seeds or row.reference is None:
             continue
         reference = by_name[row.reference, row.student]
         if row.gain is None:
@@ -244,42 +276,34 @@ def warnings(rows: Sequence[Row]) -> list[str]:
             continue
         if len(row.gain.seeds) < max(len(row.seeds), len(reference.seeds)):
             common = ", ".join(str(seed) for seed in row.gain.seeds)
-            sentences.append(f"{name} is compared with {row.reference} on the seeds that both have: {common}.")
-        budgets = [[seed.iterations for seed in one.seeds if seed.seed in row.gain.seeds] for one in (row, reference)]
-        if budgets[0] != budgets[1]:
-            sentences.append(
-                f"{name} trained {budgets[0]} iterations, its reference {budgets[1]}: the budgets differ, so the "
-                f"difference is not distillation's alone."
-            )
-        if row.gain.is_disputed:
-            sentences.append(
-                f"{name}: the interval excludes zero, but the seeds disagree about the sign; more seeds are needed."
-            )
-    return sentences
+            seeds.append(f"{name} and {row.reference}: {common}")
+        iterations = [
+            [seed.iterations for seed in one.seeds if seed.seed in row.gain.seeds] for one in (row, reference)
+        ]
+        if iterations[0] != iterations[1]:
+            budgets.append(f"{name} trained {iterations[0]} iterations, {row.reference} {iterations[1]}")
+        configs = [experiments[one.experiment]["students"][one.student] for one in (row, reference)]
+        if configs[0] != configs[1]:
+            own_optimizer.append(f"{name} and {row.reference}")
+    for sentence, members in (
+        (
+            "No undistilled reference in this run for {}: add an experiment with the same student, budget and no "
+            "methods to say what distillation did.",
+            alone,
+        ),
+        ("Compared on the seeds that both have: {}.", seeds),
+        ("The budgets differ, so that the difference is not distillation's alone: {}.", budgets),
+        ("Each has optimiser settings of its own: {}.", own_optimizer),
+    ):
+        if members:
+            sentences.append(sentence.format("; ".join(members)))
+    return list(dict.fromkeys(sentences))  # students of one job diverge together
 
 
 def best_row(rows: Sequence[Row]) -> tuple[str, str]:
     """The student with the best mean validation score: what registration would choose without a budget."""
     scores = {(row.experiment, row.student): row.val_miou.mean for row in rows if row.val_miou}
     return max(scores, key=scores.__getitem__)
-
-
-def _gain(
-    networks: Sequence[Measured],
-    references: Sequence[Measured],
-    class_names: Sequence[str],
-    bootstrap: Mapping[str, Any],
-) -> Gain | None:
-    """Of the seeds that both have; None if there is none."""
-    by_seed = {reference.seed: reference for reference in references}
-    systems = [network for network in networks if network.seed in by_seed]
-    if not systems:
-        return None
-    references = [by_seed[network.seed] for network in systems]
-    counts = [np.stack([network.counts for network in side]) for side in (systems, references)]
-    difference = paired_difference_of_counts(*counts, **bootstrap)
-    per_class = _by_class(class_names, _mean_iou_by_class(systems) - _mean_iou_by_class(references))
-    return Gain(**vars(difference), seeds=tuple(network.seed for network in systems), per_class=per_class)
 
 
 def _row(
@@ -313,6 +337,7 @@ def _row(
     latencies = [network.test["latency_ms"] for network in networks if network.test.get("latency_ms")]
     latency = min(latencies, default=None)
     durations = [seed.training_seconds for seed in seeds if seed.training_seconds is not None]
+    steps = [seed.training_seconds / seed.iterations for seed in seeds if seed.training_seconds and seed.iterations]
     first = networks[0].test if networks else {}
     return Row(
         experiment=experiment,
@@ -320,6 +345,7 @@ def _row(
         methods=tuple(str(method.get("name", "?")) for method in methods),
         distilled=bool(methods),
         reference=None,
+        equal_time_reference=None,
         seeds=seeds,
         diverged=(),
         test_miou=Spread.of([seed.test_miou for seed in seeds]),
@@ -332,7 +358,9 @@ def _row(
         latency_ms=latency,
         images_per_second=1000 / latency if latency else None,
         training_seconds=float(np.mean(durations)) if durations else None,
+        step_seconds=float(np.mean(steps)) if steps else None,
         gain=None,
+        equal_time_gain=None,
     )
 
 

@@ -1,9 +1,11 @@
 """Numbers and sentences of the comparison as people read them: on the terminal, in Markdown, on the page."""
 
+from collections.abc import Sequence
+
+from segdistill.report.intervals import Difference
 from segdistill.report.results import Comparison, Protocol, Row, Spread
 
 NOTHING = "–"
-DISPUTED = "†"
 VIEWS = {"flip": "with flip", "multi_scale": "multi-scale"}
 
 
@@ -37,23 +39,33 @@ def points(value: float | None, decimals: int = 2) -> str:
     return text.replace("-", "\N{MINUS SIGN}") if float(text) else f"{0:.{decimals}f}"
 
 
-def interval(row: Row) -> str:
+def is_shown(gain: Difference | None) -> bool:
+    """Whether an interval shows a gain or a loss."""
+    return gain is not None and gain.verdict != "not shown"
+
+
+def interval(gain: Difference) -> str:
     """``[+0.40, +2.21]``."""
-    return f"[{points(row.gain.low)}, {points(row.gain.high)}]" if row.gain else NOTHING
+    return f"[{points(gain.low)}, {points(gain.high)}]"
 
 
-def difference(row: Row) -> str:
-    """``+1.31``, marked where it is disputed."""
-    if row.gain is None:
-        return NOTHING
-    return f"{DISPUTED} {points(row.gain.mean)}" if row.gain.is_disputed else points(row.gain.mean)
+def difference(gain: Difference) -> str:
+    """``+1.31 [+0.40, +2.21]``."""
+    return f"{points(gain.mean)} {interval(gain)}"
 
 
 def gain(row: Row) -> str:
     """Difference and interval, or why there is none."""
     if row.gain:
-        return f"{difference(row)} {interval(row)}"
+        return difference(row.gain)
     return "no reference" if row.distilled and row.seeds else NOTHING
+
+
+def equal_time(row: Row) -> str:
+    """Difference and interval to a student that trained as long, or why there is none."""
+    if row.equal_time_gain:
+        return difference(row.equal_time_gain)
+    return "no seed in common" if row.equal_time_reference else "none trained as long"
 
 
 def millions(value: float | None) -> str:
@@ -72,12 +84,17 @@ def rounded(value: float | None, whole_from: float = 10) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """``41 s``, ``12 min``, ``3.4 h``."""
+    """``41 s``, ``2.5 min``, ``12 min``, ``3.4 h``."""
     if value is None:
         return NOTHING
     if value < 120:
         return f"{value:.0f} s"
-    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+    return f"{rounded(value / 60)} min" if value < 7200 else f"{value / 3600:.1f} h"
+
+
+def milliseconds(value: float | None) -> str:
+    """``152``, from seconds."""
+    return rounded(None if value is None else 1000 * value)
 
 
 def share(value: float) -> str:
@@ -100,42 +117,79 @@ def name(row: Row) -> str:
     return f"{row.experiment} ({row.student})"
 
 
-def caption(protocol: Protocol) -> str:
+def timed(comparison: Comparison) -> list[Row]:
+    """The rows of the second table: distilled, and with a training time."""
+    return [row for row in comparison.rows if row.distilled and row.training_seconds is not None]
+
+
+def family(gains: Sequence[Difference | None], protocol: Protocol) -> str:
+    """For how many rows the intervals hold, and over what."""
+    number = sum(gain is not None for gain in gains)
+    several = len({seed for gain in gains if gain for seed in gain.seeds}) > 1
+    over = "other seeds and other test images" if several else "other test images, but not other seeds"
+    if number == 1:
+        return f"[low, high] is a {confidence(protocol)} interval over {over}"
+    return f"[low, high] are intervals over {over}; all {number} of the table hold at once with {confidence(protocol)}"
+
+
+def caption(comparison: Comparison) -> str:
     """What stands under every table."""
-    interval_of = (
-        f"[low, high] is a {confidence(protocol)} paired bootstrap interval over "
-        f"{plural(protocol.splits['test'], 'test image')}, which does not cover the choice of seed. "
+    facts = comparison.protocol
+    spread_of = f"± is the standard deviation over {len(facts.seeds)} seeds. " if len(facts.seeds) > 1 else ""
+    gains = [row.gain for row in comparison.rows]
+    if not any(gains):
+        return spread_of.strip()
+    verdict = "A row gains or loses where its interval excludes zero; else nothing is shown."
+    return f"{spread_of}{family(gains, facts)}. {verdict}"
+
+
+def equal_time_caption(comparison: Comparison) -> str:
+    """What stands under the second table."""
+    gains = [row.equal_time_gain for row in comparison.rows]
+    sentence = (
+        "Each row against the same student undistilled that trained as long, or least longer: one with a larger "
+        "budget. An online method's time trains all of its students."
     )
-    if len(protocol.seeds) == 1:
-        return f"{interval_of}A difference whose interval includes zero is not evidence."
-    return (
-        f"± is the standard deviation over {len(protocol.seeds)} seeds; {interval_of}A difference whose interval "
-        f"includes zero is not evidence, nor is one whose sign differs between the seeds ({DISPUTED})."
-    )
+    return f"{sentence} {family(gains, comparison.protocol)}." if any(gains) else sentence
+
+
+VERDICTS = {"gains": "Better than the same student undistilled", "loses": "Worse", "not shown": "Not shown either way"}
+
+
+def headline(comparison: Comparison) -> str:
+    """The finding in one sentence."""
+    gains = [row.gain for row in comparison.rows if row.gain]
+    if not gains:
+        return (
+            "No distilled student has an undistilled reference in this run, so nothing can be said about what "
+            "distillation did."
+        )
+    names = [
+        f"{name(row)} {points(row.gain.mean)}" for row in comparison.rows if row.gain and row.gain.verdict == "gains"
+    ]
+    losing, unsure = (sum(gain.verdict == verdict for gain in gains) for verdict in ("loses", "not shown"))
+    rest = [f"{losing} {'loses' if losing == 1 else 'lose'}"] if losing else []
+    rest += [f"{unsure} {'is' if unsure == 1 else 'are'} not shown to differ"] if unsure else []
+    rest += ["a single seed may be luck"] if len(comparison.protocol.seeds) == 1 else []
+    same = "the same student undistilled"
+    if names:
+        verb = "gains" if len(names) == 1 else "gain"
+        start = (
+            f"{len(names)} of {plural(len(gains), 'distilled student')} {verb} over {same}, {', '.join(names)} points"
+        )
+    else:
+        start = f"No distilled student is shown to be better than {same}"
+    return "; ".join([start, ", ".join(rest)] if rest else [start]) + "."
 
 
 def findings(comparison: Comparison) -> list[str]:
-    """The finding, a sentence for each kind of result."""
-    rows = [row for row in comparison.rows if row.gain]
-    if not rows:
-        return [
-            "No distilled student has an undistilled reference in this run, so nothing can be said about what "
-            "distillation did."
-        ]
-    better = [row for row in rows if row.gain and row.gain.is_evidence and row.gain.mean > 0]
-    worse = [row for row in rows if row.gain and row.gain.is_evidence and row.gain.mean < 0]
-    disputed = [row for row in rows if row.gain and row.gain.is_disputed]
-    undecided = [row for row in rows if row.gain and not row.gain.excludes_zero]
-    sentences = [] if better else ["No distilled student is shown to be better than the same student undistilled."]
-    for finding, members in (
-        ("Better than the same student undistilled: {}.", better),
-        ("Worse: {}.", worse),
-        ("Open, since the seeds disagree about the sign: {}.", disputed),
-        ("Undecided: {}. Differences whose interval includes zero are not evidence.", undecided),
-    ):
+    """A sentence for each verdict."""
+    sentences = []
+    for verdict, words in VERDICTS.items():
+        members = [row for row in comparison.rows if row.gain and row.gain.verdict == verdict]
         if members:
-            differences = (f"{name(row)} {points(row.gain.mean)} points {interval(row)}" for row in members if row.gain)
-            sentences.append(finding.format("; ".join(differences)))
+            differences = (f"{name(row)} {difference(row.gain)}" for row in members if row.gain)
+            sentences.append(f"{words}, in points: {'; '.join(differences)}.")
     return sentences
 
 
@@ -153,12 +207,7 @@ def protocol(comparison: Comparison) -> list[tuple[str, str]]:
         ("Data", ", ".join(f"{name} {number:,}" for name, number in facts.splits.items()) + " images"),
         ("Classes", f"{len(facts.classes)}; a class absent from truth and prediction is left out of the mean"),
         ("Score", "mIoU from one confusion matrix over the whole test split, at the resolution of the labels"),
-        (
-            "Interval",
-            f"paired bootstrap, {facts.resamples:,} draws of the {facts.splits['test']:,} test images (generator seed "
-            f"{facts.bootstrap_seed}), the same draw for both systems and all seeds, mIoU of each draw averaged over "
-            f"seeds, {confidence(facts)} percentiles",
-        ),
+        ("Interval", _interval(comparison)),
     ]
     if weights:
         stated.insert(2, ("Weights", weights))
@@ -167,6 +216,26 @@ def protocol(comparison: Comparison) -> list[tuple[str, str]]:
         stated.append(("Cost", f"parameters, multiply-accumulates and the fastest forward pass of one {size} image"))
     stated.append(("Provenance", provenance(comparison)))
     return stated
+
+
+def _interval(comparison: Comparison) -> str:
+    """How an interval is computed, over what, and how it is corrected."""
+    facts = comparison.protocol
+    gains = [row.gain for row in comparison.rows if row.gain]
+    blocks = -(-facts.splits["test"] // facts.block)
+    images = f"{blocks} blocks of {facts.block} test images" if facts.block > 1 else plural(blocks, "test image")
+    parts = [f"the jackknife over {images}"]
+    if any(len(gain.seeds) > 1 for gain in gains):
+        parts.insert(
+            0,
+            "what seeds leave unexplained in the rows of one student (the same for all of them, or the row's own if "
+            "that is more)",
+        )
+    return (
+        f"Student's, of the mean over seeds of the paired differences; variance: {' plus '.join(parts)}; for each row "
+        f"at 1 - {1 - facts.confidence:g} / {max(len(gains), 1)} (Bonferroni), so that all hold at once with "
+        f"{confidence(facts)}"
+    )
 
 
 def provenance(comparison: Comparison) -> str:
@@ -182,19 +251,25 @@ def provenance(comparison: Comparison) -> str:
     return ", ".join(parts) + (f"; identities by seed: {named}" if named else "")
 
 
-def limits(protocol: Protocol) -> list[str]:
+def limits(comparison: Comparison) -> list[str]:
     """What the intervals do not cover."""
-    number = len(protocol.seeds)
-    sentences = [
-        f"The {confidence(protocol)} interval says what other test images, drawn like these, could have given. It does "
-        f"not cover the choice of training seed: read the seeds' own differences beside it"
-        + (", and with a single seed there are none, so that a gain may be luck." if number == 1 else "."),
-        f"Each row has its own interval, not widened for the number of rows: of {1 / (1 - protocol.confidence):.0f} "
-        "rows without any true difference, about one would exclude zero all the same.",
-        "Test images that resemble each other, such as frames of one video, make every interval too narrow.",
-    ]
-    if number == 2:
+    facts, number = comparison.protocol, len(comparison.protocol.seeds)
+    sentences = ["Other data, another teacher, another budget: the intervals are of this run's."]
+    if number == 1:
         sentences.append(
-            "Two seeds show whether a difference repeats at all, not how much it varies; use three or more."
+            "Other seeds: with one there is no telling what another would have given, so that a gain may be luck. Use "
+            "three."
         )
+    else:
+        sentences.append(
+            f"With {number} seeds the rows of one student are taken to scatter alike. Where the undistilled student "
+            "scatters much more than the rest, false gains are about twice as frequent as promised "
+            "(docs/results/coverage.md)."
+        )
+    if facts.block == 1:
+        sentences.append(
+            "Every test image counts as a scene of its own. Where they are frames of a video, the intervals are too "
+            "narrow; `compare.block` makes blocks of them."
+        )
+    sentences.append("A row without a shown gain is not shown to be without one: more seeds narrow the interval.")
     return sentences

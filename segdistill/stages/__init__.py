@@ -135,7 +135,7 @@ STAGES: tuple[Stage, ...] = (
         outputs={"report": "reports/comparison"},
         metrics={"metrics": "reports/metrics.json"},
         shows=("scores", "page", "summary"),
-        help="mean and spread over seeds, paired bootstrap against the undistilled student, one HTML report",
+        help="mean and spread over seeds, intervals of the gain over the undistilled student, one HTML report",
     ),
     Stage(
         name="register",

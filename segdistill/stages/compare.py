@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from segdistill.config import Seed, flatten, to_dict
 from segdistill.config import config as config_class
+from segdistill.config import flatten, to_dict
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.files import disk_errors, new_folder, read_sealed, seal, write_file
@@ -32,12 +32,10 @@ PAGE_LIMIT = 2**30  # bytes; the page holds its pictures
 class Config:
     """Section ``compare`` of params.yaml."""
 
-    # Share of the bootstrap differences inside the interval.
+    # That all intervals of a table hold at once.
     confidence: Annotated[float, Field(ge=0.5, le=0.9999)]
-    # How often the test images are drawn anew.
-    resamples: Annotated[int, Field(ge=100, le=100_000)]
-    # Of the generator that draws them.
-    bootstrap_seed: Seed
+    # Consecutive test images that count as one, since frames of a drive resemble each other; 1 where they do not.
+    block: Annotated[int, Field(ge=1, le=1_000_000)]
     # Test images shown in the report; evaluate must have kept at least as many.
     overlays: Annotated[int, Field(ge=0, le=1000)]
     # The gate: points of test mIoU (0..100) that a student must reach, or nothing is registered.
@@ -75,8 +73,9 @@ def run(
         tracker: of the pipeline's run.
     """
     from segdistill.data.shards import read_dataset_info
+    from segdistill.report import text
     from segdistill.report.inputs import Diverged, check_same_images, read_job, read_networks, read_settings
-    from segdistill.report.results import compare_runs
+    from segdistill.report.results import Comparison, best_row, compare_runs, warnings
 
     started = time.monotonic()
     matrix = jobs(run, seeds)
@@ -101,9 +100,20 @@ def run(
     if not measured:
         raise UserError(f"{students[0]}: every job diverged, and nothing is left to compare; {diverged[0].reason}")
     check_same_images([taught, *measured])
-    bootstrap = {"confidence": config.confidence, "resamples": config.resamples, "seed": config.bootstrap_seed}
-    rows = compare_runs(taught, measured, diverged, run, experiments, names, bootstrap)
-    comparison = _judged(config, *rows, _protocol(config, seeds, info, taught, measured))
+    if info.splits["test"] <= config.block:
+        images = text.plural(info.splits["test"], "test image")
+        raise UserError(f"compare.block: {config.block}, but there are {images}, and an interval needs two blocks")
+    teacher_row, rows = compare_runs(
+        taught, measured, diverged, run, experiments, names, confidence=config.confidence, block=config.block
+    )
+    comparison = Comparison(
+        teacher=teacher_row,
+        rows=tuple(rows),
+        best=best_row(rows),
+        protocol=_protocol(config, seeds, info, taught, measured),
+        warnings=tuple(warnings(rows, experiments)),
+        passed=100 * max(row.test_miou.mean for row in rows if row.test_miou) >= config.min_test_miou,
+    )
     _write(config, comparison, [taught, *measured], [item.color for item in info.classes], prepared, report)
     summary = metrics_of(comparison)
     with disk_errors(metrics):
@@ -123,9 +133,10 @@ def metrics_of(comparison: "Comparison") -> dict[str, Any]:
             entry["test_miou"] = round(row.test_miou.mean, 4)
         if row.diverged:
             entry["diverged"] = len(row.diverged)
-        if row.gain is not None:
-            numbers = {"difference": row.gain.mean, "low": row.gain.low, "high": row.gain.high}
-            entry |= {key: round(value, 4) for key, value in numbers.items()}
+        for prefix, gain in (("", row.gain), ("equal_time_", row.equal_time_gain)):
+            if gain is not None:
+                numbers = {"difference": gain.mean, "low": gain.low, "high": gain.high}
+                entry |= {prefix + key: round(value, 4) for key, value in numbers.items()}
         if row is comparison.teacher:
             summary[TEACHER] = entry
         else:
@@ -143,7 +154,7 @@ def table(comparison: "Comparison") -> "Table":
     table = Table(
         title="Test mIoU in percent, differences in percentage points",
         title_justify="left",
-        caption=Text(text.caption(comparison.protocol), "table.caption"),
+        caption=Text(text.caption(comparison), "table.caption"),
         caption_justify="left",
     )
     seeds = text.plural(len(comparison.protocol.seeds), "seed")
@@ -157,7 +168,7 @@ def table(comparison: "Comparison") -> "Table":
             row.experiment,
             text.NOTHING if row is comparison.teacher else row.student,
             text.score(row),
-            Text(text.gain(row), "bold" if row.gain and row.gain.is_evidence else ""),
+            Text(text.gain(row), "bold" if text.is_shown(row.gain) else ""),
             text.millions(row.params),
             text.rounded(row.images_per_second),
         )
@@ -182,19 +193,10 @@ def _protocol(
         input_size=(size[0], size[1]) if size else None,
         selection=selections.pop() if len(selections) == 1 else None,
         confidence=config.confidence,
-        resamples=config.resamples,
-        bootstrap_seed=config.bootstrap_seed,
+        block=config.block,
         data_content=info.content_hash,
         teacher_sha256=taught.test["weights_sha256"],
     )
-
-
-def _judged(config: Config, teacher: "Row", rows: Sequence["Row"], protocol: "Protocol") -> "Comparison":
-    """The rows with the best of them, the warnings, and whether one passes the gate."""
-    from segdistill.report.results import Comparison, best_row, warnings
-
-    passed = 100 * max(row.test_miou.mean for row in rows if row.test_miou) >= config.min_test_miou
-    return Comparison(teacher, tuple(rows), best_row(rows), protocol, tuple(warnings(rows)), passed)
 
 
 def _write(

@@ -61,6 +61,12 @@ class Member:
         return f"{self.planned.experiment}-{self.trial}" if self.trial else self.planned.experiment
 
     @property
+    def cost(self) -> float:
+        """How long it trains, compared with one student on the plan's budget."""
+        settings = self.planned.settings
+        return len(settings.students) * settings.budget
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What is written beside its students, or in place of them."""
         planned = self.planned
@@ -168,7 +174,7 @@ def in_parts(
     # the clock of one.
     members = sorted(members, key=lambda member: not member.needs_teacher)
     parts = (
-        [[part] for part in divided(members, lambda member: len(member.planned.settings.students), processes)]
+        [[part] for part in divided(members, lambda member: member.cost, processes)]
         if protocol.train.iterations
         else [[[member] for member in members]]
     )
@@ -293,6 +299,7 @@ def _training(member: Member, common: Common, trackers: Mapping[str, Tracker]) -
         fingerprint=member.identity.key,
         work=common.work / member.name,
         trackers=trackers,
+        budget=planned.settings.budget,
         judge=member.judge,
     )
 

@@ -92,11 +92,12 @@ def measure(
         tracker: of the pipeline run.
         device: see :func:`segdistill.engine.distributed.processes`.
     """
+    from segdistill.data.memory import Memory
     from segdistill.data.shards import ShardDataset, read_dataset_info
     from segdistill.engine.distributed import processes as join
 
     started = time.monotonic()
-    info, test_set = read_dataset_info(prepared), ShardDataset(prepared, "test")
+    info, test_set = read_dataset_info(prepared), ShardDataset(prepared, "test", Memory("auto"))
     with join(device) as processes, progress_bar(processes.is_main) as bar:
         for evaluation, model in bar.track(models.items(), description="evaluation"):
             weights = {

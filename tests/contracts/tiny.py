@@ -118,6 +118,7 @@ def make_training(
     settings: dict[str, Any] | None = None,
     supervised: float = 1.0,
     fingerprint: str = "tiny",
+    budget: float = 1.0,
 ) -> Training:
     """One student, alone or under an offline method, or two peers (SGD, AdamW) of an online one."""
     torch.manual_seed(0)
@@ -133,7 +134,8 @@ def make_training(
             optimizers["vit"] = parse(OptimizerConfig, ADAMW, "optimizer")
             methods = build_online([config], {name: student.info for name, student in students.items()})
     learner = Learner(students, dict(methods), supervised=supervised)
-    return Training(name, learner, optimizers, fingerprint, work, dict.fromkeys(students, trackers or NullTracker()))
+    trackers_of = dict.fromkeys(students, trackers or NullTracker())
+    return Training(name, learner, optimizers, fingerprint, work, trackers_of, budget)
 
 
 def make_teacher() -> Teacher:
@@ -156,8 +158,8 @@ def make_trainer(work: Path, here: Processes, **options: Any) -> Any:
     Args:
         options: of :func:`make_training` and :func:`make_cohort`.
     """
-    own = {key: options.pop(key) for key in ("method", "dropout", "trackers", "settings", "supervised", "fingerprint")
-           if key in options}  # fmt: skip
+    keys = ("method", "dropout", "trackers", "settings", "supervised", "fingerprint", "budget")
+    own = {key: options.pop(key) for key in keys if key in options}
     cohort = make_cohort([make_training("tiny", work, **own)], here, **options)
     (trainer,) = cohort.members.values()
     trainer.cohort, trainer.run = cohort, lambda: outcome(cohort)

@@ -54,7 +54,7 @@ def tiny(**train: Any) -> dict[str, Any]:
         params[section]["train"]["augmentation"]["crop_size"] = [SIZE[1], SIZE[0]]
     params["distill"]["train"] |= train
     params["evaluate"] |= {"overlays": 1, "latency_repeats": 1}
-    params["compare"] |= {"resamples": 100, "overlays": 1}
+    params["compare"]["overlays"] = 1
     params["run"], params["seeds"] = RUN, SEEDS
     return params
 

@@ -123,7 +123,7 @@ EVALUATIONS = {"evaluate@0", "evaluate@1"}
         ("validate.max_ignore_fraction", {"validate"}),
         ("prepare.shard_samples", {"prepare"}),
         ("evaluate.overlays", {"evaluate_teacher"} | EVALUATIONS),
-        ("compare.resamples", {"compare"}),
+        ("compare.confidence", {"compare"}),
         ("register.min_gain", {"register"}),
         ("distill.train.iterations", {"plan"}),
         ("train_teacher.optimizer.lr", {"plan"}),

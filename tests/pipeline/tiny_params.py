@@ -33,7 +33,7 @@ def tiny(params: dict[str, Any]) -> dict[str, Any]:
         # An untrained teacher's score says nothing; here it must only be reached.
         "distill": {**shrink(params["distill"]), "teacher_tolerance": 100.0},
         "evaluate": {**params["evaluate"], "overlays": 1, "latency_repeats": 1},
-        "compare": {**params["compare"], "overlays": 1, "resamples": 100},
+        "compare": {**params["compare"], "overlays": 1},
         "run": ["none", "kd"],
         "seeds": [0],
         "experiments": experiments,

@@ -20,7 +20,8 @@ def benchmark(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-losses, step, loading, dense, cost = (benchmark(name) for name in ("losses", "step", "loading", "_dense", "_cost"))
+losses, step, loading, coverage = (benchmark(name) for name in ("losses", "step", "loading", "coverage"))
+dense, cost = benchmark("_dense"), benchmark("_cost")
 CPU = torch.device("cpu")
 
 
@@ -130,3 +131,24 @@ def test_the_cost_of_samples_is_measured_by_step_and_end_to_end(
     assert [row[0] for row in steps[-3:]] == ["whole, before", "whole, nothing kept", "whole"]
     assert "1 workers, 0 GiB of samples kept" in printed and experiments[1][0] == "none"
     assert all(float(cell) > 0 for cell in experiments[1][1:])
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_intervals_hold_and_equal_methods_seldom_differ(seeds: int) -> None:
+    for world in ("alike", "unlike"):
+        measured = coverage.measure(coverage.WORLDS[world], "comparison", trials=100, rows=4, seeds=seeds, images=40)
+        assert measured.coverage > 0.92  # of 400, promised 0.95
+        assert measured.false_alarms < 0.12  # promised 0.05; three standard errors are 0.065
+
+
+def test_what_the_comparison_does_not_do_is_shown_to_be_too_narrow() -> None:
+    world, sizes = coverage.WORLDS["alike"], {"trials": 30, "rows": 4, "seeds": 3, "images": 40}
+    alarms = {name: coverage.measure(world, name, **sizes).false_alarms for name in coverage.INTERVALS}
+    assert alarms["bootstrap of images"] > alarms["bootstrap of images and seeds"] > alarms["comparison"] + 0.1
+
+
+def test_the_coverage_is_printed_for_each_world(capsys: pytest.CaptureFixture[str]) -> None:
+    coverage.main(["--trials", "2", "--seeds", "3", "--rows", "2", "--images", "40"])
+    (table,) = tables(capsys.readouterr().out)
+    assert {row[0] for row in table[1:]} == {f"3: {world}" for world in coverage.WORLDS}
+    assert len(table) == 1 + 2 + 2 * len(coverage.WORLDS)

@@ -21,12 +21,13 @@ from segdistill.data.shards import read_dataset_info
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker
 from segdistill.errors import UserError
 from segdistill.files import seal
-from segdistill.metrics import paired_difference
+from segdistill.metrics import iou_counts
 from segdistill.plan import Job
 from segdistill.report import charts, page
 from segdistill.report.inputs import Diverged
+from segdistill.report.intervals import differences
 from segdistill.report.overlays import Scene, Tile
-from segdistill.report.results import Comparison, find_reference
+from segdistill.report.results import Comparison, find_reference, find_twins
 from segdistill.stages import compare
 from segdistill.stages._cohort import write_record
 
@@ -40,7 +41,7 @@ EXPERIMENTS: dict[str, Any] = {
 }
 ACCURACY = {"teacher": 0.95, "none": 0.70, "none_vit": 0.75, "kd": 0.85, "dml": 0.74}
 PARAMS = {"teacher": 12_000_000, "cnn": 900_000, "vit": 3_700_000}
-CONFIG = compare.Config(confidence=0.95, resamples=200, bootstrap_seed=0, overlays=2, min_test_miou=0.0)
+CONFIG = compare.Config(confidence=0.95, block=1, overlays=2, min_test_miou=0.0)
 
 
 COHORTS = ("artifacts/students", "reports/evaluation")
@@ -241,24 +242,31 @@ def test_numbers_are_those_of_a_direct_computation(compared: tuple[Inputs, Compa
         assert row.test_miou.std == pytest.approx(np.std(scores, ddof=1))
         assert row.val_miou.mean == pytest.approx(ACCURACY[row.experiment] - 0.02)
         assert row.params == PARAMS[row.student]
-    shown = [(row.experiment, row.student) for row in comparison.rows]
-    assert shown == [("none", "cnn"), ("none_vit", "vit"), ("kd", "cnn"), ("dml", "cnn"), ("dml", "vit")]
+    order = [(row.experiment, row.student) for row in comparison.rows]
+    assert order == [("none", "cnn"), ("none_vit", "vit"), ("kd", "cnn"), ("dml", "cnn"), ("dml", "vit")]
     assert comparison.best == ("kd", "cnn")
 
 
-def test_differences_and_intervals_are_those_of_the_paired_bootstrap(inputs: Inputs) -> None:
-    comparison = inputs.compare(["none", "kd"], [0, 1])
-    matrices = []
-    for experiment in ("kd", "none"):
-        jobs = [inputs.evaluation(f"{experiment}-s{seed}") / "cnn.npz" for seed in (0, 1)]
-        matrices.append(np.stack([np.load(job)["per_image"] for job in jobs]))
-    expected = paired_difference(*matrices, resamples=200, confidence=0.95, seed=0)
-    gain = row_of(comparison, "kd").gain
-    assert (gain.mean, gain.low, gain.high) == (expected.mean, expected.low, expected.high)
-    assert gain.per_seed == expected.per_seed
-    kd, none = row_of(comparison, "kd"), row_of(comparison, "none")
-    for name in CLASSES:
-        assert gain.per_class[name] == pytest.approx(kd.per_class_iou[name] - none.per_class_iou[name])
+def test_differences_and_intervals_are_those_of_the_counts_with_the_rows_of_each_student_together(
+    compared: tuple[Inputs, Comparison],
+) -> None:
+    inputs, comparison = compared
+    networks: dict[tuple[str, str], dict[int | None, Any]] = {
+        (name, student): {
+            seed: iou_counts(np.load(inputs.evaluation(f"{name}-s{seed}") / f"{student}.npz")["per_image"])
+            for seed in (0, 1)
+        }
+        for name, settings in EXPERIMENTS.items()
+        for student in settings["students"]
+    }
+    pairs = {("kd", "cnn"): ("none", "cnn"), ("dml", "cnn"): ("none", "cnn"), ("dml", "vit"): ("none_vit", "vit")}
+    for (experiment, student), expected in differences(networks, pairs, confidence=0.95, block=1).items():
+        row = row_of(comparison, experiment, student)
+        assert {key: getattr(row.gain, key) for key in vars(expected)} == vars(expected)
+        reference = row_of(comparison, row.reference, student)
+        for name in CLASSES:
+            change = row.per_class_iou[name] - reference.per_class_iou[name]
+            assert row.gain.per_class[name] == pytest.approx(change)
 
 
 def test_metrics_file_is_small_and_flat(inputs: Inputs) -> None:
@@ -274,6 +282,10 @@ def test_metrics_file_is_small_and_flat(inputs: Inputs) -> None:
                 "difference": round(gain.mean, 4),
                 "low": round(gain.low, 4),
                 "high": round(gain.high, 4),
+                # "none" took as long, so the numbers are the same.
+                "equal_time_difference": round(gain.mean, 4),
+                "equal_time_low": round(gain.low, 4),
+                "equal_time_high": round(gain.high, 4),
             }
         },
     }
@@ -306,10 +318,25 @@ def test_a_student_of_another_configuration_is_no_reference() -> None:
     assert find_reference("kd", "cnn", list(pair), pair) is None
 
 
+def test_the_reference_is_the_twin_with_the_same_budget() -> None:
+    longer = {"none_long": {**EXPERIMENTS["none"], "budget": 2.0}}
+    experiments = longer | EXPERIMENTS | {"kd_long": {**EXPERIMENTS["kd"], "budget": 2.0}}
+    assert find_reference("kd", "cnn", list(experiments), experiments) == "none"
+    assert find_reference("kd_long", "cnn", list(experiments), experiments) == "none_long"
+    assert find_reference("kd", "cnn", ["kd", "none_long"], experiments) is None
+    assert find_twins("kd", "cnn", list(experiments), experiments) == ["none_long", "none"]
+
+
+def test_a_twin_with_another_optimiser_is_taken_where_none_has_the_same() -> None:
+    tuned = {"students": {"cnn": {**CNN, "optimizer": {"lr": 0.1}}}, "methods": []}
+    assert find_reference("kd", "cnn", ["tuned", "kd"], EXPERIMENTS | {"tuned": tuned}) == "tuned"
+    assert find_reference("kd", "cnn", ["tuned", "none", "kd"], EXPERIMENTS | {"tuned": tuned}) == "none"
+
+
 def test_a_run_without_reference_says_so_and_claims_nothing(inputs: Inputs) -> None:
     comparison = inputs.compare(["kd"], [0, 1])
     assert row_of(comparison, "kd").gain is None
-    assert "no undistilled reference" in comparison.warnings[0]
+    assert comparison.warnings[0].startswith("No undistilled reference in this run for kd (cnn): ")
     markdown = (inputs.report / "report.md").read_text()
     assert "nothing can be said" in markdown
     assert "no reference" in markdown
@@ -330,7 +357,7 @@ def test_a_single_seed_has_no_standard_deviation(inputs: Inputs) -> None:
     assert row_of(comparison, "kd").test_miou.std is None
     assert inputs.results()["rows"][0]["test_miou"]["std"] is None
     assert "±" not in shown_table(inputs.results())
-    assert "with a single seed there are none" in (inputs.report / "report.html").read_text()
+    assert "with one there is no telling" in (inputs.report / "report.html").read_text()
 
 
 def test_page_is_self_contained_and_escapes_names(compared: tuple[Inputs, Comparison]) -> None:
@@ -368,8 +395,7 @@ def test_page_has_the_pictures_of_truth_teacher_and_every_student(compared: tupl
 
 
 def test_no_picture_is_asked_for_and_none_is_shown(inputs: Inputs) -> None:
-    config = compare.Config(confidence=0.95, resamples=200, bootstrap_seed=0, overlays=0, min_test_miou=0.0)
-    inputs.compare(["none", "kd"], [0, 1], config=config)
+    inputs.compare(["none", "kd"], [0, 1], config=replace(CONFIG, overlays=0))
     assert 'class="scene"' not in (inputs.report / "report.html").read_text()
 
 
@@ -388,30 +414,94 @@ def test_the_same_inputs_give_the_same_bytes(inputs: Inputs) -> None:
     assert {path.name: path.read_bytes() for path in inputs.report.rglob("*.*")} == first
 
 
-def test_headline_separates_evidence_from_the_undecided(inputs: Inputs) -> None:
+def test_the_headline_says_what_gains_and_the_rest_follows_by_verdict(inputs: Inputs) -> None:
     for seed in (0, 1):  # a student like its reference
         inputs.write_job("dml", seed, ["cnn", "vit"], accuracy=0.75)
         inputs.write_job("none", seed, ["cnn"], accuracy=0.75)
     comparison = inputs.compare(list(EXPERIMENTS), [0, 1])
-    better, undecided = (inputs.report / "report.md").read_text().split("Undecided:")
-    assert row_of(comparison, "kd").gain.excludes_zero
-    assert "kd (cnn)" in better.split("Better than the same student undistilled:")[1]
-    assert not row_of(comparison, "dml", "vit").gain.excludes_zero
-    assert "dml (vit)" in undecided.split("not evidence")[0]
+    verdicts = [row.gain.verdict for row in comparison.rows if row.gain]
+    assert verdicts == ["gains", "not shown", "not shown"]
+    kd = row_of(comparison, "kd").gain
+    for text in said(inputs)[:2]:
+        start = "1 of 3 distilled students gains over the same student undistilled, kd (cnn)"
+        assert f"{start} {100 * kd.mean:+.2f} points; 2 are not shown to differ." in text
+        interval = f"{100 * kd.mean:+.2f} [{100 * kd.low:+.2f}, {100 * kd.high:+.2f}]"
+        assert f"Better than the same student undistilled, in points: kd (cnn) {interval}." in text
+        assert "Not shown either way, in points: dml (cnn) " in text and "Worse" not in text
 
 
-def test_a_gain_on_which_the_seeds_disagree_is_not_claimed(inputs: Inputs) -> None:
-    for seed, accuracy in ((0, 0.99), (1, 0.68)):
+def test_a_gain_of_one_seed_that_another_does_not_have_is_not_claimed(inputs: Inputs) -> None:
+    for seed, accuracy in ((0, 0.99), (1, 0.71)):
         inputs.write_job("kd", seed, ["cnn"], accuracy=accuracy)
     comparison = inputs.compare(["none", "kd"], [0, 1])
-    gain = row_of(comparison, "kd").gain
-    assert gain.excludes_zero and not gain.is_evidence
-    assert any("seeds disagree" in warning for warning in comparison.warnings)
+    assert row_of(comparison, "kd").gain.verdict == "not shown"
+    assert "No distilled student is shown to be better than the" in (inputs.report / "report.md").read_text()
+    inputs.compare(["none", "kd"], [0])
     markdown = (inputs.report / "report.md").read_text()
-    assert "No distilled student is shown to be better" in markdown
-    assert "Open, since the seeds disagree about the sign: kd (cnn)" in markdown
-    for shown in (markdown, (inputs.report / "report.html").read_text(), shown_table(inputs.results())):
-        assert f"† {100 * gain.mean:+.2f}" in shown
+    assert "1 of 1 distilled student gains" in markdown and "a single seed may be luck" in markdown
+
+
+def test_frames_of_a_drive_count_as_blocks_of_which_there_must_be_two(inputs: Inputs) -> None:
+    frames = row_of(inputs.compare(["none", "kd"], [0]), "kd").gain
+    blocks = row_of(inputs.compare(["none", "kd"], [0], config=replace(CONFIG, block=4)), "kd").gain
+    assert (frames.degrees_of_freedom, blocks.degrees_of_freedom) == (11, 2)
+    assert "3 blocks of 4 test images" in (inputs.report / "report.md").read_text()
+    with pytest.raises(UserError, match=r"compare\.block: 12, but there are 12 test images, and"):
+        inputs.compare(["none", "kd"], [0], config=replace(CONFIG, block=12))
+
+
+def test_the_number_of_rows_is_corrected_for_and_said(inputs: Inputs) -> None:
+    inputs.compare(["none", "kd"], [0, 1])
+    assert "is a 95 % interval over other seeds and other test images" in (inputs.report / "report.md").read_text()
+    inputs.compare(list(EXPERIMENTS), [0, 1])
+    for text in said(inputs):
+        assert "all 3 of the table hold at once with 95 %" in text
+    assert "for each row at 1 - 0.05 / 3 (Bonferroni)" in said(inputs)[0]
+
+
+def with_longer_training(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kd takes twice as long as none; of two undistilled students with larger budgets one takes just as long."""
+    for name, budget, seconds in (("none_2x", 2.0, 148.0), ("none_4x", 4.0, 300.0), ("kd", 1.0, 150.0)):
+        settings = {**EXPERIMENTS["kd" if name == "kd" else "none"], "budget": budget}
+        monkeypatch.setitem(EXPERIMENTS, name, settings)
+        for seed in (0, 1):
+            inputs.write_job(name, seed, ["cnn"], accuracy=0.85 if name == "kd" else 0.84)
+            change(inputs.model(f"{name}-s{seed}") / "metrics.json", seconds=seconds, iterations=int(80 * budget))
+
+
+def test_at_equal_wall_clock_a_row_is_compared_with_the_twin_that_trained_just_as_long(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_longer_training(inputs, monkeypatch)
+    comparison = inputs.compare(["none", "none_4x", "none_2x", "kd"], [0, 1])
+    kd = row_of(comparison, "kd")
+    assert (kd.reference, kd.equal_time_reference) == ("none", "none_2x")
+    pairs = [inputs.score(f"kd-s{seed}", "cnn") - inputs.score(f"none_2x-s{seed}", "cnn") for seed in (0, 1)]
+    assert kd.equal_time_gain.per_seed == pytest.approx(pairs)
+    assert (kd.gain.verdict, kd.equal_time_gain.verdict) == ("gains", "not shown")
+    assert kd.step_seconds == pytest.approx(150 / 80)
+    assert comparison.warnings == ()
+    markdown, page, _ = said(inputs)
+    line = next(line for line in markdown.split("## Equal wall-clock")[1].splitlines() if line.startswith("| kd"))
+    assert "| kd | cnn | 2.5 min | 1875 | none_2x | 2.5 min | " in line and "**" not in line
+    assert ">none_2x</td>" in page.split("<h2>Equal wall-clock</h2>")[1]
+
+
+def test_a_row_that_trained_longer_than_any_twin_says_so(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_longer_training(inputs, monkeypatch)
+    kd = row_of(inputs.compare(["none", "kd"], [0, 1]), "kd")
+    assert kd.gain is not None and kd.equal_time_reference is None and kd.equal_time_gain is None
+    assert all("none trained as long" in text for text in said(inputs)[:2])
+
+
+def test_optimisers_of_their_own_are_said_once(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = {**CNN, "optimizer": {"lr": 0.1}}
+    monkeypatch.setitem(EXPERIMENTS, "none", {"students": {"cnn": tuned}, "methods": []})
+    for seed in (0, 1):
+        inputs.write_job("none", seed, ["cnn"])
+    comparison = inputs.compare(["none", "kd", "dml"], [0, 1])
+    sentence = "Each has optimiser settings of its own: kd (cnn) and none; dml (cnn) and none."
+    assert [warning for warning in comparison.warnings if "optimiser" in warning] == [sentence]
 
 
 def test_unequal_budgets_are_said(inputs: Inputs) -> None:
@@ -419,7 +509,7 @@ def test_unequal_budgets_are_said(inputs: Inputs) -> None:
     path.write_text(path.read_text().replace('"iterations": 80', '"iterations": 160'))
     comparison = inputs.compare(["none", "kd"], [0, 1])
     assert comparison.protocol.iterations == (80, 160)
-    assert any("budgets differ" in warning for warning in comparison.warnings)
+    assert any("budgets differ, so that" in warning for warning in comparison.warnings)
     assert "budgets differ" in (inputs.report / "report.html").read_text()
 
 
@@ -438,8 +528,8 @@ def test_an_experiment_of_which_one_seed_diverged_has_the_mean_of_the_others_and
     assert kd.gain.seeds == (0,) and kd.gain.per_seed == pytest.approx([pair]), "paired on the seed that both have"
     for text in said(inputs):
         assert "1 of 2 seeds diverged (seed 1 at iteration 120: cnn: kd.kl is not finite)" in text
-    assert any(warning.startswith("kd (cnn): 1 of 2 seeds diverged") for warning in comparison.warnings)
-    assert "kd (cnn) is compared with none on the seeds that both have: 0." in comparison.warnings
+    assert comparison.warnings[0].startswith("kd: 1 of 2 seeds diverged")
+    assert comparison.warnings[1] == "Compared on the seeds that both have: kd (cnn) and none: 0."
     assert json.loads((inputs.root / "reports/metrics.json").read_text())["kd"]["cnn"]["diverged"] == 1
     assert comparison.best == ("kd", "cnn")
 
@@ -548,7 +638,7 @@ def test_terminal_table_has_the_teacher_first_and_all_students(compared: tuple[I
     gain = row_of(comparison, "kd").gain
     assert f"{100 * gain.mean:+.2f} [{100 * gain.low:+.2f}, {100 * gain.high:+.2f}]" in kd
     assert "0.90" in kd
-    assert "not evidence" in " ".join(shown_table(inputs.results()).split())
+    assert "gains or loses where its interval excludes zero" in " ".join(shown_table(inputs.results()).split())
 
 
 def test_flip_and_multi_scale_are_columns_of_their_own(inputs: Inputs) -> None:
@@ -561,7 +651,7 @@ def test_flip_and_multi_scale_are_columns_of_their_own(inputs: Inputs) -> None:
     assert row_of(comparison, "kd").views["flip"].mean == pytest.approx(0.9)
     assert row_of(comparison, "none").views == {}
     page = (inputs.report / "report.html").read_text()
-    assert "<th>with flip</th>" in page and "multi-scale" not in page
+    assert "<th>with flip</th>" in page and 'data-label="with flip"' in page and "multi-scale" not in page
 
 
 def test_a_class_absent_from_truth_and_predictions_is_null(inputs: Inputs) -> None:
