@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from segdistill.config import Name, Seed, parse, to_dict
 from segdistill.config import config as config_class
@@ -56,6 +56,14 @@ class TeacherConfig:
     seed: Seed
     # A folder with teacher.safetensors and teacher.json to use instead of training; null trains.
     import_from: Path | None
+
+    @model_validator(mode="after")
+    def _learns_from_labels(self) -> "TeacherConfig":
+        if self.train.unlabelled:
+            raise ValueError(
+                f"train.unlabelled: {self.train.unlabelled}, but a teacher learns from labels alone; use 0"
+            )
+        return self
 
 
 @config_class

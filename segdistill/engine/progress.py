@@ -26,12 +26,11 @@ class TrainingBar:
     Args:
         names: of what trains.
         iterations: how many the longest takes; None where time is the budget.
-        batch_size: images in a step of one training.
         enabled: whether it is to be seen at all.
     """
 
-    def __init__(self, names: Sequence[str], iterations: int | None, batch_size: int, *, enabled: bool) -> None:
-        self.iterations, self.batch_size, self.images = iterations, batch_size, 0
+    def __init__(self, names: Sequence[str], iterations: int | None, *, enabled: bool) -> None:
+        self.iterations, self.images = iterations, 0
         self.title = names[0] if len(names) == 1 else f"{len(names)} trainings"
         self.bar = progress_bar(enabled, "{task.fields[text]}")
         self.task = self.bar.add_task(self.title, total=1.0, text="")
@@ -45,18 +44,18 @@ class TrainingBar:
     ) -> None:
         self.bar.stop()
 
-    def update(self, iteration: int, fraction: float, seconds: float, takers: int) -> None:
+    def update(self, iteration: int, fraction: float, seconds: float, images: int) -> None:
         """Moves the bar.
 
         Args:
             iteration: how many are done.
             fraction: the part of the budget that is used, 0..1.
             seconds: what training has taken up to now, without its first step.
-            takers: how many trainings took the last batch; their images are counted one by one.
+            images: how many the last step was of, for each training that took them.
         """
         if self.bar.disable:
             return
-        self.images += takers * self.batch_size if seconds else 0
+        self.images += images if seconds else 0
         of = f" of {self.iterations}" if self.iterations else ""
         speed = f"{self.images / max(seconds, 1e-9):.1f} img/s "
         self.bar.update(

@@ -140,6 +140,11 @@ class Trainer:
 
     def __init__(self, training: Training, config: TrainConfig, *, seed: int, processes: Processes) -> None:
         self.training, self.config, self.processes = training, config, processes
+        # What has no method learns from labels alone, its batch normalisation too.
+        self.takes_unlabelled = bool(config.unlabelled) and any(
+            method.weights for method in training.learner.methods.values()
+        )
+        self.images_per_step = config.batch_size + (config.unlabelled if self.takes_unlabelled else 0)
         self.iterations = max(1, round(config.iterations * training.budget)) if config.iterations else None
         device = processes.device
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -290,7 +295,7 @@ class Trainer:
     def speed(self) -> float:
         """Images a second, start-up not counted."""
         steps = self.progress.iteration - self.progress.starts
-        return steps * self.config.batch_size / max(self.progress.seconds, 1e-9)
+        return steps * self.images_per_step / max(self.progress.seconds, 1e-9)
 
     def log(self) -> None:
         """Mean terms since the last entry; the only part of a step that waits for the device.

@@ -100,6 +100,7 @@ class Common:
     info: "DatasetInfo"
     train_set: "ShardDataset"
     val_set: "ShardDataset"
+    unlabelled_set: "ShardDataset | None"
     teacher: "Teacher | None"
     processes: "Processes"
     work: Path  # for checkpoints, a folder a member
@@ -168,7 +169,7 @@ def in_parts(
     """
     from segdistill.data.memory import Memory
     from segdistill.engine.parts import divided, run_parts
-    from segdistill.stages._training import dataset
+    from segdistill.stages._training import dataset, unlabelled_set
 
     # Those that the teacher teaches first, so that few parts need it. A clock that several trainings share is not
     # the clock of one.
@@ -179,13 +180,15 @@ def in_parts(
         else [[[member] for member in members]]
     )
     room = protocol.train.cache_gib
-    info, train_set, val_set = dataset(prepared, Memory(room if room == "auto" else room / max(1, len(parts))))
+    memory = Memory(room if room == "auto" else room / max(1, len(parts)))
+    info, train_set, val_set = dataset(prepared, memory)
+    beside = unlabelled_set(prepared, protocol.train.unlabelled, memory)
 
     def run_part(number: int, groups: Sequence[Sequence[Member]]) -> list[T]:
         here, frozen = replace(processes, part=number), None
         if any(member.needs_teacher for group in groups for member in group):
             frozen = _verified_teacher(teacher, info, val_set, protocol, here)
-        common = Common(protocol, info, train_set, val_set, frozen, here, work)
+        common = Common(protocol, info, train_set, val_set, beside, frozen, here, work)
         return [act(group, common) for group in groups]
 
     return run_parts([functools.partial(run_part, number, groups) for number, groups in enumerate(parts)])
@@ -252,6 +255,7 @@ def train_together(
     cohort = Cohort(
         trainings, common.train_set, common.val_set, common.protocol.train, inference=common.protocol.inference,
         seed=group[0].planned.seed, teacher=common.teacher, processes=common.processes,
+        unlabelled_set=common.unlabelled_set,
     )  # fmt: skip
     with _ended(trackers.values()):
         outcomes = cohort.run()

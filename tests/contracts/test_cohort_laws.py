@@ -139,6 +139,34 @@ def test_members_that_end_at_different_iterations_become_what_they_become_alone_
     assert_equal(trained, alone_by_budget)
 
 
+@pytest.fixture(scope="module")
+def alone_with_unlabelled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    work, trained = tmp_path_factory.mktemp("alone_with_unlabelled"), {}
+    for name in NAMES:
+        trained |= together(work, [name], unlabelled=4)[1]
+    return trained
+
+
+@pytest.mark.parametrize("saves", [None, 5, 17])
+def test_images_without_labels_teach_all_but_the_student_without_a_method_which_does_not_see_them(
+    tmp_path: Path, saves: int | None, alone: dict[str, Trained], alone_with_unlabelled: dict[str, Trained]
+) -> None:
+    if saves is not None:
+        killed(tmp_path, NAMES, saves, unlabelled=4)
+    _, trained = together(tmp_path, NAMES, unlabelled=4)
+    assert_equal(trained, alone_with_unlabelled)
+    for name, (weights, _) in trained.items():
+        same = all(torch.equal(value, alone[name][0][key]) for key, value in weights.items())
+        assert same == (name == "none"), name
+
+
+def test_images_that_nobody_takes_are_not_read(tmp_path: Path) -> None:
+    training = tiny.make_training("none", tmp_path)
+    only = tiny.make_cohort([training], ALONE, iterations=1, unlabelled=8)
+    only.unlabelled_set.__class__ = type("Unread", (tiny.Blobs,), {"__getitem__": None})
+    assert only.run()["none"].iterations == 1
+
+
 def test_a_budget_of_twice_the_iterations_is_a_training_of_twice_the_iterations(tmp_path: Path) -> None:
     _, doubled = together(tmp_path / "a", ["kd"], budgets={"kd": 2.0})
     _, longer = together(tmp_path / "b", ["kd"], iterations=14)
@@ -250,6 +278,11 @@ def test_what_cannot_be_a_cohort_is_refused(tmp_path: Path) -> None:
     one, other = (tiny.make_training(name, tmp_path, method=name) for name in ("none", "kd"))
     with pytest.raises(ValueError, match="clock that several trainings share"):
         tiny.make_cohort([one, other], ALONE, iterations=None, seconds=1.0)
+    with pytest.raises(ValueError, match="there are no images without labels"):
+        cohort.Cohort(
+            [one], tiny.Blobs(), None, tiny.train_config(unlabelled=2), inference=tiny.INFERENCE, seed=0, teacher=None,
+            processes=ALONE,
+        )  # type: ignore[arg-type]  # fmt: skip
     with pytest.raises(ValueError, match="names of their own"):
         tiny.make_cohort([one, one], ALONE)
     with pytest.raises(ValueError, match=r"\['kd'\] learn from a teacher"):

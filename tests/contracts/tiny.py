@@ -24,7 +24,7 @@ from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainCo
 from segdistill.engine.tracker import NullTracker, Tracker
 from segdistill.engine.trainer import Diverged, Result, Trainer, Training
 from segdistill.errors import Interrupted
-from segdistill.losses import IGNORE_INDEX
+from segdistill.losses import IGNORE_INDEX, UNLABELLED
 from segdistill.methods import build_offline, build_online, parse_method
 from segdistill.models.outputs import ModelInfo, Outputs
 from segdistill.models.teacher import Teacher
@@ -145,10 +145,12 @@ def make_teacher() -> Teacher:
 
 
 def make_cohort(trainings: Sequence[Training], here: Processes, *, void: float = 0.0, **changes: Any) -> Cohort:
-    """Trainings on blobs, with a teacher, and TrainConfig's ``changes``."""
+    """Trainings on blobs, with a teacher, and TrainConfig's ``changes``; other blobs have no labels."""
+    unlabelled = Blobs(6, seed=2)
+    unlabelled.labels[:] = UNLABELLED
     return Cohort(
         trainings, Blobs(void=void), Blobs(4, seed=1), train_config(**changes), inference=INFERENCE, seed=3,
-        teacher=make_teacher(), processes=here,
+        teacher=make_teacher(), processes=here, unlabelled_set=unlabelled,
     )  # fmt: skip
 
 
