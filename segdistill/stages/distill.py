@@ -86,6 +86,7 @@ class Member:
             child.tags({
                 "experiment": planned.experiment, "student": name, "seed": str(planned.seed),
                 "methods": method_names(settings.methods), **self.identity.facts(),
+                **({"trial": self.trial} if self.trial else {}),
             })  # fmt: skip
             children[name] = child
         return children
