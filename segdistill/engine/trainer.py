@@ -107,6 +107,12 @@ class Diverged(Ended):
         )
 
 
+class Pruned(Ended):
+    """A training that is not worth its budget, as its judge finds."""
+
+    became = "pruned"
+
+
 @dataclass
 class Progress:
     """The counters of a training; all of them are in the checkpoint."""

@@ -86,6 +86,7 @@ class Member:
             child.tags({
                 "experiment": planned.experiment, "student": name, "seed": str(planned.seed),
                 "methods": method_names(settings.methods), **self.identity.facts(),
+                **({"trial": self.trial} if self.trial else {}),
             })  # fmt: skip
             children[name] = child
         return children
@@ -294,6 +295,7 @@ def _training(member: Member, common: Common, trackers: Mapping[str, Tracker]) -
         {name: student.model for name, student in students.items()}, member.methods, seed=planned.seed,
         num_classes=common.info.num_classes, teacher=frozen.info if frozen and member.needs_teacher else None,
         supervised=planned.settings.supervised, auxiliary=planned.settings.auxiliary,
+        pseudo_labels=planned.settings.pseudo_labels,
     )  # fmt: skip
     return Training(
         name=member.name,
