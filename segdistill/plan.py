@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
-from segdistill.config import Name, Seed, parse, to_dict
+from segdistill.config import Fraction, Name, Seed, parse, to_dict
 from segdistill.config import config as config_class
 from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
 from segdistill.errors import UserError, nearest
@@ -85,6 +85,9 @@ class ExperimentConfig:
     # Weight of the cross-entropy to the labels; the auxiliary head's has ``auxiliary`` times that.
     supervised: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     auxiliary: Annotated[float, Field(ge=0, le=1e6)] = 0.4
+    # To the methods, a pixel without a label has the class of which the teacher, or the mean of students that teach
+    # each other, is at least so sure; null leaves it without.
+    pseudo_labels: Fraction | None = None
     # A multiple of the budget, iterations or seconds, for this experiment: an undistilled student may so have the time
     # that a method takes.
     budget: Annotated[float, Field(ge=1e-3, le=1000)] = 1.0
@@ -228,6 +231,10 @@ def parse_methods(
         raise UserError(f"{where}.students: online methods need two students or more, not {count}")
     if not kinds and count != 1:
         raise UserError(f"{where}.methods: {count} students and no method between them; give each its own experiment")
+    if settings.pseudo_labels is not None and not parsed:
+        raise UserError(
+            f"{where}.pseudo_labels: {settings.pseudo_labels}, and no method that learns from them; use null"
+        )
     if not settings.supervised and not any(item.weight for _, item in parsed):
         raise UserError(f"{where}.supervised: 0, and no method has a weight: nothing would train the student")
     return (kinds.pop() if kinds else "none"), parsed

@@ -104,7 +104,7 @@ def run(
         learner = build_learner(
             {name: student.model for name, student in settings.students.items()}, [method for _, method in methods],
             seed=seed, num_classes=info.num_classes, teacher=frozen.info if frozen else None,
-            supervised=settings.supervised, auxiliary=settings.auxiliary,
+            supervised=settings.supervised, auxiliary=settings.auxiliary, pseudo_labels=settings.pseudo_labels,
         )  # fmt: skip
         optimizers = {name: student.optimizer for name, student in settings.students.items()}
         memory = Memory(train.cache_gib)

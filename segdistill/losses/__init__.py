@@ -15,6 +15,7 @@ from segdistill.losses.masks import (
     valid_mask,
 )
 from segdistill.losses.precision import in_float32
+from segdistill.losses.pseudo_labels import with_pseudo_labels
 from segdistill.losses.supervised import cross_entropy
 from segdistill.losses.vectors import unit
 
@@ -41,4 +42,5 @@ __all__ = [
     "sum_over_blocks",
     "unit",
     "valid_mask",
+    "with_pseudo_labels",
 ]

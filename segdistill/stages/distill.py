@@ -295,6 +295,7 @@ def _training(member: Member, common: Common, trackers: Mapping[str, Tracker]) -
         {name: student.model for name, student in students.items()}, member.methods, seed=planned.seed,
         num_classes=common.info.num_classes, teacher=frozen.info if frozen and member.needs_teacher else None,
         supervised=planned.settings.supervised, auxiliary=planned.settings.auxiliary,
+        pseudo_labels=planned.settings.pseudo_labels,
     )  # fmt: skip
     return Training(
         name=member.name,

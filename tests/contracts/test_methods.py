@@ -30,6 +30,7 @@ IDENTITY: dict[str, dict[str, Any]] = {
 NOT_A_DISTANCE: dict[str, dict[str, str]] = {
     "c2vkd": {"pdd": "zero where the student has the mean of teacher and label, not where it has the teacher"},
     "mgd": {"generation": "a drawn generator stands between the two features, and there is no identity in its place"},
+    "pseudo": {"ce": "least where the student is sure of the teacher's class, not where it has the teacher's doubts"},
     "skd": {"critic": "the hinge of a critic that cannot tell them apart is 2"},
     "dist": {"aux": "the published epsilon beside the norms leaves some 1e-6 where a map has two pixels"},
 }

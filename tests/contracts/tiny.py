@@ -119,6 +119,7 @@ def make_training(
     supervised: float = 1.0,
     fingerprint: str = "tiny",
     budget: float = 1.0,
+    pseudo_labels: float | None = None,
 ) -> Training:
     """One student, alone or under an offline method, or two peers (SGD, AdamW) of an online one."""
     torch.manual_seed(0)
@@ -133,7 +134,7 @@ def make_training(
             students["vit"] = TinySegmenter(width=6, dropout=dropout)
             optimizers["vit"] = parse(OptimizerConfig, ADAMW, "optimizer")
             methods = build_online([config], {name: student.info for name, student in students.items()})
-    learner = Learner(students, dict(methods), supervised=supervised)
+    learner = Learner(students, dict(methods), supervised=supervised, pseudo_labels=pseudo_labels)
     trackers_of = dict.fromkeys(students, trackers or NullTracker())
     return Training(name, learner, optimizers, fingerprint, work, trackers_of, budget)
 
@@ -160,7 +161,7 @@ def make_trainer(work: Path, here: Processes, **options: Any) -> Any:
     Args:
         options: of :func:`make_training` and :func:`make_cohort`.
     """
-    keys = ("method", "dropout", "trackers", "settings", "supervised", "fingerprint", "budget")
+    keys = ("method", "dropout", "trackers", "settings", "supervised", "fingerprint", "budget", "pseudo_labels")
     own = {key: options.pop(key) for key in keys if key in options}
     cohort = make_cohort([make_training("tiny", work, **own)], here, **options)
     (trainer,) = cohort.members.values()
