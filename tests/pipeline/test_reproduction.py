@@ -113,8 +113,9 @@ def test_nothing_is_stale_at_first(project: Path) -> None:
     assert stale(project) == set()
 
 
-STUDENTS = {"distill@0", "distill@1"}
-EVALUATIONS = {"evaluate@0", "evaluate@1"}
+SEEDS = read_yaml(ROOT / "params.yaml")["seeds"]
+STUDENTS = {f"distill@{seed}" for seed in SEEDS}
+EVALUATIONS = {f"evaluate@{seed}" for seed in SEEDS}
 
 
 @pytest.mark.parametrize(
