@@ -85,8 +85,8 @@ def of_the_comparison(counts: NDArray[np.float64], block: int, rows: int) -> Bou
     networks = {row: dict(enumerate(seeds)) for row, seeds in enumerate(counts)}
     # Bonferroni divides by the rows given; a single row's interval is that at another confidence.
     confidence = 1 - (1 - CONFIDENCE) * (len(counts) - 1) / rows
-    found = differences(networks, dict.fromkeys(range(1, len(counts)), 0), confidence=confidence, block=block)
-    return np.array([one.low for one in found.values()]), np.array([one.high for one in found.values()])
+    intervals = differences(networks, dict.fromkeys(range(1, len(counts)), 0), confidence=confidence, block=block)
+    return np.array([one.low for one in intervals.values()]), np.array([one.high for one in intervals.values()])
 
 
 def of_each_row_alone(counts: NDArray[np.float64], block: int, rows: int) -> Bounds:

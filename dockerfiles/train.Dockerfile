@@ -25,7 +25,7 @@ RUN --mount=type=bind,source=requirements.lock,target=/tmp/requirements.lock --m
     && python3 -m venv --without-pip /opt/segdistill \
     && /tmp/uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/segdistill/bin/python \
        ${TORCH_BACKEND:+--torch-backend ${TORCH_BACKEND} --no-verify-hashes} --constraints /tmp/requirements.lock \
-       boto3 kfp matplotlib mlflow numpy pillow pyarrow pydantic pyyaml rich safetensors \
+       boto3 kfp matplotlib mlflow numpy optuna pillow pyarrow pydantic pyyaml rich ruamel.yaml safetensors \
        segmentation-models-pytorch timm torch torchvision \
     && rm -rf /tmp/uv*
 

@@ -58,6 +58,10 @@ def parser() -> argparse.ArgumentParser:
                            help="weighted term over cross-entropy, to print the weight for")  # fmt: skip
     calibrate.add_argument("--json", action="store_true", help="print JSON")
     _add_device(calibrate)
+    tune = commands.add_parser("tune", help="search each experiment's settings alike, by the validation split")
+    tune.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (%(default)s)")
+    tune.add_argument("--tracker", choices=("auto", "mlflow", "jsonl", "none"), default="auto")
+    _add_device(tune)
     methods = commands.add_parser("methods", help="the distillation methods; with a NAME: its formula and parameters")
     page = methods.add_mutually_exclusive_group()
     page.add_argument("name", nargs="?", metavar="NAME", help="a method: its formula, weights, parameters and source")

@@ -14,6 +14,7 @@ absent. Those of other programs (AWS_*, GIT_*, proxies, certificates, torchrun's
 | ``SEGDISTILL_SHARED`` | a volume for large outputs, which all tasks see | each pod copies its inputs |
 | ``SEGDISTILL_PROCESSES`` | how many processes of a task train together | one for each accelerator |
 | ``SEGDISTILL_TRAINJOB`` | on which other nodes a task trains, as JSON | in its own pod |
+| ``SEGDISTILL_TUNE_PASSWORD`` | the password of the database that ``tune.storage`` names | none |
 | ``MLFLOW_TRACKING_URI`` | where runs are kept; with credentials, if they are in it | ``mlflow.db`` of the project |
 | ``MLFLOW_TRACKING_USERNAME`` | read by MLflow's client; set here from an address that has credentials | none |
 | ``MLFLOW_TRACKING_PASSWORD`` | likewise | none |
@@ -55,6 +56,11 @@ def _folder(name: str) -> Path | None:
 def pipeline_run() -> str | None:
     """The orchestrator's run that this process belongs to."""
     return _read("SEGDISTILL_PIPELINE_RUN")
+
+
+def tune_password() -> str | None:
+    """The password of the database that keeps the trials of ``segdistill tune``."""
+    return _read("SEGDISTILL_TUNE_PASSWORD")
 
 
 def git_commit() -> str | None:

@@ -23,6 +23,7 @@ from segdistill.engine.tracker import JsonLinesTracker, NullTracker, Tracker
 from segdistill.errors import Interrupted, UserError, brief, nearest
 from segdistill.files import disk_errors, folder_place, lock, write_file
 from segdistill.plan import cohorts, experiments, jobs, require_defined
+from segdistill.search import TuneConfig, tuned_experiments
 from segdistill.stages import STAGES, Stage, check_sections
 
 TIMINGS, TRACKING = Path("artifacts/timings"), Path("artifacts/tracking")
@@ -146,6 +147,9 @@ def check_params(params: Any, *, networks: bool = True, here: bool = False) -> N
             f"prepare.layout: '{configs['prepare'].layout}', but validate.layout is '{configs['validate'].layout}';"
             " make them equal"
         )
+    if "tune" in params:
+        tune: TuneConfig = parse(TuneConfig, params["tune"], "tune")
+        tuned_experiments(tune, params["run"], defined)
     wanted = configs["register"].student
     trained = {student for job in matrix for student in defined[job.experiment].students}
     if wanted is not None and wanted not in trained:

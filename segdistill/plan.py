@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from segdistill.config import Name, Seed, parse, to_dict
+from segdistill.config import Fraction, Name, Seed, parse, to_dict
 from segdistill.config import config as config_class
 from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
 from segdistill.errors import UserError, nearest
@@ -57,6 +57,14 @@ class TeacherConfig:
     # A folder with teacher.safetensors and teacher.json to use instead of training; null trains.
     import_from: Path | None
 
+    @model_validator(mode="after")
+    def _learns_from_labels(self) -> "TeacherConfig":
+        if self.train.unlabelled:
+            raise ValueError(
+                f"train.unlabelled: {self.train.unlabelled}, but a teacher learns from labels alone; use 0"
+            )
+        return self
+
 
 @config_class
 class StudentConfig:
@@ -77,6 +85,12 @@ class ExperimentConfig:
     # Weight of the cross-entropy to the labels; the auxiliary head's has ``auxiliary`` times that.
     supervised: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     auxiliary: Annotated[float, Field(ge=0, le=1e6)] = 0.4
+    # To the methods, a pixel without a label has the class of which the teacher, or the mean of students that teach
+    # each other, is at least so sure; null leaves it without.
+    pseudo_labels: Fraction | None = None
+    # A multiple of the budget, iterations or seconds, for this experiment: an undistilled student may so have the time
+    # that a method takes.
+    budget: Annotated[float, Field(ge=1e-3, le=1000)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -217,6 +231,10 @@ def parse_methods(
         raise UserError(f"{where}.students: online methods need two students or more, not {count}")
     if not kinds and count != 1:
         raise UserError(f"{where}.methods: {count} students and no method between them; give each its own experiment")
+    if settings.pseudo_labels is not None and not parsed:
+        raise UserError(
+            f"{where}.pseudo_labels: {settings.pseudo_labels}, and no method that learns from them; use null"
+        )
     if not settings.supervised and not any(item.weight for _, item in parsed):
         raise UserError(f"{where}.supervised: 0, and no method has a weight: nothing would train the student")
     return (kinds.pop() if kinds else "none"), parsed

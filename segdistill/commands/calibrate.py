@@ -85,6 +85,7 @@ def run(
     from segdistill.engine.trainer import Diverged, Training
     from segdistill.models.export import load_model
     from segdistill.models.teacher import Teacher
+    from segdistill.stages._training import unlabelled_set
 
     if not settings.methods:
         raise UserError(f"experiments.{experiment}.methods: empty; there is nothing to calibrate")
@@ -103,14 +104,15 @@ def run(
         learner = build_learner(
             {name: student.model for name, student in settings.students.items()}, [method for _, method in methods],
             seed=seed, num_classes=info.num_classes, teacher=frozen.info if frozen else None,
-            supervised=settings.supervised, auxiliary=settings.auxiliary,
+            supervised=settings.supervised, auxiliary=settings.auxiliary, pseudo_labels=settings.pseudo_labels,
         )  # fmt: skip
         optimizers = {name: student.optimizer for name, student in settings.students.items()}
-        train_set = ShardDataset(prepared, "train", Memory(train.cache_gib))
+        memory = Memory(train.cache_gib)
+        train_set = ShardDataset(prepared, "train", memory)
         training = Training(experiment, learner, optimizers, "calibration", Path(work), recorders)
         cohort = Cohort(
             [training], train_set, None, train, inference=config.inference, seed=seed, teacher=frozen,
-            processes=processes,
+            processes=processes, unlabelled_set=unlabelled_set(prepared, train.unlabelled, memory),
         )  # fmt: skip
         outcome = cohort.run()[experiment]
         if isinstance(outcome, Diverged):

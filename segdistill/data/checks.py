@@ -11,7 +11,7 @@ from PIL import Image
 
 from segdistill import files
 from segdistill.data.decoding import FILE_LIMIT, INDEX_MASKS, BadFile, Mask, decode_image, decode_mask, mask_kind
-from segdistill.data.layouts import IGNORE_INDEX, UNKNOWN, Layout, Legend, Sample
+from segdistill.data.layouts import IGNORE_INDEX, UNKNOWN, UNLABELLED, Layout, Legend, Sample
 from segdistill.data.layouts.layout import describe_values
 from segdistill.data.parallel import ordered_map
 from segdistill.errors import UserError
@@ -26,7 +26,7 @@ class FileFacts:
     split: str
     sample_id: str
     image: str  # relative to the data folder
-    mask: str
+    mask: str | None
     image_problem: str | None = None
     image_sha256: str | None = None
     image_size: tuple[int, int] | None = None  # width, height; upright
@@ -55,8 +55,9 @@ def inspect(layout: Layout, samples: list[Sample], *, workers: int) -> Iterator[
 
 def inspect_sample(sample: Sample, *, root: Path, legend: Legend) -> FileFacts:
     """The facts of one sample; it raises nothing, whatever the files hold."""
-    facts = {**_image_facts(sample.image), **_mask_facts(sample.mask, legend)}
-    image, mask = (path.relative_to(root).as_posix() for path in (sample.image, sample.mask))
+    facts = {**_image_facts(sample.image), **(_mask_facts(sample.mask, legend) if sample.mask else {})}
+    image = sample.image.relative_to(root).as_posix()
+    mask = sample.mask.relative_to(root).as_posix() if sample.mask else None
     return FileFacts(split=sample.split, sample_id=sample.id, image=image, mask=mask, **facts)  # type: ignore[arg-type]
 
 
@@ -86,6 +87,8 @@ def load_sample(sample: Sample, legend: Legend) -> tuple[bytes, Image.Image, np.
     try:
         content = read_file(path)
         image = decode_image(content)
+        if sample.mask is None:
+            return content, image, np.full(image.size[::-1], UNLABELLED, dtype=np.uint8)
         path = sample.mask
         mask = decode_mask(read_file(path))
         if mask.values.shape[::-1] != image.size:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from segdistill.data.checks import load_sample
 from segdistill.data.decoding import BadFile, encode_png, image_format
-from segdistill.data.layouts import IGNORE_INDEX, SPLITS, Legend, Sample, open_layout
+from segdistill.data.layouts import IGNORE_INDEX, WITHOUT_MASKS, Legend, Sample, open_layout
 from segdistill.data.parallel import ordered_map, progress
 from segdistill.errors import UserError
 from segdistill.files import new_folder, require_free
@@ -34,15 +34,15 @@ def import_dataset(layout: str, source: Path, out: Path, *, workers: int = 0) ->
     """
     require_free(out)
     dataset = open_layout(layout, source)
-    samples = [sample for split in SPLITS for sample in dataset.samples(split)]
+    samples = [sample for split in dataset.splits for sample in dataset.samples(split)]
     if not samples:
         raise dataset.without_samples()
     for (split, name), count in Counter((sample.split, sample.id) for sample in samples).items():
         if count > 1:
             raise UserError(f"{source}: {count} images of {split} are called '{name}'; a name may stand there once")
     with new_folder(out) as partial:
-        for split in SPLITS:
-            for kind in ("images", "masks"):
+        for split in dataset.splits:
+            for kind in ("images", "masks") if split != WITHOUT_MASKS else ("images",):
                 (partial / kind / split).mkdir(parents=True)
         task = functools.partial(_import_sample, legend=dataset.legend, out=partial)
         done = progress(ordered_map(task, samples, workers=workers), "import", len(samples))
@@ -64,6 +64,8 @@ def _import_sample(sample: Sample, *, legend: Legend, out: Path) -> str | None:
         return str(problem)
     suffix = ".png" if image_format(content) == "png" else ".jpg"
     (out / "images" / sample.split / f"{sample.id}{suffix}").write_bytes(content)
+    if sample.mask is None:
+        return None
     # Encoded first: where the disk is full, Pillow would not say so.
     (out / "masks" / sample.split / f"{sample.id}.png").write_bytes(encode_png(Image.fromarray(labels)))
     return None

@@ -3,9 +3,9 @@
 import functools
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -30,11 +30,17 @@ class Share:
     accumulate: int = 1
     rank: int = 0
     world_size: int = 1
+    unlabelled: int = 0  # images beside those, of another data set
 
     @property
     def micro_batch(self) -> int:
-        """Images in one forward pass of one process."""
+        """Images in one forward pass of one process, but for those beside."""
         return self.batch_size // (self.accumulate * self.world_size)
+
+    @property
+    def beside(self) -> "Share":
+        """The same of the images beside."""
+        return replace(self, batch_size=self.unlabelled, unlabelled=0)
 
 
 def training_batches(
@@ -46,10 +52,13 @@ def training_batches(
     first_iteration: int,
     workers: int,
     device: torch.device = CPU,
+    beside: ShardDataset | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless micro-batches of this process, ``share.accumulate`` of them an iteration.
 
     Args:
+        source: what ``share.batch_size`` images of each batch are from, in the same order with whatever is beside them.
+        beside: what the last ``share.unlabelled`` are from, with an order and random numbers of their own.
         workers: threads that read ahead, twice as many samples as there are threads. Reading, hashing, decoding and
             copying leave Python to the others, so threads are enough, and they share what is kept in memory.
         device: where the crops are augmented and wanted. A GPU does that in a stream of its own, beside the step.
@@ -58,11 +67,13 @@ def training_batches(
         images [b, 3, h, w] float32 in 0..1 and labels [b, h, w] uint8.
     """
     augment, cuda = Augmentation(augmentation), device.type == "cuda"
-    read = functools.partial(_read, source, augment, seed, pinned=cuda)
-    samples = _ahead(read, sample_numbers(share, first_iteration), workers)
+    sources = (source,) if beside is None else (source, beside)
+    read = functools.partial(_read, sources, augment, seed, pinned=cuda)
+    samples = _ahead(read, _places(share, first_iteration), workers)
+    images = share.micro_batch + share.beside.micro_batch
     stream = torch.cuda.Stream(device) if cuda else None
     while True:
-        crops = list(itertools.islice(samples, share.micro_batch))
+        crops = list(itertools.islice(samples, images))
         if stream is None:
             yield augment(crops, device)
             continue
@@ -83,21 +94,32 @@ def sample_numbers(share: Share, first_iteration: int) -> Iterator[int]:
             yield from range(start, start + share.micro_batch)
 
 
+def _places(share: Share, first_iteration: int) -> Iterator[tuple[int, int]]:
+    """Of each sample of each micro-batch, which data set it is from, and its number there."""
+    shares = (share, share.beside)
+    numbers = [sample_numbers(each, first_iteration) for each in shares]
+    while True:
+        for which, each in enumerate(shares):
+            yield from ((which, number) for number in itertools.islice(numbers[which], each.micro_batch))
+
+
 def _read(
-    source: ShardDataset, augmentation: Augmentation, seed: int, number: int, *, pinned: bool
+    sources: Sequence[ShardDataset], augmentation: Augmentation, seed: int, place: tuple[int, int], *, pinned: bool
 ) -> tuple[Tensor, Crop]:
-    """What the s-th sample shows, and what becomes of it: all randomness is from (seed, s)."""
+    """What the s-th sample of a data set shows, and what becomes of it: all randomness is from (seed, s, data set)."""
+    which, number = place
+    source = sources[which]
     epoch, position = divmod(number, len(source))
-    image, label = source[int(_order(seed, epoch, len(source))[position])]
-    draw = int(np.random.SeedSequence((seed, number, 1)).generate_state(1, np.uint64)[0] >> 1)
+    image, label = source[int(_order(seed, epoch, len(source), which)[position])]
+    draw = int(np.random.SeedSequence((seed, number, 1 + which)).generate_state(1, np.uint64)[0] >> 1)
     crop = augmentation.draw(label.shape, draw)
     return cut(image, label, crop.window, pinned=pinned), crop
 
 
 @functools.lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, samples: int) -> np.ndarray:
-    """Shuffled anew each epoch."""
-    return np.random.default_rng((seed, epoch)).permutation(samples)
+def _order(seed: int, epoch: int, samples: int, which: int) -> np.ndarray:
+    """Shuffled anew each epoch, and for each data set."""
+    return np.random.default_rng((seed, epoch, which)[: 2 + which]).permutation(samples)
 
 
 def _ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:

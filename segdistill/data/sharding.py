@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from PIL import __version__ as pillow_version
 
 from segdistill.data.checks import load_sample
 from segdistill.data.decoding import FILE_LIMIT, BadFile, encode_png, image_format
-from segdistill.data.layouts import IGNORE_INDEX, SPLITS, Layout, Legend, Sample
+from segdistill.data.layouts import IGNORE_INDEX, Layout, Legend, Sample
 from segdistill.data.parallel import ordered_map
 from segdistill.data.shards import (
     INFO_FILE,
@@ -44,13 +44,13 @@ class Shard:
     samples: tuple[Sample, ...]
 
 
-def plan_shards(layout: Layout, shard_samples: int) -> list[Shard]:
+def plan_shards(splits: Mapping[str, Sequence[Sample]], shard_samples: int) -> list[Shard]:
     """Cuts every split into shards of equal length; the last one of a split may be shorter."""
     shards = []
-    for split in SPLITS:
-        samples = tuple(layout.samples(split))
+    for split, samples in splits.items():
         for number, start in enumerate(range(0, len(samples), shard_samples)):
-            shards.append(Shard(f"{split}-{number:05d}.arrow", split, samples[start : start + shard_samples]))
+            part = tuple(samples[start : start + shard_samples])
+            shards.append(Shard(f"{split}-{number:05d}.arrow", split, part))
     return shards
 
 
@@ -117,7 +117,7 @@ def write_shard(shard: Shard, *, folder: Path, root: Path, legend: Legend, max_s
     return rows
 
 
-def write_index(layout: Layout, shards: list[Shard], rows: list[Row], folder: Path) -> None:
+def write_index(layout: Layout, splits: Iterable[str], shards: list[Shard], rows: list[Row], folder: Path) -> None:
     """Writes the manifest, one row a sample, and ``dataset.json``, and seals both."""
     import pyarrow
     import pyarrow.parquet
@@ -128,7 +128,7 @@ def write_index(layout: Layout, shards: list[Shard], rows: list[Row], folder: Pa
         "classes": [{"name": entry.name, "color": list(entry.color)} for entry in layout.classes],
         "ignore_index": IGNORE_INDEX,
         "content_hash": content_hash(names, ((row["split"], row["id"], row["sha256"]) for row in rows)),
-        "splits": {split: _describe([shard for shard in shards if shard.split == split]) for split in SPLITS},
+        "splits": {split: _describe([shard for shard in shards if shard.split == split]) for split in splits},
     }
     (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     seal(folder, leave=[SHARD_FOLDER, KEYS])
@@ -170,7 +170,7 @@ def _encode(sample: Sample, root: Path, legend: Legend, max_side: int | None) ->
         "width": labels.shape[1],
         "sha256": sample_hash(content, label),
         "image_file": sample.image.relative_to(root).as_posix(),
-        "mask_file": sample.mask.relative_to(root).as_posix(),
+        "mask_file": sample.mask.relative_to(root).as_posix() if sample.mask else None,
     }
 
 
@@ -180,7 +180,7 @@ def _key(shard: Shard, layout: Layout, max_side: int | None) -> str:
 
     files: list[Any] = []
     for sample in shard.samples:
-        for path in (sample.image, sample.mask):
+        for path in (path for path in (sample.image, sample.mask) if path):
             require_regular(path, limit=FILE_LIMIT)
             state = path.stat()
             files.append([sample.id, path.relative_to(layout.root).as_posix(), state.st_size, state.st_mtime_ns])

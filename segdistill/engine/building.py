@@ -21,6 +21,7 @@ def build_learner(
     teacher: ModelInfo | None = None,
     supervised: float = 1.0,
     auxiliary: float = 0.4,
+    pseudo_labels: float | None = None,
 ) -> Learner:
     """A learner whose weights depend on the seed alone.
 
@@ -32,6 +33,7 @@ def build_learner(
         teacher: what is known of the teacher's network.
         supervised: weight of the cross-entropy to the labels.
         auxiliary: weight of the auxiliary head's, times ``supervised``.
+        pseudo_labels: how sure who teaches must be to give an unlabelled pixel its class; None gives none.
 
     Raises:
         UserError: a network that cannot be built, or methods and networks that do not go together.
@@ -43,4 +45,4 @@ def build_learner(
         built = build_online(methods, infos)
     else:
         built = build_offline(methods, infos[next(iter(infos))], teacher)
-    return Learner(networks, built, supervised=supervised, auxiliary=auxiliary)
+    return Learner(networks, built, supervised=supervised, auxiliary=auxiliary, pseudo_labels=pseudo_labels)

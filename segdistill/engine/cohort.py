@@ -23,23 +23,20 @@ from segdistill.engine.evaluate import Evaluation, evaluate_together
 from segdistill.engine.progress import TrainingBar
 from segdistill.engine.settings import InferenceConfig, TrainConfig
 from segdistill.engine.stopwatch import timed
-from segdistill.engine.trainer import Diverged, Ended, Result, Trainer, Training, autocast
+from segdistill.engine.trainer import AGREE_EVERY, Diverged, Ended, Result, Trainer, Training, autocast
 from segdistill.errors import Interrupted, UserError, stop_on_sigterm
-from segdistill.losses import valid_mask
+from segdistill.losses import labelled_mask
 from segdistill.models.segmenter import Segmenter
 from segdistill.models.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-# Iterations between two agreements of all processes on the clock and on a wish to stop.
-AGREE_EVERY = 10
-
 
 class Cohort:
-    """Trains several learners on one data set, each with the whole of one budget.
+    """Trains several learners on one data set, each with the whole of one budget, or its own multiple of it.
 
     Members step one after another, so that their activations do not add up. One that is ahead of the others, after a
-    resume, waits for them.
+    resume, waits for them; one whose budget is used leaves.
 
     Args:
         trainings: the members.
@@ -50,6 +47,8 @@ class Cohort:
         seed: of data order, augmentation and what learners draw.
         teacher: what members with offline methods learn from.
         processes: this process and its peers.
+        unlabelled_set: where the images beside each batch come from, if the loop asks for some; a member without
+            methods takes none of them.
 
     Raises:
         ValueError: two members of one name, a method without its teacher, or a budget in seconds for several members.
@@ -67,24 +66,30 @@ class Cohort:
         seed: int,
         teacher: Teacher | None,
         processes: Processes,
+        unlabelled_set: ShardDataset | None = None,
     ) -> None:
         names = [training.name for training in trainings]
         if len(set(names)) < len(names):
             raise ValueError(f"the members of a cohort have names of their own, not {names}")
         if config.seconds is not None and len(names) > 1:
             raise ValueError("a clock that several trainings share is not the clock of one: train them one by one")
-        if config.batch_size % (config.accumulate * processes.world_size):
-            raise UserError(
-                f"batch_size: {config.batch_size} is not divisible by accumulate {config.accumulate} "
-                f"times {processes.world_size} processes"
-            )
+        for key in ("batch_size", "unlabelled"):
+            if getattr(config, key) % (config.accumulate * processes.world_size):
+                raise UserError(
+                    f"{key}: {getattr(config, key)} is not divisible by accumulate {config.accumulate} "
+                    f"times {processes.world_size} processes"
+                )
+        if config.unlabelled and not unlabelled_set:
+            raise ValueError(f"unlabelled: {config.unlabelled}, and there are no images without labels")
         self.train_set, self.val_set, self.config = train_set, val_set, config
+        self.unlabelled_set = unlabelled_set
         self.inference, self.seed, self.processes = inference, seed, processes
         self.members = {
             training.name: Trainer(training, config, seed=seed, processes=processes) for training in trainings
         }
         if config.compile:  # Dynamo counts by function, and all learners share theirs
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(trainings))
+        self.share = self._share()
         self.teacher = None
         taught = [name for name, member in self.members.items() if member.learner.needs_teacher]
         if taught:
@@ -126,13 +131,11 @@ class Cohort:
         config, number = self.config, -1
         with (
             stop_on_sigterm() as stop,
-            TrainingBar(config, list(self.members), enabled=self.processes.is_main and not self.processes.part) as bar,
+            self._bar() as bar,
         ):
-            while active := [member for member in self.members.values() if not self._finished(member)]:
-                iteration = min(member.progress.iteration for member in active)
-                takers = {
-                    name: member for name, member in self.members.items() if member.progress.iteration == iteration
-                }
+            while active := {name: member for name, member in self.members.items() if not member.finished}:
+                iteration = min(member.progress.iteration for member in active.values())
+                takers = {name: member for name, member in active.items() if member.progress.iteration == iteration}
                 started = time.monotonic()
                 if iteration != number:  # at first, and where one that was behind the others has diverged
                     batches = self._batches(iteration)
@@ -141,35 +144,46 @@ class Cohort:
                 if number < 0:  # the first step is start-up
                     self.seconds |= {"data": 0.0, "training": 0.0}
                 number = iteration + 1
-                fraction = next(iter(takers.values())).fraction
-                bar.update(number, fraction, self.seconds["data"] + self.seconds["training"], len(takers))
+                fraction = min(member.fraction for member in active.values())
+                images = sum(member.images_per_step for member in takers.values())
+                bar.update(number, fraction, self.seconds["data"] + self.seconds["training"], images)
                 stopping = self._agree(stop, number, takers)  # once: a later signal is heard the next time, by all
-                finished = all(self._finished(member) for member in takers.values())
-                if number % config.log_every == 0 or finished:
-                    for name, member in takers.items():
+                for name, member in takers.items():
+                    if number % config.log_every == 0 or member.finished:
                         with self._ending_alone(name):
-                            member.log(finished=finished)
-                if number % config.validate_every == 0 and not finished:
-                    self._validate(takers)
-                # At the end, too: who is told to stop during the last validation trains nothing anew.
-                if number % config.checkpoint_every == 0 or stopping or finished:
-                    for name in [name for name in takers if name in self.members]:
+                            member.log()
+                if number % config.validate_every == 0:  # who is at the end is scored there
+                    self._validate({name: member for name, member in takers.items() if not member.finished})
+                for name in [name for name in takers if name in self.members]:
+                    # At the end, too: who is told to stop during the last validation trains nothing anew.
+                    if number % config.checkpoint_every == 0 or stopping or takers[name].finished:
                         with self._ending_alone(name):
                             takers[name].save()
                 if stopping and self.members:
                     raise Interrupted(f"stopped at iteration {number}; the same command continues from there")
 
+    def _bar(self) -> TrainingBar:
+        ends = [member.iterations for member in self.members.values() if member.iterations is not None]
+        shown = self.processes.is_main and not self.processes.part
+        return TrainingBar(list(self.members), max(ends, default=None), enabled=shown)
+
+    def _share(self) -> Share:
+        config, processes = self.config, self.processes
+        # Images that nobody takes are not read.
+        beside = config.unlabelled if any(member.takes_unlabelled for member in self.members.values()) else 0
+        return Share(config.batch_size, config.accumulate, processes.rank, processes.world_size, beside)
+
     def _batches(self, iteration: int) -> Iterator[tuple[Tensor, Tensor]]:
         config, processes = self.config, self.processes
-        share = Share(config.batch_size, config.accumulate, processes.rank, processes.world_size)
         return training_batches(
             self.train_set,
             config.augmentation,
             seed=self.seed,
-            share=share,
+            share=self.share,
             first_iteration=iteration,
             workers=config.workers,
             device=processes.device,
+            beside=self.unlabelled_set if self.share.unlabelled else None,
         )
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]], takers: list[Trainer]) -> None:
@@ -188,6 +202,7 @@ class Cohort:
             last = number == len(pieces) - 1
             with timed(device, *(member.stopwatch for member in takers)):
                 images, target = images.contiguous(memory_format=layout), labels.long()
+                labelled = slice(self.share.micro_batch)
             teacher_outputs = None
             if taught:
                 with timed(device, *(member.stopwatch for member in taught)), autocast(config, device):
@@ -195,7 +210,8 @@ class Cohort:
             for member in takers:
                 with timed(device, member.stopwatch):
                     outputs = teacher_outputs if member.learner.needs_teacher else None
-                    member.learn(images, target, pixels, outputs, last=last)
+                    part = slice(None) if member.takes_unlabelled else labelled
+                    member.learn(images[part], target[part], pixels, outputs, last=last)
                     if last:
                         member.step()
         for member in takers:
@@ -206,15 +222,8 @@ class Cohort:
         count = len(targets) * self.processes.world_size
         if count == 1:
             return None
-        labelled = torch.stack([valid_mask(target).sum() for target in targets]).sum()
+        labelled = torch.stack([labelled_mask(target).sum() for target in targets]).sum()
         return self.processes.sum(labelled).clamp_min(1) / count
-
-    def _finished(self, member: Trainer) -> bool:
-        if self.config.iterations is not None:
-            return member.progress.iteration >= self.config.iterations
-        # All processes must leave in the same iteration, so the clock counts only where they agree on it.
-        agreed = self.processes.world_size == 1 or member.progress.iteration % AGREE_EVERY == 0
-        return agreed and member.fraction >= 1.0
 
     def _agree(self, stop: threading.Event, iteration: int, takers: Mapping[str, Trainer]) -> bool:
         """Whether all processes stop now, because any of them was told to; makes all see the slowest clock."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from segdistill.losses import cross_entropy
+from segdistill.losses import cross_entropy, with_pseudo_labels
 from segdistill.methods.method import Method, OfflineMethod
 from segdistill.models.outputs import Outputs
 from segdistill.models.segmenter import Segmenter
@@ -25,6 +25,8 @@ class Learner(nn.Module):
         methods: the experiment's methods by the names that their terms carry.
         supervised: weight of the cross-entropy to the labels.
         auxiliary: weight of the auxiliary head's cross-entropy, times ``supervised``.
+        pseudo_labels: to the methods, an unlabelled pixel has the class of which the teacher, or the mean of students
+            that teach each other, is at least so sure; None leaves it unlabelled.
     """
 
     def __init__(
@@ -34,8 +36,10 @@ class Learner(nn.Module):
         *,
         supervised: float = 1.0,
         auxiliary: float = 0.4,
+        pseudo_labels: float | None = None,
     ) -> None:
         super().__init__()
+        self.pseudo_labels = pseudo_labels
         # Plain dicts for reading, ModuleDicts for registration: nn.ModuleDict forgets what its values are.
         self.students, self.methods = dict(students), dict(methods or {})
         self._students, self._methods = nn.ModuleDict(students), nn.ModuleDict(self.methods)
@@ -72,6 +76,11 @@ class Learner(nn.Module):
             terms[name] = {"ce": cross_entropy(output.logits, target, pixels)}
             if output.aux_logits is not None:
                 terms[name]["aux_ce"] = cross_entropy(output.aux_logits, target, pixels)
+        if self.pseudo_labels is not None:
+            judges = [output.logits for output in outputs.values()]
+            if self.needs_teacher and teacher_outputs is not None:
+                judges = [teacher_outputs.logits]
+            target = with_pseudo_labels(target, judges, threshold=self.pseudo_labels)
         for label, method in self.methods.items():
             if isinstance(method, OfflineMethod):
                 ((name, output),) = outputs.items()

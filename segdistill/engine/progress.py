@@ -8,8 +8,6 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from segdistill.engine.settings import TrainConfig
-
 
 def progress_bar(enabled: bool = True, *columns: str) -> Progress:
     """A rich progress bar on standard error, silent where that is not a terminal."""
@@ -26,13 +24,13 @@ class TrainingBar:
     """What trains, its iteration, images per second and time left.
 
     Args:
-        config: the loop.
         names: of what trains.
+        iterations: how many the longest takes; None where time is the budget.
         enabled: whether it is to be seen at all.
     """
 
-    def __init__(self, config: TrainConfig, names: Sequence[str], *, enabled: bool) -> None:
-        self.config, self.images = config, 0
+    def __init__(self, names: Sequence[str], iterations: int | None, *, enabled: bool) -> None:
+        self.iterations, self.images = iterations, 0
         self.title = names[0] if len(names) == 1 else f"{len(names)} trainings"
         self.bar = progress_bar(enabled, "{task.fields[text]}")
         self.task = self.bar.add_task(self.title, total=1.0, text="")
@@ -46,19 +44,19 @@ class TrainingBar:
     ) -> None:
         self.bar.stop()
 
-    def update(self, iteration: int, fraction: float, seconds: float, takers: int) -> None:
+    def update(self, iteration: int, fraction: float, seconds: float, images: int) -> None:
         """Moves the bar.
 
         Args:
             iteration: how many are done.
             fraction: the part of the budget that is used, 0..1.
             seconds: what training has taken up to now, without its first step.
-            takers: how many trainings took the last batch; their images are counted one by one.
+            images: how many the last step was of, for each training that took them.
         """
         if self.bar.disable:
             return
-        self.images += takers * self.config.batch_size if seconds else 0
-        of = f" of {self.config.iterations}" if self.config.iterations else ""
+        self.images += images if seconds else 0
+        of = f" of {self.iterations}" if self.iterations else ""
         speed = f"{self.images / max(seconds, 1e-9):.1f} img/s "
         self.bar.update(
             self.task, completed=fraction, description=f"{self.title}: iteration {iteration}{of}", text=speed

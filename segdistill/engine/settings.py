@@ -98,7 +98,8 @@ class TrainConfig:
     seconds: Annotated[float, Field(ge=1e-3, le=1e7)] | None
     # Images an optimiser step, over all processes and accumulation pieces.
     batch_size: Images
-    # Forward passes an optimiser step; batch_size must be divisible by this and by the number of processes.
+    # Forward passes an optimiser step; batch_size, and unlabelled, must be divisible by this times the number of
+    # processes.
     accumulate: Images
     augmentation: AugmentationConfig
     # fp32, or autocast to bf16 or fp16 on a GPU.
@@ -120,6 +121,9 @@ class TrainConfig:
     gradient_share_every: Annotated[int, Field(ge=0, le=100_000_000)]
     # Which weights are kept: those of the last iteration, or of the best validation.
     select: Literal["last", "best"]
+    # Images without labels beside those of batch_size in each step, from the split 'unlabelled'. Methods see them;
+    # what has no method does not.
+    unlabelled: Annotated[int, Field(ge=0, le=65536)] = 0
 
     @pydantic.model_validator(mode="after")
     def _one_budget(self) -> "TrainConfig":
@@ -127,12 +131,14 @@ class TrainConfig:
             raise ValueError("give the budget either as iterations or as seconds, and null for the other")
         if self.compile and self.gradient_share_every:
             raise ValueError("gradient_share_every cannot look inside a compiled step; set it to 0 or compile to false")
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+        for key in ("batch_size", "unlabelled"):
+            if getattr(self, key) % self.accumulate:
+                raise ValueError(f"{key} {getattr(self, key)} is not divisible by accumulate {self.accumulate}")
         height, width = self.augmentation.crop_size
-        if self.batch_size // self.accumulate * height * width > MOST_PIXELS:
+        crops = (self.batch_size + self.unlabelled) // self.accumulate
+        if crops * height * width > MOST_PIXELS:
             raise ValueError(
-                f"{self.batch_size // self.accumulate} crops of {height} x {width} in one forward pass are more than"
+                f"{crops} crops of {height} x {width} in one forward pass are more than"
                 f" {MOST_PIXELS} pixels; lower batch_size or crop_size, or raise accumulate"
             )
         return self

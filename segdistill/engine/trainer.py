@@ -35,6 +35,8 @@ from segdistill.models.weights import not_finite
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "resume.safetensors"
+# Iterations between two agreements of all processes on the clock and on a wish to stop.
+AGREE_EVERY = 10
 # Steps in a row that fp16's loss scaling may skip. The scale begins at 65,536 and halves with each skip, so that 16 of
 # them bring it to 1: what still overflows then overflows without any scaling.
 MOST_SKIPPED = 20
@@ -51,6 +53,7 @@ class Training:
         fingerprint: names everything that defines this training; a checkpoint of another one is not resumed.
         work: folder of the resume checkpoint.
         trackers: one a student, by its name.
+        budget: a multiple of the loop's budget.
         judge: is told the iteration and the scores of each validation but the last, alike in all processes; raises
             :class:`Ended` where it is not worth going on.
     """
@@ -61,6 +64,7 @@ class Training:
     fingerprint: str
     work: Path
     trackers: Mapping[str, Tracker]
+    budget: float = 1.0
     judge: Callable[[int, Mapping[str, Evaluation]], None] | None = None
 
 
@@ -103,6 +107,12 @@ class Diverged(Ended):
         )
 
 
+class Pruned(Ended):
+    """A training that is not worth its budget, as its judge finds."""
+
+    became = "pruned"
+
+
 @dataclass
 class Progress:
     """The counters of a training; all of them are in the checkpoint."""
@@ -130,6 +140,12 @@ class Trainer:
 
     def __init__(self, training: Training, config: TrainConfig, *, seed: int, processes: Processes) -> None:
         self.training, self.config, self.processes = training, config, processes
+        # What has no method learns from labels alone, its batch normalisation too.
+        self.takes_unlabelled = bool(config.unlabelled) and any(
+            method.weights for method in training.learner.methods.values()
+        )
+        self.images_per_step = config.batch_size + (config.unlabelled if self.takes_unlabelled else 0)
+        self.iterations = max(1, round(config.iterations * training.budget)) if config.iterations else None
         device = processes.device
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.learner = training.learner.to(device, memory_format=layout)  # type: ignore[call-overload]
@@ -191,10 +207,17 @@ class Trainer:
     @property
     def fraction(self) -> float:
         """How much of the budget is used, 0..1."""
-        if self.config.iterations is not None:
-            return self.progress.iteration / self.config.iterations
+        if self.iterations is not None:
+            return self.progress.iteration / self.iterations
         assert self.config.seconds is not None
-        return min(1.0, self.progress.seconds / self.config.seconds)
+        return min(1.0, self.progress.seconds / (self.config.seconds * self.training.budget))
+
+    @property
+    def finished(self) -> bool:
+        """Whether its budget is used."""
+        # All processes must leave in the same iteration, so the clock counts only where they agree on it.
+        alone = self.iterations is not None or self.processes.world_size == 1
+        return self.fraction >= 1.0 and (alone or self.progress.iteration % AGREE_EVERY == 0)
 
     def learn(
         self, images: Tensor, target: Tensor, pixels: Tensor | None, teacher_outputs: Outputs | None, *, last: bool
@@ -272,9 +295,9 @@ class Trainer:
     def speed(self) -> float:
         """Images a second, start-up not counted."""
         steps = self.progress.iteration - self.progress.starts
-        return steps * self.config.batch_size / max(self.progress.seconds, 1e-9)
+        return steps * self.images_per_step / max(self.progress.seconds, 1e-9)
 
-    def log(self, *, finished: bool) -> None:
+    def log(self) -> None:
         """Mean terms since the last entry; the only part of a step that waits for the device.
 
         Raises:
@@ -285,7 +308,7 @@ class Trainer:
         keys = [(name, term) for name in sums for term in sorted(sums[name])]
         values = torch.stack([sums[name][term].float() for name, term in keys]) / pieces
         means = dict(zip(keys, (self.processes.sum(values) / self.processes.world_size).tolist(), strict=True))
-        self._require_steps(finished)
+        self._require_steps()
         weights = self.learner.weights(self.fraction)
         for name, tracker in self.training.trackers.items():
             terms = {term: value for (student, term), value in means.items() if student == name}
@@ -306,10 +329,10 @@ class Trainer:
         if broken and self.config.precision != "fp16":
             raise self._diverged(f"{student}: {', '.join(broken)} is not finite")
 
-    def _require_steps(self, finished: bool) -> None:
+    def _require_steps(self) -> None:
         """Ends a training in fp16 whose steps are all skipped: the weights that stay finite do not learn."""
         skipped = int(self.progress.skipped.item()) if self.scaler.is_enabled() else 0
-        if skipped >= MOST_SKIPPED or (finished and skipped >= self.progress.iteration):
+        if skipped >= MOST_SKIPPED or (self.finished and skipped >= self.progress.iteration):
             raise self._diverged(f"fp16 left out the last {skipped} steps, whose gradients are not finite")
 
     def require_finite_weights(self) -> None:

@@ -4,14 +4,25 @@ from segdistill.geometry import finest, resize_labels, size_of
 from segdistill.losses.align import Projection, align_logits, projection, resize_features, resize_logits
 from segdistill.losses.blocks import sum_over_blocks
 from segdistill.losses.divergence import divergence, pixel_kl
-from segdistill.losses.masks import IGNORE_INDEX, LEFT_OUT, class_members, masked_mean, valid_mask
+from segdistill.losses.masks import (
+    IGNORE_INDEX,
+    LEFT_OUT,
+    UNLABELLED,
+    class_members,
+    labelled_mask,
+    labelled_only,
+    masked_mean,
+    valid_mask,
+)
 from segdistill.losses.precision import in_float32
+from segdistill.losses.pseudo_labels import with_pseudo_labels
 from segdistill.losses.supervised import cross_entropy
 from segdistill.losses.vectors import unit
 
 __all__ = [
     "IGNORE_INDEX",
     "LEFT_OUT",
+    "UNLABELLED",
     "Projection",
     "align_logits",
     "class_members",
@@ -19,6 +30,8 @@ __all__ = [
     "divergence",
     "finest",
     "in_float32",
+    "labelled_mask",
+    "labelled_only",
     "masked_mean",
     "pixel_kl",
     "projection",
@@ -29,4 +42,5 @@ __all__ = [
     "sum_over_blocks",
     "unit",
     "valid_mask",
+    "with_pseudo_labels",
 ]

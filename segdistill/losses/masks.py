@@ -4,18 +4,30 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = 255
-"""The label of a pixel that has none, everywhere inside the project."""
+"""The label of a pixel that does not count at all: void, padding."""
+UNLABELLED = 254
+"""The label of a pixel that counts, but for which nobody drew a class."""
 LEFT_OUT = -1e9
 """The logit of what is left out of a softmax. Finite, because 0 * inf is not 0; exp of it is exactly 0."""
 
 
 def valid_mask(target: Tensor) -> Tensor:
-    """True where a pixel has a label; any shape, bool."""
+    """True where a pixel counts, labelled or not: for what compares networks; any shape, bool."""
     return target != IGNORE_INDEX
 
 
+def labelled_mask(target: Tensor) -> Tensor:
+    """True where a pixel has a class: for what needs to know it; any shape, bool."""
+    return target < UNLABELLED
+
+
+def labelled_only(target: Tensor) -> Tensor:
+    """The labels, with unlabelled pixels left out like void."""
+    return target.masked_fill(target == UNLABELLED, IGNORE_INDEX)
+
+
 def class_members(labels: Tensor, num_classes: int) -> Tensor:
-    """Which pixel belongs to which class, and an ignored pixel to none.
+    """Which pixel belongs to which class, and one without a class to none.
 
     Shape:
         labels: [B, h, w]; returns [B, K, h * w] bool.

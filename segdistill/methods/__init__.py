@@ -29,6 +29,7 @@ METHODS = {
     "fitnet": "segdistill.methods.fitnet:FeatureRegression",
     "ifvd": "segdistill.methods.ifvd:IntraClassVariation",
     "mgd": "segdistill.methods.mgd:MaskedGeneration",
+    "pseudo": "segdistill.methods.pseudo:PseudoLabels",
     "skd": "segdistill.methods.skd:Structured",
     "dml": "segdistill.methods.dml:MutualLearning",
     "hfd_bsd": "segdistill.methods.hfd_bsd:CollaborativeLearning",

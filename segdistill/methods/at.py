@@ -85,7 +85,7 @@ class AttentionTransfer(OfflineMethod[ATConfig]):
         Stages of different sizes have no common factor: ``reduction: mean`` with the published number reproduces them.
 
     Masks:
-        None: no label enters, ignored pixels are compared like the others.
+        None: no label enters, ignored pixels and images without labels are compared like the others.
 
     Inferred:
         Where sizes differ, the larger *feature* is pooled before it is squared, as public code does; ``pool:

@@ -37,7 +37,7 @@ class CWDConfig(MethodConfig):
     temperature: Temperature = 4.0
     """Divides both maps before the softmax over space; the squared temperature multiplies the loss."""
     mask_ignore: bool = False
-    """Take the softmax over the pixels with a label alone; the released code takes it over all."""
+    """Take the softmax without ignored pixels; the released code takes it over all."""
     align_corners: bool = False
     """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
@@ -95,7 +95,8 @@ class ChannelWise(OfflineMethod[CWDConfig]):
 
     Masks:
         Off by default, as published: no label enters. With ``mask_ignore`` the softmax runs over an image's valid
-        positions, an image without any is left out of the mean, and a batch without any gives zero.
+        positions, an image without any is left out of the mean, and a batch without any gives zero. Images without
+        labels are distilled like the others either way.
 
     Inferred:
         The masked softmax is not in the paper or its code, and neither is resizing the student to the teacher's size:

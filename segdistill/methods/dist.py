@@ -31,7 +31,7 @@ class DISTConfig(MethodConfig):
     squared_temperature: bool = False
     """Multiply by the squared temperature, as the classification code does and the segmentation code does not."""
     mask_ignore: bool = True
-    """Leave out the pixels without a label; the official code does not."""
+    """Leave out ignored pixels; the official code does not."""
     upsample: bool = False
     """Compare at label size and not at the teacher's logit size."""
     align_corners: bool = False
@@ -97,9 +97,9 @@ class Correlation(OfflineMethod[DISTConfig]):
         without effect.
 
     Masks:
-        The official code masks nothing (``mask_ignore: false``). A class that is absent has an almost constant
-        probability; the 1e-8 takes its correlation to 0, so it adds up to 1 / K to intra. With several processes each
-        correlates its own part of the batch.
+        The official code masks nothing (``mask_ignore: false``). Images without labels are correlated like the others.
+        A class that is absent has an almost constant probability; the 1e-8 takes its correlation to 0, so it adds up
+        to 1 / K to intra. With several processes each correlates its own part of the batch.
 
     Inferred:
         The mask is ours (re-implementation). The published comparison also trains with a floor under the learning

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from segdistill.config import config
 from segdistill.errors import UserError
-from segdistill.losses import LEFT_OUT, align_logits, divergence, in_float32, masked_mean, valid_mask
+from segdistill.losses import LEFT_OUT, align_logits, divergence, in_float32, labelled_mask, masked_mean
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Temperature
 from segdistill.models.outputs import ModelInfo, Outputs
 
@@ -45,7 +45,7 @@ def target_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *,
     labelled = _labelled(labels, student_logits.shape[1])
     odds = (_log_odds(logits / temperature, labelled) for logits in (student_logits, teacher_logits.detach()))
     student, teacher = (torch.stack([F.logsigmoid(each), F.logsigmoid(-each)]) for each in odds)  # [2, B, h, w]
-    return masked_mean(divergence(student, teacher, 0), valid_mask(labels)) * temperature**2
+    return masked_mean(divergence(student, teacher, 0), labelled_mask(labels)) * temperature**2
 
 
 @in_float32
@@ -62,7 +62,7 @@ def non_target_kl(
         (logits / temperature).masked_fill(labelled, LEFT_OUT).log_softmax(1)
         for logits in (student_logits, teacher_logits.detach())
     )
-    return masked_mean(divergence(student, teacher, 1), valid_mask(labels)) * temperature**2
+    return masked_mean(divergence(student, teacher, 1), labelled_mask(labels)) * temperature**2
 
 
 class Decoupled(OfflineMethod[DKDConfig]):
@@ -94,7 +94,8 @@ class Decoupled(OfflineMethod[DKDConfig]):
         for segmentation, at the scale of plain KD. A large beta needs the warm-up.
 
     Masks:
-        Pixels without a label are always left out, since both terms need the label.
+        Pixels without a label are always left out, since both terms need the label; images without labels teach
+        nothing here, unless they have ``pseudo_labels``.
 
     Inferred:
         The paper classifies images. One pixel as one sample is a re-implementation in the manner of later

@@ -21,7 +21,7 @@ class DMLConfig(MethodConfig):
     temperature: Temperature = 1.0
     """Divides all logits; the squared temperature multiplies the loss. OKDDip's comparison uses 3."""
     mask_ignore: bool = True
-    """Leave out the pixels without a label."""
+    """Leave out ignored pixels."""
     upsample: bool = False
     """Compare at label size and not at the size of the finest peer's logits."""
     align_corners: bool = False
@@ -39,6 +39,10 @@ class MutualLearning(OnlineMethod[DMLConfig]):
     Formula:
         L_k = T^2 / (K - 1) * sum over peers l != k of mean over valid pixels of KL(p_l || p_k), p = softmax(z / T).
         p_l is detached, so L_k trains student k alone. All logits are first resized to the finest student's size.
+
+    Masks:
+        Ignored pixels are left out unless ``mask_ignore`` is false; no label enters, so that peers teach each other on
+        images without labels too.
 
     Inferred:
         The original algorithm updates the students one after the other, each time with fresh predictions; here, as

@@ -34,7 +34,7 @@ class FitNetConfig(MethodConfig):
     always_project: bool = False
     """Build the 1x1 convolution also where widths are equal, as CIRKD does."""
     mask_ignore: bool = False
-    """Leave out the pixels without a label; public codes do not."""
+    """Leave out ignored pixels; public codes do not."""
     standardize: bool = False
     """Bring each channel of the teacher's feature to zero mean and unit variance: its scale then does not matter."""
     warmup_steps: Count = 200
@@ -149,7 +149,8 @@ class FeatureRegression(OfflineMethod[FitNetConfig]):
 
     Masks:
         Off by default, as published: no label enters. With ``mask_ignore`` the mean, and the statistics of
-        ``standardize``, are over the valid pixels, and a batch without any gives zero.
+        ``standardize``, are over the valid pixels, and a batch without any gives zero. Images without labels are
+        compared like the others.
 
     Inferred:
         CIRKD builds R also between equal widths; so does ``always_project``. ``standardize``, its 200 passes and

@@ -7,14 +7,15 @@ from torch import Tensor
 
 from segdistill.config import config
 from segdistill.losses import (
+    UNLABELLED,
     class_members,
     in_float32,
+    labelled_mask,
     masked_mean,
     resize_features,
     resize_labels,
     size_of,
     unit,
-    valid_mask,
 )
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod
 from segdistill.models.outputs import Outputs, Tap
@@ -57,16 +58,17 @@ def centre_similarity(features: Tensor, labels: Tensor, num_classes: int) -> Ten
 
 
 @in_float32
-def variation_distance(student: Tensor, teacher: Tensor, valid: Tensor, *, keep_ignored: bool) -> Tensor:
-    """Mean over valid pixels of the squared difference; with ``keep_ignored`` their sum over the count of all pixels.
+def variation_distance(student: Tensor, teacher: Tensor, labels: Tensor, *, keep_ignored: bool) -> Tensor:
+    """Mean over labelled pixels of the squared difference; with ``keep_ignored`` their sum over the count of these and
+    the ignored ones.
 
     Shape:
-        student, teacher, valid: [B, h, w].
+        student, teacher, labels: [B, h, w].
     """
-    squared = (student - teacher.detach()) ** 2
+    squared, labelled = (student - teacher.detach()) ** 2, labelled_mask(labels)
     if keep_ignored:
-        return torch.where(valid, squared, 0.0).mean()
-    return masked_mean(squared, valid)
+        return torch.where(labelled, squared, 0.0).sum() / (labels != UNLABELLED).sum().clamp_min(1)
+    return masked_mean(squared, labelled)
 
 
 class IntraClassVariation(OfflineMethod[IFVDConfig]):
@@ -95,7 +97,7 @@ class IntraClassVariation(OfflineMethod[IFVDConfig]):
 
     Masks:
         Ignored pixels shape no centre and add nothing: in the published codes they are their own centre on both
-        sides, cosine 1, and only the denominator counts them.
+        sides, cosine 1, and only the denominator counts them. Images without labels have no centres and count nowhere.
 
     Reference:
         Wang et al.: Intra-class Feature Variation Distillation for Semantic Segmentation, ECCV 2020. A
@@ -118,5 +120,5 @@ class IntraClassVariation(OfflineMethod[IFVDConfig]):
         student_cosine, teacher_cosine = (
             centre_similarity(features, labels, self.student_info.num_classes) for features in (feature, goal)
         )
-        valid, keep_ignored = valid_mask(labels), config.keep_ignored_in_mean
-        return {"variation": variation_distance(student_cosine, teacher_cosine, valid, keep_ignored=keep_ignored)}
+        keep_ignored = config.keep_ignored_in_mean
+        return {"variation": variation_distance(student_cosine, teacher_cosine, labels, keep_ignored=keep_ignored)}

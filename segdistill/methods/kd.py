@@ -20,7 +20,7 @@ class KDConfig(MethodConfig):
     temperature: Temperature = 1.0
     """Divides both logits; the squared temperature multiplies the loss."""
     mask_ignore: bool = True
-    """Leave out the pixels without a label; false reproduces CIRKD, which distils them too."""
+    """Leave out ignored pixels; false reproduces CIRKD, which distils them too."""
     upsample: bool = False
     """Compare at label size (APD) and not at the teacher's logit size (CIRKD, IFVD; far cheaper)."""
     align_corners: bool = False
@@ -53,6 +53,10 @@ class PixelWise(OfflineMethod[KDConfig]):
         by T^2; the KD terms of IFVD and TorchDistiller do not. The pixel-wise term of structure_knowledge_distillation
         (SKD) is a soft cross-entropy: to the divergence, whose gradient it has, its value adds the teacher's entropy,
         so that it is not 0 where student and teacher agree.
+
+    Masks:
+        Ignored pixels are left out unless ``mask_ignore`` is false. Images without labels are distilled like the
+        others.
 
     Reference:
         Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531. Defaults are those

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from segdistill.config import config
-from segdistill.losses import finest, in_float32, pixel_kl, resize_labels, resize_logits, size_of, valid_mask
+from segdistill.losses import finest, in_float32, labelled_mask, pixel_kl, resize_labels, resize_logits, size_of
 from segdistill.methods.method import Count, MethodConfig, NonNegative, OnlineMethod, Temperature
 from segdistill.models.outputs import Outputs
 
@@ -117,7 +117,8 @@ class CollaborativeEnsemble(OnlineMethod[KDCLConfig]):
         Cross-entropies are taken at temperature 1. Identical students are reproduced by each ensemble.
 
     Masks:
-        Every ensemble reads the labels, so ignored pixels are always left out; without a label all terms are 0.
+        Every ensemble reads the labels, so ignored pixels and images without labels are always left out; without a
+        label all terms are 0.
 
     Inferred:
         A re-implementation from texts about the paper: T = 2 and the weight 1 are not confirmed by the authors' code.
@@ -141,7 +142,7 @@ class CollaborativeEnsemble(OnlineMethod[KDCLConfig]):
         config = self.config
         size = size_of(target) if config.upsample else finest(size_of(peers[peer].logits) for peer in self.peers)
         labels = resize_labels(target, size)
-        valid = valid_mask(labels)
+        valid = labelled_mask(labels)
         logits = [resize_logits(peers[peer].logits, size, align_corners=config.align_corners) for peer in self.peers]
         ensemble = self._ensemble(torch.stack([each.detach() for each in logits]), labels, valid)
         return {

@@ -133,7 +133,8 @@ class OfflineMethod(Method[ConfigT]):
         """The raw terms, each a float32 scalar.
 
         Shape:
-            target: [B, H, W] int64, ``losses.IGNORE_INDEX`` where there is no label.
+            target: [B, H, W] int64, ``losses.IGNORE_INDEX`` where a pixel does not count, ``losses.UNLABELLED`` where
+                it counts and has no class.
         """
         raise NotImplementedError
 
@@ -157,6 +158,6 @@ class OnlineMethod(Method[ConfigT]):
         """The raw terms, each a float32 scalar, by the peer that learns from them; nothing where all are off.
 
         Shape:
-            target: [B, H, W] int64, ``losses.IGNORE_INDEX`` where there is no label.
+            target: as in :meth:`OfflineMethod.forward`.
         """
         raise NotImplementedError

@@ -103,7 +103,7 @@ class MaskedGeneration(OfflineMethod[MGDConfig]):
         method, and nothing of them can be saved.
 
     Masks:
-        No label enters: ignored pixels are generated like the others.
+        No label enters: ignored pixels and images without labels are generated like the others.
 
     Inferred:
         Resizing to the teacher's size is ours; the released code pairs networks of equal stride. m comes from the

@@ -187,7 +187,7 @@ class Structured(OfflineMethod[SKDConfig]):
         loss times 0.1. ``weight`` and ``ramp`` do not scale the critic's loss.
 
     Masks:
-        None: no label enters, every pixel counts.
+        None: no label enters, every pixel counts, also of images without labels.
 
     Speed:
         ``block_rows: null`` takes the same sum over pairs through C x C products of channels. On a grid with more nodes

@@ -167,16 +167,19 @@ def headline(comparison: Comparison) -> str:
     names = [
         f"{name(row)} {points(row.gain.mean)}" for row in comparison.rows if row.gain and row.gain.verdict == "gains"
     ]
-    numbers = [sum(gain.verdict == verdict for gain in gains) for verdict in VERDICTS]
-    rest = f"{numbers[1]} of {len(gains)} lose, of {numbers[2]} nothing is shown"
-    alone = "" if len(comparison.protocol.seeds) > 1 else ", and a single seed may be luck"
-    if not names:
-        return f"No distilled student is shown to be better than the same student undistilled: {rest}{alone}."
-    verb = "gains" if len(names) == 1 else "gain"
-    return (
-        f"{len(names)} of {plural(len(gains), 'distilled student')} {verb} over the same student undistilled: "
-        f"{', '.join(names)} points; {rest}{alone}."
-    )
+    losing, unsure = (sum(gain.verdict == verdict for gain in gains) for verdict in ("loses", "not shown"))
+    rest = [f"{losing} {'loses' if losing == 1 else 'lose'}"] if losing else []
+    rest += [f"{unsure} {'is' if unsure == 1 else 'are'} not shown to differ"] if unsure else []
+    rest += ["a single seed may be luck"] if len(comparison.protocol.seeds) == 1 else []
+    same = "the same student undistilled"
+    if names:
+        verb = "gains" if len(names) == 1 else "gain"
+        start = (
+            f"{len(names)} of {plural(len(gains), 'distilled student')} {verb} over {same}, {', '.join(names)} points"
+        )
+    else:
+        start = f"No distilled student is shown to be better than {same}"
+    return "; ".join([start, ", ".join(rest)] if rest else [start]) + "."
 
 
 def findings(comparison: Comparison) -> list[str]:

@@ -156,12 +156,16 @@ STAGES: tuple[Stage, ...] = (
 BY_NAME: dict[str, Stage] = {stage.name: stage for stage in STAGES}
 
 
+# Sections that no stage reads, and that need not be there: each is a command's.
+OF_COMMANDS = ("tune",)
+
+
 def check_sections(params: Mapping[str, Any]) -> None:
-    """Raises a UserError for a top-level key of params.yaml that no stage knows, or that is missing."""
+    """Raises a UserError for a top-level key of params.yaml that nobody knows, or that a stage misses."""
     known = {key for stage in STAGES for key in stage.params}
     for key in params:
-        if key not in known:
-            raise UserError(f"{brief(key)}: unknown section{nearest(key, known)}")
+        if key not in (allowed := (*known, *OF_COMMANDS)):
+            raise UserError(f"{brief(key)}: unknown section{nearest(key, allowed)}")
     for key in sorted(known):
         if key not in params:
             raise UserError(f"{key}: missing; params.yaml needs this section")

@@ -46,7 +46,9 @@ def tables(layout: Layout, facts: Sequence[FileFacts], config: "Config") -> Tabl
     """The tables ``files``, ``splits`` and ``classes``; names of files are relative to the data folder."""
     return {
         "files": _files(facts, layout),
-        "splits": [_split(split, [fact for fact in facts if fact.split == split], layout, config) for split in SPLITS],
+        "splits": [
+            _split(split, [fact for fact in facts if fact.split == split], layout, config) for split in layout.splits
+        ],
         "classes": _classes(facts, layout),
     }
 
@@ -152,7 +154,7 @@ def _split(split: str, facts: Sequence[FileFacts], layout: Layout, config: "Conf
     ignored_255 = stored[255] / stored.total() if layout.legend.label_map[255] == IGNORE_INDEX and stored else 0.0
     return {
         "split": split, "images": images, "masks": masks, "samples": len(facts),
-        "required": getattr(config.min_samples, split),
+        "required": getattr(config.min_samples, split, 0),
         "ignore_fraction": sum(fractions) / len(fractions) if fractions else None,
         "classes_seen": sum(seen) if seen else None, "classes_needed": 2 if split == "train" else 1,
         "one_class": layout.classes[seen.index(True)].name if any(seen) else None, "pixels_255": ignored_255,
@@ -162,7 +164,7 @@ def _split(split: str, facts: Sequence[FileFacts], layout: Layout, config: "Conf
 
 def values(layout: Layout, facts: Sequence[FileFacts]) -> list[Row]:
     """What each stored value is read as, and in how many pixels it occurs."""
-    stored: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
+    stored: dict[str, Counter[int]] = {split: Counter() for split in layout.splits}
     for fact in facts:
         stored[fact.split].update(fact.values or {})
     table = layout.legend.label_map

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from segdistill.data.layouts.layout import WITHOUT_MASKS
 from segdistill.data.memory import Memory
-from segdistill.data.shards import DatasetInfo, ShardDataset, read_dataset_info
+from segdistill.data.shards import INFO_FILE, DatasetInfo, ShardDataset, read_dataset_info
 from segdistill.engine.learner import Learner
 from segdistill.engine.tracker import Tracker
 from segdistill.engine.trainer import CHECKPOINT, Result
+from segdistill.errors import UserError
 from segdistill.files import new_folder, seal
 from segdistill.identity import Identity
 from segdistill.models.export import count_parameters, save_model
@@ -21,6 +23,22 @@ def dataset(prepared: Path, memory: Memory | None = None) -> tuple[DatasetInfo, 
     """The prepared data set's facts, its train split and its val split, whose decoded samples share the memory."""
     train_set, val_set = (ShardDataset(prepared, split, memory) for split in ("train", "val"))
     return read_dataset_info(prepared), train_set, val_set
+
+
+def unlabelled_set(prepared: Path, wanted: int, memory: Memory | None = None) -> ShardDataset | None:
+    """The images without labels, if any are wanted.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not wanted:
+        return None
+    if not read_dataset_info(prepared).splits.get(WITHOUT_MASKS):
+        raise UserError(
+            f"distill.train.unlabelled: {wanted}, but {prepared / INFO_FILE} has no split '{WITHOUT_MASKS}'; give the"
+            " data set one, lower prepare.labelled, or set it to 0"
+        )
+    return ShardDataset(prepared, WITHOUT_MASKS, memory)
 
 
 def write(

@@ -61,6 +61,12 @@ class Member:
         return f"{self.planned.experiment}-{self.trial}" if self.trial else self.planned.experiment
 
     @property
+    def cost(self) -> float:
+        """How long it trains, compared with one student on the plan's budget."""
+        settings = self.planned.settings
+        return len(settings.students) * settings.budget
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What is written beside its students, or in place of them."""
         planned = self.planned
@@ -80,6 +86,7 @@ class Member:
             child.tags({
                 "experiment": planned.experiment, "student": name, "seed": str(planned.seed),
                 "methods": method_names(settings.methods), **self.identity.facts(),
+                **({"trial": self.trial} if self.trial else {}),
             })  # fmt: skip
             children[name] = child
         return children
@@ -93,6 +100,7 @@ class Common:
     info: "DatasetInfo"
     train_set: "ShardDataset"
     val_set: "ShardDataset"
+    unlabelled_set: "ShardDataset | None"
     teacher: "Teacher | None"
     processes: "Processes"
     work: Path  # for checkpoints, a folder a member
@@ -161,24 +169,26 @@ def in_parts(
     """
     from segdistill.data.memory import Memory
     from segdistill.engine.parts import divided, run_parts
-    from segdistill.stages._training import dataset
+    from segdistill.stages._training import dataset, unlabelled_set
 
     # Those that the teacher teaches first, so that few parts need it. A clock that several trainings share is not
     # the clock of one.
     members = sorted(members, key=lambda member: not member.needs_teacher)
     parts = (
-        [[part] for part in divided(members, lambda member: len(member.planned.settings.students), processes)]
+        [[part] for part in divided(members, lambda member: member.cost, processes)]
         if protocol.train.iterations
         else [[[member] for member in members]]
     )
     room = protocol.train.cache_gib
-    info, train_set, val_set = dataset(prepared, Memory(room if room == "auto" else room / max(1, len(parts))))
+    memory = Memory(room if room == "auto" else room / max(1, len(parts)))
+    info, train_set, val_set = dataset(prepared, memory)
+    beside = unlabelled_set(prepared, protocol.train.unlabelled, memory)
 
     def run_part(number: int, groups: Sequence[Sequence[Member]]) -> list[T]:
         here, frozen = replace(processes, part=number), None
         if any(member.needs_teacher for group in groups for member in group):
             frozen = _verified_teacher(teacher, info, val_set, protocol, here)
-        common = Common(protocol, info, train_set, val_set, frozen, here, work)
+        common = Common(protocol, info, train_set, val_set, beside, frozen, here, work)
         return [act(group, common) for group in groups]
 
     return run_parts([functools.partial(run_part, number, groups) for number, groups in enumerate(parts)])
@@ -245,6 +255,7 @@ def train_together(
     cohort = Cohort(
         trainings, common.train_set, common.val_set, common.protocol.train, inference=common.protocol.inference,
         seed=group[0].planned.seed, teacher=common.teacher, processes=common.processes,
+        unlabelled_set=common.unlabelled_set,
     )  # fmt: skip
     with _ended(trackers.values()):
         outcomes = cohort.run()
@@ -284,6 +295,7 @@ def _training(member: Member, common: Common, trackers: Mapping[str, Tracker]) -
         {name: student.model for name, student in students.items()}, member.methods, seed=planned.seed,
         num_classes=common.info.num_classes, teacher=frozen.info if frozen and member.needs_teacher else None,
         supervised=planned.settings.supervised, auxiliary=planned.settings.auxiliary,
+        pseudo_labels=planned.settings.pseudo_labels,
     )  # fmt: skip
     return Training(
         name=member.name,
@@ -292,6 +304,7 @@ def _training(member: Member, common: Common, trackers: Mapping[str, Tracker]) -
         fingerprint=member.identity.key,
         work=common.work / member.name,
         trackers=trackers,
+        budget=planned.settings.budget,
         judge=member.judge,
     )
 

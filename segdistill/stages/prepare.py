@@ -25,6 +25,9 @@ class Config:
     max_side: Annotated[int, Field(ge=16, le=65536)] | None
     # Processes; 0 uses all cores. The result does not depend on it.
     workers: Workers
+    # The part of the training images that keeps its masks, in every class about its share of images; the others join
+    # the split 'unlabelled', as if nobody had drawn theirs. A smaller part is always a part of a larger one.
+    labelled: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 def run(config: Config, *, data: Path, report: Path, prepared: Path, tracker: Tracker) -> None:
@@ -40,7 +43,8 @@ def run(config: Config, *, data: Path, report: Path, prepared: Path, tracker: Tr
     Raises:
         UserError: the report says that the data set must not be used, or a sample cannot be.
     """
-    from segdistill.data.layouts import SPLITS, open_layout
+    from segdistill.data.labelled import samples_by_split
+    from segdistill.data.layouts import open_layout
     from segdistill.data.parallel import progress
     from segdistill.data.sharding import KEYS, plan_shards, write_index, write_shards
 
@@ -50,16 +54,17 @@ def run(config: Config, *, data: Path, report: Path, prepared: Path, tracker: Tr
     partial = target.with_name(f"{target.name}.partial")
     kept = f"finished shards wait in {partial}, and the same command continues from there"
     with disk_errors(prepared, kept):
-        shards = plan_shards(layout, config.shard_samples)
+        splits = samples_by_split(layout, config.labelled, workers=config.workers)
+        shards = plan_shards(splits, config.shard_samples)
         written = write_shards(layout, shards, partial, max_side=config.max_side, workers=config.workers)
         total = sum(len(shard.samples) for shard in shards)
         rows = {shard.name: rows for shard, rows in progress(written, "prepare", total, lambda done: len(done[1]))}
-        write_index(layout, shards, [row for shard in shards for row in rows[shard.name]], partial)
+        write_index(layout, splits, shards, [row for shard in shards for row in rows[shard.name]], partial)
         size = sum(path.stat().st_size for path in (partial / "shards").iterdir())
         shutil.rmtree(partial / KEYS)
         replace_folder(partial, target)
-    samples = {split: sum(len(shard.samples) for shard in shards if shard.split == split) for split in SPLITS}
-    tracker.metrics({"data/bytes": size, **{f"data/samples/{split}": count for split, count in samples.items()}})
+    counts = {f"data/samples/{split}": len(samples) for split, samples in splits.items()}
+    tracker.metrics({"data/bytes": size, **counts})
 
 
 def _check_report(report: Path, layout: str) -> None:

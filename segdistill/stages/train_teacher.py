@@ -64,7 +64,7 @@ def _train(
     from segdistill.data.memory import Memory
     from segdistill.engine.building import build_learner
     from segdistill.engine.cohort import Cohort
-    from segdistill.engine.trainer import Diverged, Training
+    from segdistill.engine.trainer import Ended, Training
     from segdistill.stages._training import dataset, forget, write
 
     info, train_set, val_set = dataset(prepared, Memory(config.train.cache_gib))
@@ -78,7 +78,7 @@ def _train(
         processes=processes,
     )  # fmt: skip
     outcome = cohort.run()[TEACHER]
-    if isinstance(outcome, Diverged):
+    if isinstance(outcome, Ended):
         if processes.is_main:
             forget(work)
         raise outcome

@@ -62,12 +62,12 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
     """
     from segdistill.adapters import gx
     from segdistill.data.checks import inspect
-    from segdistill.data.layouts import SPLITS, open_layout
+    from segdistill.data.layouts import open_layout
     from segdistill.data.parallel import progress
     from segdistill.stages import _rules
 
     layout = open_layout(config.layout, data)
-    samples = [sample for split in SPLITS for sample in layout.samples(split)]
+    samples = [sample for split in layout.splits for sample in layout.samples(split)]
     if not samples:
         raise layout.without_samples()
     facts = list(progress(inspect(layout, samples, workers=config.workers), "validate", len(samples)))
@@ -135,12 +135,12 @@ def _markdown(summary: dict[str, Any], data: Path) -> str:
     lines += ["", "| class | train images | val images | test images | share of train pixels |"]
     lines += ["| --- | ---: | ---: | ---: | ---: |"]
     for row in summary["classes"]:
-        images = " | ".join(str(row[f"{split}_images"]) for split in summary["samples"])
+        images = " | ".join(str(row[f"{split}_images"]) for split in ("train", "val", "test"))
         lines.append(f"| {_cell(row['name'])} | {images} | {row['train_share'] or 0:.2%} |")
     lines += ["", "| stored value | read as | train pixels | val pixels | test pixels |"]
     lines += ["| ---: | --- | ---: | ---: | ---: |"]
     for row in summary["values"]:
-        pixels = " | ".join(str(row[f"{split}_pixels"]) for split in summary["samples"])
+        pixels = " | ".join(str(row[f"{split}_pixels"]) for split in ("train", "val", "test"))
         lines.append(f"| {row['value']} | {_cell(row['read_as'])} | {pixels} |")
     for kind in ("failures", "warnings"):
         lines += ["", f"## {kind.capitalize()}", ""] + ([] if summary[kind] else ["None."])

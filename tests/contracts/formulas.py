@@ -71,6 +71,14 @@ def kd(method: Any, student: Any, teacher: Any, target: Tensor) -> Terms:
     return {"kl": 4 * kl(log_p(rows(teacher.logits), 2), log_p(rows(student.logits), 2))[valid].mean()}
 
 
+def pseudo(method: Any, student: Any, teacher: Any, target: Tensor) -> Terms:
+    valid, _ = labelled(target)
+    sure, classes = log_p(rows(teacher.logits)).exp().max(1)
+    counted = valid & (sure >= 0.5)
+    assert valid.sum() > counted.sum() > 0, "the threshold leaves out some pixels and not all"
+    return {"ce": -own(log_p(rows(student.logits))[counted], classes[counted]).mean()}
+
+
 def dml(method: Any, first: Any, second: Any, target: Tensor) -> Terms:
     valid, _ = labelled(target)
     one, other = (log_p(rows(peer.logits), 2)[valid] for peer in (first, second))
@@ -282,6 +290,7 @@ CASES = {
     "fitnet": Case(fitnet, {"always_project": False, "standardize": False}),
     "ifvd": Case(ifvd),
     "mgd": Case(mgd, {"mask_ratio": 0.0}),
+    "pseudo": Case(pseudo, {"threshold": 0.5}),
     "skd": Case(skd, {"holistic_weight": 0.1, "critic_channels": 4}, lambda method: method.critic.eval()),
     "dml": Case(dml, {"temperature": 2.0}),
     "hfd_bsd": Case(hfd_bsd, {"hfd": "direct", "temperature": 2.0, "region_grid": 2}),

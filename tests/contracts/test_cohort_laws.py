@@ -1,7 +1,7 @@
 """Laws of a cohort: what its members become does not depend on who trains beside them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,9 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 # Dropout in all; masks that are drawn, memories, critics, heads with an optimiser of their own, peers.
 NAMES = ["none", "kd", "cwd", "mgd", "cirkd", "skd", "apd", "fitnet", "hfd_bsd", "dml"]
 Trained = tuple[dict[str, torch.Tensor], dict[str, Any]]
+EQUAL: Mapping[str, float] = {}
+# Of 7 iterations: 3, 7, 12 and 4.
+BUDGETS = {"none": 0.43, "cirkd": 1.7, "dml": 0.55}
 
 
 class Recorder(NullTracker):
@@ -31,10 +34,20 @@ class Recorder(NullTracker):
 
 
 def together(
-    work: Path, names: Sequence[str], dead: str = "", judges: Any = None, **changes: Any
+    work: Path,
+    names: Sequence[str],
+    dead: str = "",
+    judges: Any = None,
+    budgets: Mapping[str, float] = EQUAL,
+    **changes: Any,
 ) -> tuple[Any, dict[str, Trained]]:
     """A cohort of these methods, and what became of its members; the ``dead`` one's loss is NaN from step 3 on."""
-    trainings = [tiny.make_training(name, work / name, method=name, dropout=0.3, trackers=Recorder()) for name in names]
+    trainings = [
+        tiny.make_training(
+            name, work / name, method=name, dropout=0.3, trackers=Recorder(), budget=budgets.get(name, 1.0)
+        )
+        for name in names
+    ]
     settings = {"iterations": 7, "accumulate": 2, "select": "best"} | changes
     trained = tiny.make_cohort(trainings, ALONE, **settings)
     members = dict(trained.members)
@@ -80,7 +93,7 @@ def test_a_cohort_gives_bit_for_bit_what_its_members_give_alone(
     assert_equal(trained, alone)
 
 
-def killed(work: Path, names: Sequence[str], saves: int) -> None:
+def killed(work: Path, names: Sequence[str], saves: int, **options: Any) -> None:
     """A cohort that is no more after so many saves of its members; each saves at 2, 4, 6 and 7 iterations."""
     written, original = [], checkpoint.save
 
@@ -92,7 +105,7 @@ def killed(work: Path, names: Sequence[str], saves: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoint, "save", save)
-        together(work, names)
+        together(work, names, **options)
 
 
 @pytest.mark.parametrize("saves", [1, 5, 9, 11])
@@ -104,6 +117,66 @@ def test_killed_after_any_members_save_and_resumed_equals_never_stopped(
     trained = together(tmp_path, names)[1]
     assert set(trained) == set(names)
     assert_equal(trained, alone)
+
+
+@pytest.fixture(scope="module")
+def alone_by_budget(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    work, trained = tmp_path_factory.mktemp("alone_by_budget"), {}
+    for name in ("none", "mgd", "cirkd", "dml"):
+        trained |= together(work, [name], budgets=BUDGETS)[1]
+    return trained
+
+
+@pytest.mark.parametrize("saves", [None, 1, 4, 8, 13])
+def test_members_that_end_at_different_iterations_become_what_they_become_alone_even_if_killed_and_resumed(
+    tmp_path: Path, saves: int | None, alone_by_budget: dict[str, Trained]
+) -> None:
+    names = ["cirkd", "none", "mgd", "dml"]
+    if saves is not None:
+        killed(tmp_path, names, saves, budgets=BUDGETS)
+    outcomes, trained = together(tmp_path, names, budgets=BUDGETS)
+    assert [outcomes[name].iterations for name in names] == [12, 3, 7, 4]
+    assert_equal(trained, alone_by_budget)
+
+
+@pytest.fixture(scope="module")
+def alone_with_unlabelled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    work, trained = tmp_path_factory.mktemp("alone_with_unlabelled"), {}
+    for name in NAMES:
+        trained |= together(work, [name], unlabelled=4)[1]
+    return trained
+
+
+@pytest.mark.parametrize("saves", [None, 5, 17])
+def test_images_without_labels_teach_all_but_the_student_without_a_method_which_does_not_see_them(
+    tmp_path: Path, saves: int | None, alone: dict[str, Trained], alone_with_unlabelled: dict[str, Trained]
+) -> None:
+    if saves is not None:
+        killed(tmp_path, NAMES, saves, unlabelled=4)
+    _, trained = together(tmp_path, NAMES, unlabelled=4)
+    assert_equal(trained, alone_with_unlabelled)
+    for name, (weights, _) in trained.items():
+        same = all(torch.equal(value, alone[name][0][key]) for key, value in weights.items())
+        assert same == (name == "none"), name
+
+
+def test_images_that_nobody_takes_are_not_read(tmp_path: Path) -> None:
+    training = tiny.make_training("none", tmp_path)
+    only = tiny.make_cohort([training], ALONE, iterations=1, unlabelled=8)
+    only.unlabelled_set.__class__ = type("Unread", (tiny.Blobs,), {"__getitem__": None})
+    assert only.run()["none"].iterations == 1
+
+
+def test_a_budget_of_twice_the_iterations_is_a_training_of_twice_the_iterations(tmp_path: Path) -> None:
+    _, doubled = together(tmp_path / "a", ["kd"], budgets={"kd": 2.0})
+    _, longer = together(tmp_path / "b", ["kd"], iterations=14)
+    assert_equal(doubled, longer)
+
+
+def test_a_budget_multiplies_seconds_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopwatch.Stopwatch, "take", lambda self: 1.0)
+    outcomes, _ = together(tmp_path, ["kd"], budgets={"kd": 1.5}, iterations=None, seconds=4.0)
+    assert (outcomes["kd"].seconds, outcomes["kd"].iterations) == (7.0, 7)
 
 
 def test_a_member_that_comes_later_takes_the_batches_that_the_others_have_had(
@@ -205,6 +278,11 @@ def test_what_cannot_be_a_cohort_is_refused(tmp_path: Path) -> None:
     one, other = (tiny.make_training(name, tmp_path, method=name) for name in ("none", "kd"))
     with pytest.raises(ValueError, match="clock that several trainings share"):
         tiny.make_cohort([one, other], ALONE, iterations=None, seconds=1.0)
+    with pytest.raises(ValueError, match="there are no images without labels"):
+        cohort.Cohort(
+            [one], tiny.Blobs(), None, tiny.train_config(unlabelled=2), inference=tiny.INFERENCE, seed=0, teacher=None,
+            processes=ALONE,
+        )  # type: ignore[arg-type]  # fmt: skip
     with pytest.raises(ValueError, match="names of their own"):
         tiny.make_cohort([one, one], ALONE)
     with pytest.raises(ValueError, match=r"\['kd'\] learn from a teacher"):

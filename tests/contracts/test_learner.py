@@ -10,6 +10,7 @@ import torch
 from segdistill.engine.distributed import Processes
 from segdistill.engine.tracker import NullTracker
 from segdistill.errors import UserError
+from segdistill.losses import IGNORE_INDEX, UNLABELLED, resize_logits
 from segdistill.methods import METHODS
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -170,3 +171,31 @@ def test_a_training_that_diverges_stops_and_names_the_terms(tmp_path: Path) -> N
     trainer = tiny.make_trainer(tmp_path, ALONE, method="fitnet", settings={"weight": 1e9}, iterations=40, **late)
     with pytest.raises(UserError, match=r"^cnn: ce, fitnet\.regression is not finite by iteration 4: the training div"):
         trainer.run()
+
+
+@pytest.mark.parametrize("method", ["dkd", "kdcl"])
+def test_pseudo_labels_let_a_term_that_needs_labels_teach_where_who_judges_is_sure(tmp_path: Path, method: str) -> None:
+    images, target = IMAGES.clone(), TARGET.clone()
+    target[1] = UNLABELLED
+    target[1, :4] = IGNORE_INDEX
+
+    def of(threshold: float | None, labels: torch.Tensor = target) -> dict[str, Any]:
+        learner = tiny.make_training("tiny", tmp_path, method=method, pseudo_labels=threshold).learner.eval()
+        return learner(images, labels, None, tiny.make_teacher()(images) if method == "dkd" else None)
+
+    learner = tiny.make_training("tiny", tmp_path, method=method).learner.eval()
+    networks = [tiny.make_teacher()] if method == "dkd" else learner.students.values()
+    mean = torch.stack([resize_logits(each(images).logits.detach(), tiny.SIZE).softmax(1) for each in networks]).mean(0)
+    confidence, classes = mean.max(1)
+    threshold = float(confidence[1].median())
+    by_hand = torch.where((target == UNLABELLED) & (confidence >= threshold), classes, target)
+    assert (
+        (by_hand == UNLABELLED).any() and (by_hand[1] < tiny.CLASSES).any() and (by_hand[1, :4] == IGNORE_INDEX).all()
+    )
+    expected, found, without = of(None, by_hand), of(threshold), of(None)
+    for student, terms in found.items():
+        torch.testing.assert_close(terms["ce"], without[student]["ce"], msg="nobody drew these labels")
+        for term in (term for term in terms if term.startswith(method)):
+            torch.testing.assert_close(terms[term], expected[student][term])
+            assert not torch.equal(terms[term], without[student][term])
+    torch.testing.assert_close(of(1.0), without, msg="nobody is as sure as that")

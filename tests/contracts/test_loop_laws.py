@@ -77,14 +77,21 @@ MASKED, UNMASKED = {"mask_ignore": True}, {"mask_ignore": False}
 
 
 @pytest.mark.parametrize(
-    ("method", "settings", "void"),
-    [("none", {}, 0), ("none", {}, 0.95), ("dml", MASKED, 0), ("dml", UNMASKED, 0.95), ("kd", UNMASKED, 0.95)],
+    ("method", "settings", "void", "unlabelled"),
+    [
+        ("none", {}, 0, 0),
+        ("none", {}, 0.95, 4),
+        ("dml", MASKED, 0, 8),
+        ("dml", UNMASKED, 0.95, 0),
+        ("kd", UNMASKED, 0.95, 4),
+    ],
 )
 def test_one_batch_of_eight_equals_four_of_two_accumulated(
-    tmp_path: Path, method: str, settings: dict[str, Any], void: float
+    tmp_path: Path, method: str, settings: dict[str, Any], void: float, unlabelled: int
 ) -> None:
-    _, whole = trained(tmp_path / "a", method=method, settings=settings, void=void)
-    _, pieces = trained(tmp_path / "b", method=method, settings=settings, void=void, accumulate=4)
+    options = {"method": method, "settings": settings, "void": void, "unlabelled": unlabelled}
+    _, whole = trained(tmp_path / "a", **options)
+    _, pieces = trained(tmp_path / "b", **options, accumulate=4)
     before = tiny.weights(tiny.make_trainer(tmp_path / "c", ALONE, method=method))
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if method == "dml" else {"rtol": 1e-5, "atol": 1e-6}
     for name, value in whole.items():
@@ -100,14 +107,15 @@ def test_a_mean_over_labelled_pixels_that_a_method_takes_is_one_of_the_piece(tmp
 
 
 @pytest.mark.parametrize(
-    ("method", "supervised", "void"), [("none", 1, 0), ("none", 1, 0.95), ("fitnet", 1, 0.95), ("fitnet", 0, 0)]
+    ("method", "supervised", "void", "unlabelled"),
+    [("none", 1, 0, 0), ("none", 1, 0.95, 0), ("fitnet", 1, 0.95, 4), ("fitnet", 0, 0, 0)],
 )
 def test_one_batch_of_eight_equals_two_processes_of_four(
-    tmp_path: Path, method: str, supervised: int, void: float
+    tmp_path: Path, method: str, supervised: int, void: float, unlabelled: int
 ) -> None:
-    _, whole = trained(tmp_path / "a", method=method, supervised=supervised, void=void)
+    _, whole = trained(tmp_path / "a", method=method, supervised=supervised, void=void, unlabelled=unlabelled)
     # Without cross-entropy the classifier is not trained.
-    options = [f"method={method}", f"supervised={supervised}", f"void={void}"]
+    options = [f"method={method}", f"supervised={supervised}", f"void={void}", f"unlabelled={unlabelled}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*torchrun, tiny.__file__, tmp_path / "work", tmp_path / "out", *options], check=True, timeout=300)
     for name, value in result(tmp_path / "out")["weights"].items():
@@ -247,6 +255,8 @@ def test_clipping_bounds_the_gradient_norm(tmp_path: Path) -> None:
 def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="batch_size 8 is not divisible by accumulate 3"):
         tiny.make_trainer(tmp_path, ALONE, accumulate=3)
+    with pytest.raises(UserError, match="unlabelled 3 is not divisible by accumulate 2"):
+        tiny.make_trainer(tmp_path, ALONE, accumulate=2, unlabelled=3)
     with pytest.raises(UserError, match="iterations or as seconds"):
         tiny.make_trainer(tmp_path, ALONE, seconds=3.0)
 

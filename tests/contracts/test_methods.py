@@ -14,7 +14,7 @@ from torch import Tensor
 
 from segdistill.config import parse, to_dict
 from segdistill.errors import UserError
-from segdistill.losses import IGNORE_INDEX, pixel_kl
+from segdistill.losses import IGNORE_INDEX, UNLABELLED, pixel_kl
 from segdistill.methods import METHODS, build_offline, build_online, load, parse_method
 from segdistill.methods.method import Evidence, Method
 from segdistill.models.outputs import ModelInfo, Outputs
@@ -30,6 +30,7 @@ IDENTITY: dict[str, dict[str, Any]] = {
 NOT_A_DISTANCE: dict[str, dict[str, str]] = {
     "c2vkd": {"pdd": "zero where the student has the mean of teacher and label, not where it has the teacher"},
     "mgd": {"generation": "a drawn generator stands between the two features, and there is no identity in its place"},
+    "pseudo": {"ce": "least where the student is sure of the teacher's class, not where it has the teacher's doubts"},
     "skd": {"critic": "the hinge of a critic that cannot tell them apart is 2"},
     "dist": {"aux": "the published epsilon beside the norms leaves some 1e-6 where a map has two pixels"},
 }
@@ -57,6 +58,15 @@ LABEL_FREE: dict[str, set[str]] = {
     "hfd_bsd": {"hfd"},
     "mgd": {"generation"},
     "skd": {"pairwise", "holistic", "critic"},
+}
+# Terms that need the class of a pixel: images without labels add nothing to them. All others teach on such images too.
+NEED_LABELS: dict[str, set[str]] = {
+    "apd": {"prototype", "teacher_head"},
+    "c2vkd": {"pdd"},
+    "dkd": {"target", "non_target"},
+    "hfd_bsd": {"region", "pixel"},
+    "ifvd": {"variation"},
+    "kdcl": {"kl"},
 }
 # Settings that switch on what is off by default, so that the contract covers every term.
 COMPLETE: dict[str, dict[str, Any]] = {
@@ -394,6 +404,30 @@ def test_an_all_ignored_batch_gives_zeros_with_a_graph_to_everything_that_trains
     assert all(bool((leaf.grad == 0).all()) for leaf in leaves if leaf.grad is not None)
     if not label_free:
         assert all(parameter.grad is not None for parameter in method.parameters() if parameter.requires_grad)
+
+
+@EVERY
+def test_an_image_without_labels_teaches_where_no_label_is_needed_and_adds_nothing_where_one_is(name: str) -> None:
+    method, needing = build(name, **WITHOUT_CHANCE.get(name, {})), NEED_LABELS.get(name, set())
+    target = labels((24, 28), 5, batch=3)
+    target[2] = UNLABELLED
+    target[2, :6] = IGNORE_INDEX  # padding
+    first, second = outputs(FIRST, 5, batch=3), outputs(SECOND, 5, batch=3, seed=1)
+    one, other = (rebuilt([leaf.detach()[:2].requires_grad_() for leaf in tensors(each)]) for each in (first, second))
+    alone, beside = terms(deepcopy(method), one, other, target[:2]), terms(method, first, second, target)
+    leaves, leaves_alone = ([*tensors(a), *tensors(b)] for a, b in ((first, second), (one, other)))
+    for key, loss in beside.items():
+        if (term := key.rpartition("/")[2]) in method.helper_terms and term not in needing:
+            continue
+        gradients = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+        assert any(bool((gradient[2] != 0).any()) for gradient in gradients) == (term not in needing), key
+        if term in needing:
+            torch.testing.assert_close(loss, alone[key], rtol=1e-5, atol=1e-7)
+            expected = torch.autograd.grad(
+                alone[key], leaves_alone, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for whole, part in zip(gradients, expected, strict=True):
+                torch.testing.assert_close(whole[:2], part, rtol=1e-4, atol=1e-7)
 
 
 @EVERY

@@ -24,7 +24,7 @@ from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainCo
 from segdistill.engine.tracker import NullTracker, Tracker
 from segdistill.engine.trainer import Diverged, Result, Trainer, Training
 from segdistill.errors import Interrupted
-from segdistill.losses import IGNORE_INDEX
+from segdistill.losses import IGNORE_INDEX, UNLABELLED
 from segdistill.methods import build_offline, build_online, parse_method
 from segdistill.models.outputs import ModelInfo, Outputs
 from segdistill.models.teacher import Teacher
@@ -118,6 +118,8 @@ def make_training(
     settings: dict[str, Any] | None = None,
     supervised: float = 1.0,
     fingerprint: str = "tiny",
+    budget: float = 1.0,
+    pseudo_labels: float | None = None,
 ) -> Training:
     """One student, alone or under an offline method, or two peers (SGD, AdamW) of an online one."""
     torch.manual_seed(0)
@@ -132,8 +134,9 @@ def make_training(
             students["vit"] = TinySegmenter(width=6, dropout=dropout)
             optimizers["vit"] = parse(OptimizerConfig, ADAMW, "optimizer")
             methods = build_online([config], {name: student.info for name, student in students.items()})
-    learner = Learner(students, dict(methods), supervised=supervised)
-    return Training(name, learner, optimizers, fingerprint, work, dict.fromkeys(students, trackers or NullTracker()))
+    learner = Learner(students, dict(methods), supervised=supervised, pseudo_labels=pseudo_labels)
+    trackers_of = dict.fromkeys(students, trackers or NullTracker())
+    return Training(name, learner, optimizers, fingerprint, work, trackers_of, budget)
 
 
 def make_teacher() -> Teacher:
@@ -143,10 +146,12 @@ def make_teacher() -> Teacher:
 
 
 def make_cohort(trainings: Sequence[Training], here: Processes, *, void: float = 0.0, **changes: Any) -> Cohort:
-    """Trainings on blobs, with a teacher, and TrainConfig's ``changes``."""
+    """Trainings on blobs, with a teacher, and TrainConfig's ``changes``; other blobs have no labels."""
+    unlabelled = Blobs(6, seed=2)
+    unlabelled.labels[:] = UNLABELLED
     return Cohort(
         trainings, Blobs(void=void), Blobs(4, seed=1), train_config(**changes), inference=INFERENCE, seed=3,
-        teacher=make_teacher(), processes=here,
+        teacher=make_teacher(), processes=here, unlabelled_set=unlabelled,
     )  # fmt: skip
 
 
@@ -156,8 +161,8 @@ def make_trainer(work: Path, here: Processes, **options: Any) -> Any:
     Args:
         options: of :func:`make_training` and :func:`make_cohort`.
     """
-    own = {key: options.pop(key) for key in ("method", "dropout", "trackers", "settings", "supervised", "fingerprint")
-           if key in options}  # fmt: skip
+    keys = ("method", "dropout", "trackers", "settings", "supervised", "fingerprint", "budget", "pseudo_labels")
+    own = {key: options.pop(key) for key in keys if key in options}
     cohort = make_cohort([make_training("tiny", work, **own)], here, **options)
     (trainer,) = cohort.members.values()
     trainer.cohort, trainer.run = cohort, lambda: outcome(cohort)

@@ -203,3 +203,4 @@ def test_a_plan_says_all_that_decides_a_job(params: dict[str, Any]) -> None:
     assert plan["protocol"]["train"]["iterations"] == 2
     assert job["settings"]["methods"][0]["temperature"] == 1.0, "defaults are spelled out"
     assert len(job["code"]) == 16
+    assert job["settings"]["budget"] == 1.0, "how long it trains is part of its identity"

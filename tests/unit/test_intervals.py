@@ -90,9 +90,9 @@ def test_the_jackknife_of_a_mean_is_its_variance() -> None:
 
 def test_leaving_out_a_block_is_scoring_the_rest() -> None:
     matrices = fake_system(0.7, seed=1, images=7)
-    found = leave_one_out(iou_counts(matrices), 3)
+    without = leave_one_out(iou_counts(matrices), 3)
     rest = [[3, 4, 5, 6], [0, 1, 2, 6], [0, 1, 2, 3, 4, 5]]
-    assert found == pytest.approx([mean_iou(matrices[images].sum(0)) for images in rest])
+    assert without == pytest.approx([mean_iou(matrices[images].sum(0)) for images in rest])
 
 
 def test_degrees_of_freedom_are_those_of_the_part_that_matters() -> None:

@@ -4,7 +4,17 @@ from pathlib import Path
 
 from segdistill.data.layouts.camvid import CamVid
 from segdistill.data.layouts.folder import Folder
-from segdistill.data.layouts.layout import IGNORE_INDEX, SPLITS, UNKNOWN, ClassInfo, Layout, Legend, Sample
+from segdistill.data.layouts.layout import (
+    IGNORE_INDEX,
+    SPLITS,
+    UNKNOWN,
+    UNLABELLED,
+    WITHOUT_MASKS,
+    ClassInfo,
+    Layout,
+    Legend,
+    Sample,
+)
 from segdistill.errors import UserError, nearest
 
 LAYOUTS: dict[str, type[Layout]] = {layout.name: layout for layout in (Folder, CamVid)}
@@ -21,4 +31,16 @@ def open_layout(name: str, root: Path) -> Layout:
     return LAYOUTS[name](root)
 
 
-__all__ = ["IGNORE_INDEX", "LAYOUTS", "SPLITS", "UNKNOWN", "ClassInfo", "Layout", "Legend", "Sample", "open_layout"]
+__all__ = [
+    "IGNORE_INDEX",
+    "LAYOUTS",
+    "SPLITS",
+    "UNKNOWN",
+    "UNLABELLED",
+    "WITHOUT_MASKS",
+    "ClassInfo",
+    "Layout",
+    "Legend",
+    "Sample",
+    "open_layout",
+]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from segdistill.data.layouts.layout import IGNORE_INDEX, SPLITS, ClassInfo, Layout, Sample
+from segdistill.data.layouts.layout import IGNORE_INDEX, SPLITS, WITHOUT_MASKS, ClassInfo, Layout, Sample
 from segdistill.errors import UserError
 from segdistill.files import read_text
 
@@ -29,7 +29,8 @@ class CamVid(Layout):
     """``train/x.png`` beside ``trainannot/x.png``; ``train.txt`` holds one ``IMAGE MASK`` pair a line.
 
     SegNet's own lists name files as ``/SegNet/CamVid/train/x.png``, so only the last two parts of a path count. Names
-    may hold spaces, stand in quotes, and have backslashes between their parts.
+    may hold spaces, stand in quotes, and have backslashes between their parts. ``unlabelled.txt``, which need not be
+    there, holds one ``IMAGE`` a line.
 
     Reference:
         Brostow et al., Pattern Recognition Letters 30(2), 2009; split and classes: Badrinarayanan et al., PAMI 2017.
@@ -39,7 +40,7 @@ class CamVid(Layout):
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        self._samples = {split: _read_list(root, split) for split in SPLITS}
+        self._samples = {split: _read_list(root, split) for split in (*SPLITS, WITHOUT_MASKS)}
 
     @property
     def classes(self) -> tuple[ClassInfo, ...]:
@@ -59,20 +60,24 @@ class CamVid(Layout):
 MOST_OF_A_LINE = 4096  # characters: two paths
 _IMAGE = r"(\S.*?\.(?:png|jpe?g))"
 _PAIR = re.compile(rf"""(["']?){_IMAGE}\1\s+(["']?){_IMAGE}\3""", re.IGNORECASE)
+_SINGLE = re.compile(rf"""(["']?){_IMAGE}\1""", re.IGNORECASE)
 
 
 def _read_list(root: Path, split: str) -> list[Sample]:
-    path = root / f"{split}.txt"
+    path, labelled = root / f"{split}.txt", split != WITHOUT_MASKS
     if not path.exists():
+        if not labelled:
+            return []
         raise UserError(f"{path}: no such file; the layout 'camvid' needs a list of pairs for each split")
     samples = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
-        pair = _PAIR.fullmatch(line.strip().replace("\\", "/")) if len(line) <= MOST_OF_A_LINE else None
-        parts = [PurePosixPath(name).parts[-2:] for name in (pair[2], pair[4])] if pair else []
-        if not pair or any(len(part) != 2 or {"..", "/", "//"} & set(part) for part in parts):
-            raise UserError(f"{path}, line {number}: expected 'FOLDER/IMAGE FOLDER/MASK', found '{line.strip()[:200]}'")
-        image, mask = (root.joinpath(*part) for part in parts)
-        samples.append(Sample(image.stem, split, image, mask))
+        form, expected = (_PAIR, "FOLDER/IMAGE FOLDER/MASK") if labelled else (_SINGLE, "FOLDER/IMAGE")
+        match = form.fullmatch(line.strip().replace("\\", "/")) if len(line) <= MOST_OF_A_LINE else None
+        parts = [PurePosixPath(name).parts[-2:] for name in match.groups()[1::2]] if match else []
+        if not match or any(len(part) != 2 or {"..", "/", "//"} & set(part) for part in parts):
+            raise UserError(f"{path}, line {number}: expected '{expected}', found '{line.strip()[:200]}'")
+        image, *masks = (root.joinpath(*part) for part in parts)
+        samples.append(Sample(image.stem, split, image, masks[0] if labelled else None))
     return samples

@@ -12,6 +12,7 @@ from segdistill.data.layouts.layout import (
     IMAGE_SUFFIXES,
     SPLITS,
     UNKNOWN,
+    WITHOUT_MASKS,
     ClassInfo,
     Layout,
     Sample,
@@ -43,7 +44,10 @@ class ClassList:
 
 
 class Folder(Layout):
-    """``images/<split>/<id>.jpg|png`` beside ``masks/<split>/<id>.png``; ``classes.json`` says what a pixel means."""
+    """``images/<split>/<id>.jpg|png`` beside ``masks/<split>/<id>.png``; ``classes.json`` says what a pixel means.
+
+    ``images/unlabelled/<id>.jpg|png``, which may be absent, has no masks.
+    """
 
     name = "folder"
 
@@ -54,8 +58,8 @@ class Folder(Layout):
             if not (root / kind).is_dir():
                 raise UserError(f"{root / kind}: no such folder; the layout 'folder' needs {kind}/<split> in {root}")
         for path in list_folder(root / "images"):
-            if path.is_dir() and path.name not in SPLITS:
-                raise UserError(f"{path}: unknown split '{path.name}'{nearest(path.name, SPLITS)}")
+            if path.is_dir() and path.name not in (*SPLITS, WITHOUT_MASKS):
+                raise UserError(f"{path}: unknown split '{path.name}'{nearest(path.name, (*SPLITS, WITHOUT_MASKS))}")
 
     @property
     def classes(self) -> tuple[ClassInfo, ...]:
@@ -75,7 +79,8 @@ class Folder(Layout):
         mask_of = {mask.stem: mask for mask in reversed(best_first)}
         for path in list_folder(images):
             if path.suffix.lower() in IMAGE_SUFFIXES:
-                yield Sample(path.stem, split, path, mask_of.get(path.stem, masks / f"{path.stem}.png"))
+                mask = mask_of.get(path.stem, masks / f"{path.stem}.png")
+                yield Sample(path.stem, split, path, None if split == WITHOUT_MASKS else mask)
 
 
 def _read_classes(path: Path) -> tuple[tuple[ClassInfo, ...], dict[int, int]]:

@@ -13,8 +13,10 @@ import numpy as np
 from segdistill.errors import UserError
 
 IGNORE_INDEX = 255  # as segdistill.losses.IGNORE_INDEX, stated again since the data half runs without torch
-UNKNOWN = 254  # in a label map: the layout gives this raw value no meaning
+UNLABELLED = 254  # as segdistill.losses.UNLABELLED: every pixel of an image without a mask
+UNKNOWN = 254  # in a legend: the layout gives this raw value no meaning; no label map that is written has it
 SPLITS = ("train", "val", "test")
+WITHOUT_MASKS = "unlabelled"  # the split of images for which nobody drew a mask; a data set need not have it
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # in small or capital letters
 SHOWN = 3  # files named in one sentence
 
@@ -29,12 +31,12 @@ class ClassInfo:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and its mask; either file may turn out to be missing."""
+    """One image and its mask; either file may turn out to be missing. A mask of None was never drawn."""
 
     id: str
     split: str
     image: Path
-    mask: Path
+    mask: Path | None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class Layout(ABC):
         """The folder of a split's images and the folder of its masks."""
 
     @cached_property
+    def splits(self) -> tuple[str, ...]:
+        """The three with masks, and the one without if it has images."""
+        return (*SPLITS, WITHOUT_MASKS) if any(self.samples(WITHOUT_MASKS)) else SPLITS
+
+    @cached_property
     def legend(self) -> Legend:
         """What the values of this data set's masks mean."""
         table = np.full(256, UNKNOWN, dtype=np.uint8)
@@ -114,7 +121,7 @@ class Layout(ABC):
         if path.is_dir():
             return f"a sub-folder: samples lie in {path.parent.relative_to(self.root).as_posix()} itself"
         if path.parent == masks:
-            return "a mask without an image"
+            return "a mask without an image" if split in SPLITS else "a mask in the split without masks"
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             return f"'{path.suffix}' is not read: save it as JPEG or PNG" if path.suffix else "no JPEG or PNG file"
         return "of no sample"

@@ -58,9 +58,9 @@ class APDConfig(MethodConfig):
     normalize: bool = True
     """Give every pixel's vector and every prototype unit length; false (kmeans_norm: False there) leaves both be."""
     mask_ignore_global: bool = False
-    """Leave pixels without a label out of the global divergence; the released code does not."""
+    """Leave ignored pixels out of the global divergence; the released code does not."""
     mask_ignore_local: bool = False
-    """Leave pixels without a label out of the local divergence; the released code does not."""
+    """Leave ignored pixels out of the local divergence; the released code does not."""
     upsample: bool = True
     """Take the global divergence at label size; false: at the teacher's logit size, far cheaper."""
     align_corners: bool = True
@@ -102,7 +102,8 @@ class AdaptivePerspective(OfflineMethod[APDConfig]):
 
     Masks:
         As in the released code, ignored pixels shape no prototype but are distilled (``mask_ignore_*`` leaves them
-        out), and a batch without any label gives zeros.
+        out), and a batch without any label gives zeros. Images without labels shape no prototype; global and, with
+        ``scope: batch``, local distil them too.
 
     Inferred:
         The paper's text was not available: this is the released code. Its exceptions turned to zeros are not copied.

@@ -214,7 +214,8 @@ class CNNToViT(OfflineMethod[C2VKDConfig]):
         (a public re-implementation logged 1e-4, 3e-9 and 6e-4 beside 0.45); say which reduction a table uses.
 
     Masks:
-        pdd is a mean over valid pixels at label size. The other terms use no label and see every location.
+        pdd is a mean over labelled pixels at label size. The other terms use no label and see every location, also of
+        images without labels.
 
     Inferred:
         A re-implementation: the paper's text was not available, and the released code lacks the decoupled loss, the

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from segdistill.losses import in_float32, masked_mean, valid_mask
+from segdistill.losses import in_float32, labelled_mask, masked_mean
 from segdistill.losses.fused import fused
 
 
@@ -36,7 +36,7 @@ def blended_two_way(
     Shape:
         student_logits, teacher_logits: [B, K, h, w], K at least 2; labels: [B, h, w] int64.
     """
-    valid = valid_mask(labels)
+    valid = labelled_mask(labels)
     index = labels.masked_fill(~valid, 0)[:, None]
     student, teacher = _log_odds(student_logits, index), _log_odds(teacher_logits.detach(), index)  # [B, h, w]
     log_s_target, log_s_other = F.logsigmoid(student), F.logsigmoid(-student)

@@ -159,7 +159,8 @@ class CrossImageRelations(OfflineMethod[CIRKDConfig]):
 
     Masks:
         The relations in the batch use no labels: ignored pixels take part, as in the released code. In the memory
-        terms they are neither anchors nor queued; they do count in the projector's batch statistics (there too), so
+        terms they are neither anchors nor queued; pixels of images without labels are anchors and are not queued.
+        Ignored pixels do count in the projector's batch statistics (there too), so
         only ``projector: identity`` makes the terms independent of them. A batch without labels gives zeros there.
 
     Speed:

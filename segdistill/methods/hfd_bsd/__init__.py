@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from segdistill.config import config
 from segdistill.errors import UserError
-from segdistill.losses import finest, projection, resize_features, resize_labels, resize_logits, size_of, valid_mask
+from segdistill.losses import (
+    finest,
+    labelled_only,
+    projection,
+    resize_features,
+    resize_labels,
+    resize_logits,
+    size_of,
+    valid_mask,
+)
 from segdistill.methods.hfd_bsd.operators import Borrowed, ConvMLP, PooledAttention
 from segdistill.methods.hfd_bsd.selection import (
     feature_distances,
@@ -62,7 +71,7 @@ class HFDBSDConfig(MethodConfig):
     upsample: bool = True
     """Judge and compare predictions at label size; false: at the finest student's logit size, far cheaper."""
     mask_ignore: bool = True
-    """Leave places without a label out where selection is false; a selection needs labels and always does."""
+    """Leave ignored places out where selection is false; a selection needs labels and always does."""
     aux_heads: Channels = 1
     """Heads of aux_op's attention."""
     aux_grid: Count = 16
@@ -103,7 +112,8 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
 
     Masks:
         Pixels without a label select nothing and are no part of E; a region without any takes no part. Features are
-        averaged over whole regions unless ``mask_region_features``. No label enters ``hfd``. Under several processes
+        averaged over whole regions unless ``mask_region_features``. No label enters ``hfd``, which alone acts on images
+        without labels; with ``selection: false`` region and pixel do too. Under several processes
         each selects and counts on its own.
 
     Inferred:
@@ -204,6 +214,8 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
         logits = [peers[name].logits for name in self.peers]
         size = size_of(target) if config.upsample else finest(map(size_of, logits))
         labels = resize_labels(target, size)
+        if config.selection:  # by errors, which need labels
+            labels = labelled_only(labels)
         if "pixel" not in self.weights:  # the logits only judge: no graph, no memory
             logits = [each.detach() for each in logits]
         if config.selection or "pixel" in self.weights:

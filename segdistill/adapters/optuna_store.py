@@ -1,0 +1,356 @@
+"""The trials of a search in Optuna's SQL store, shared by any number of processes.
+
+A trial is claimed by one session, which is a process with what it started. Who finds a trial whose session has ended,
+at once on the same machine and after :data:`GRACE_SECONDS` without a heartbeat from another one, hands it back; it then
+waits, with its values, for the next who asks. So each trial has one number, that of its first claim, whatever became of
+the processes that worked on it, and counts once.
+"""
+
+import contextlib
+import datetime
+import logging
+import os
+import socket
+import tempfile
+import threading
+import uuid
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import FloatDistribution
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.trial import FrozenTrial, TrialState
+
+from segdistill import environment
+from segdistill.errors import UserError
+from segdistill.files import lock
+from segdistill.secrets import masked_text
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+warnings.filterwarnings("ignore", category=ExperimentalWarning)
+warnings.filterwarnings("ignore", message="Heartbeat of storage")
+
+HEARTBEAT_SECONDS, GRACE_SECONDS = 30, 120
+# Random ones before the sampler learns from them, and finished ones before anything is pruned.
+RANDOM_TRIALS, BEFORE_PRUNING = 4, 3
+FEWEST_FOR_IMPORTANCE = 10  # finished trials, or twice as many as parameters
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One choice of values, and what became of it."""
+
+    number: int
+    state: Literal["finished", "pruned", "diverged", "running", "waiting"]
+    values: Mapping[str, float]
+    score: float | None  # of a finished one
+    notes: Mapping[str, Any]
+    present: bool = False  # whether it is the present settings
+    attempt: int = field(default=0, compare=False)  # Optuna's number
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing more will become of it."""
+        return self.state in ("finished", "pruned", "diverged")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values of one parameter, ends included."""
+
+    low: float
+    high: float
+    log: bool
+
+
+@dataclass(frozen=True)
+class Session:
+    """A process that works on trials: another one of the same machine can see whether it lives."""
+
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    place: str = field(default_factory=lambda: f"{socket.gethostname()} {tempfile.gettempdir()} {os.getuid()}")
+
+    @property
+    def _folder(self) -> Path:
+        return Path(tempfile.gettempdir()) / f"segdistill-tune-{self.name}"  # locked, never made
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """For as long as the session lasts."""
+        with lock(self._folder, "segdistill tune"):
+            yield
+
+    def has_ended(self) -> bool:
+        """Whether it is known to have: of another machine's, nobody here knows."""
+        if self.place != Session().place:
+            return False
+        try:
+            with lock(self._folder, "segdistill tune"):
+                return True
+        except UserError:
+            return False
+
+
+@contextlib.contextmanager
+def opened(storage: str | None, folder: Path) -> Iterator[RDBStorage]:
+    """The store; opened by each process for itself, since a connection does not survive a fork.
+
+    Args:
+        storage: the URL of a database without its password; None is a SQLite file in ``folder``.
+        folder: of that file.
+
+    Raises:
+        UserError: the URL is none, or has a password in it, or the database does not answer.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+    options: dict[str, Any] = {}
+    try:
+        url = make_url(storage or f"sqlite:///{folder.resolve() / 'trials.db'}")
+        if url.password is not None:
+            raise UserError("tune.storage: a password in it; give it as SEGDISTILL_TUNE_PASSWORD instead")
+        if url.get_backend_name() == "sqlite":
+            folder.mkdir(parents=True, exist_ok=True)
+            options = {"connect_args": {"timeout": 60}}  # others write, too
+        elif password := environment.tune_password():
+            url = url.set(password=password)
+        store = RDBStorage(
+            url.render_as_string(hide_password=False), options, heartbeat_interval=HEARTBEAT_SECONDS,
+            grace_period=GRACE_SECONDS, heartbeat_stale_trial_callback=_take_back,
+        )  # fmt: skip
+    except (ArgumentError, SQLAlchemyError, StorageInternalError, ImportError) as error:
+        reason = masked_text(" ".join(str(error).split()))[:300]
+        raise UserError(f"tune.storage: the store cannot be opened: {reason}") from None
+    try:
+        yield store
+    finally:
+        store.remove_session()
+        store.engine.dispose()
+
+
+class Search:
+    """The trials of one experiment.
+
+    Args:
+        store: see :func:`opened`.
+        name: says all that decides what a trial gives; another search has another name.
+        ranges: of the parameters, by name.
+        present: their present values, the first trial.
+        trials: how many there shall be.
+        seed: of what is drawn.
+        patience: the iteration before which nothing is pruned; None never prunes.
+    """
+
+    def __init__(
+        self,
+        store: RDBStorage,
+        name: str,
+        ranges: Mapping[str, Range],
+        present: Mapping[str, float],
+        *,
+        trials: int,
+        seed: int,
+        patience: int | None,
+    ) -> None:
+        pruner = (
+            optuna.pruners.NopPruner()
+            if patience is None
+            else optuna.pruners.MedianPruner(n_startup_trials=BEFORE_PRUNING, n_warmup_steps=patience)
+        )
+        self.store, self.trials = store, trials
+        self.study = optuna.create_study(
+            storage=store, study_name=name, sampler=_Sampler(seed), pruner=pruner, direction="maximize",
+            load_if_exists=True,
+        )  # fmt: skip
+        self.ranges = {key: FloatDistribution(each.low, each.high, log=each.log) for key, each in ranges.items()}
+        if not self._attempts():
+            self.study.enqueue_trial(dict(present), user_attrs={"present": True})
+
+    # -- who does what ------------------------------------------------------------------------------------------------
+
+    def claim(self, count: int, session: Session) -> list[Trial]:
+        """At most so many trials for this session alone."""
+        claimed: list[Trial] = []
+        while len(claimed) < count and self._open():
+            attempt = self.study.ask(self.ranges)
+            identifier = self._identifier(attempt.number)
+            if not self._counts(attempt.number):
+                self.store.set_trial_user_attr(identifier, "surplus", True)
+                self.study.tell(attempt.number, state=TrialState.FAIL)
+                continue
+            self.store.record_heartbeat(identifier)
+            number = attempt.user_attrs.get("number", attempt.number)
+            notes = {"number": number, "session": session.name, "place": session.place}
+            for key, value in notes.items():
+                self.store.set_trial_user_attr(identifier, key, value)
+            claimed.append(_trial(self.study.trials[attempt.number]))
+        return claimed
+
+    def take_back(self) -> list[int]:
+        """Hands back the trials whose session has ended; their numbers."""
+        before = {trial.number for trial in self.all() if trial.state == "running"}
+        fail_stale_trials(self.study)
+        # Between a claim and its first heartbeat there is but a moment; who was killed in it leaves neither.
+        latest = datetime.datetime.now() - datetime.timedelta(seconds=GRACE_SECONDS)
+        for attempt in self._attempts():
+            notes = attempt.user_attrs
+            if attempt.state != TrialState.RUNNING:
+                continue
+            unborn = "session" not in notes and attempt.datetime_start is not None and attempt.datetime_start < latest
+            if unborn or ("session" in notes and Session(notes["session"], notes["place"]).has_ended()):
+                self.give_back(attempt.number)
+        return sorted(before - {trial.number for trial in self.all() if trial.state == "running"})
+
+    def give_back(self, attempt: int) -> None:
+        """Lets another session go on with a trial that is not settled."""
+        try:
+            done = not self.store.set_trial_state_values(self._identifier(attempt), TrialState.FAIL)
+        except UpdateFinishedTrialError:
+            done = True
+        if not done:
+            _take_back(self.study, self.study.trials[attempt])
+
+    def _open(self) -> bool:
+        attempts = self._attempts()
+        waiting = any(attempt.state == TrialState.WAITING for attempt in attempts)
+        return waiting or sum(map(_is_first, attempts)) < self.trials
+
+    def _counts(self, number: int) -> bool:
+        """Whether a trial is one of those that there shall be: the first ones, by the store's numbers."""
+        attempts = {attempt.number: attempt for attempt in self._attempts()}
+        attempt = attempts[number]
+        if not _is_first(attempt):
+            return True  # in place of one that counted
+        before = [other for other in attempts.values() if other.number < number and _is_first(other)]
+        twice = attempt.user_attrs.get("present") and any(other.user_attrs.get("present") for other in before)
+        return len(before) < self.trials and not twice
+
+    # -- what becomes of a trial --------------------------------------------------------------------------------------
+
+    def note(self, attempt: int, key: str, value: Any) -> None:
+        """Keeps something with a trial."""
+        self.store.set_trial_user_attr(self._identifier(attempt), key, value)
+
+    def notes(self, attempt: int) -> Mapping[str, Any]:
+        """What was kept with a trial."""
+        return self.study.trials[attempt].user_attrs
+
+    def should_end(self, attempt: int, iteration: int, score: float) -> bool:
+        """Takes a validation's score; whether it is below the median of those that were finished."""
+        self.store.set_trial_intermediate_value(self._identifier(attempt), iteration, score)
+        seen = self.study.trials[attempt]
+        return not seen.user_attrs.get("present") and self.study.pruner.prune(self.study, seen)
+
+    def settle(
+        self, attempt: int, state: Literal["finished", "pruned", "diverged"], score: float | None = None
+    ) -> None:
+        """Ends a trial; one that another session has settled meanwhile stays as it is."""
+        if state == "diverged":
+            self.note(attempt, "diverged", True)
+        states = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "diverged": TrialState.FAIL}
+        values = [score] if state == "finished" and score is not None else None
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self.store.set_trial_state_values(self._identifier(attempt), states[state], values)
+
+    # -- what there is ------------------------------------------------------------------------------------------------
+
+    def all(self) -> list[Trial]:
+        """Every trial, by number; of one that was handed on, its last attempt."""
+        latest: dict[int, Trial] = {}
+        for attempt in self._attempts():
+            trial = _trial(attempt)
+            died = attempt.state == TrialState.FAIL and trial.state != "diverged"
+            if not died and not attempt.user_attrs.get("surplus"):
+                latest[trial.number] = trial
+        return [latest[number] for number in sorted(latest)]
+
+    def importances(self) -> Mapping[str, float] | None:
+        """The share of each parameter in the scores' variance (fANOVA), the largest first; None: too few trials."""
+        finished = [trial for trial in self.all() if trial.state == "finished"]
+        if len(finished) < max(FEWEST_FOR_IMPORTANCE, 2 * len(self.ranges)) or len({t.score for t in finished}) < 2:
+            return None
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        return optuna.importance.get_param_importances(self.study, evaluator=evaluator)
+
+    def _attempts(self) -> Sequence[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
+
+    def _identifier(self, attempt: int) -> int:
+        return self.store.get_trial_id_from_study_id_trial_number(
+            self.store.get_study_id_from_name(self.study.study_name), attempt
+        )
+
+
+class _Sampler(optuna.samplers.TPESampler):
+    """What a trial draws depends on the seed and on the trials before it, and not on who asks, or how often."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        super().__init__(n_startup_trials=RANDOM_TRIALS, seed=seed)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        before = sum(_is_first(other) for other in study.get_trials(deepcopy=False) if other.number < trial.number)
+        seed = zlib.crc32(f"{self._seed} {study.study_name} {before}".encode())
+        super().__init__(n_startup_trials=RANDOM_TRIALS, seed=seed)
+        super().before_trial(study, trial)
+
+
+def _trial(attempt: FrozenTrial) -> Trial:
+    notes = attempt.user_attrs
+    states: dict[TrialState, Any] = {
+        TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.RUNNING: "running",
+        TrialState.WAITING: "waiting", TrialState.FAIL: "diverged" if notes.get("diverged") else "waiting",
+    }  # fmt: skip
+    return Trial(
+        notes.get("number", attempt.number), states[attempt.state], attempt.params,
+        attempt.value if attempt.state == TrialState.COMPLETE else None, notes, bool(notes.get("present")),
+        attempt.number,
+    )  # fmt: skip
+
+
+def _is_first(attempt: FrozenTrial) -> bool:
+    """Whether it is a trial's first attempt, and no trial too many."""
+    return "failed_trial" not in attempt.system_attrs and not attempt.user_attrs.get("surplus")
+
+
+def _take_back(study: optuna.Study, attempt: FrozenTrial) -> None:
+    logging.getLogger(__name__).info(
+        "%s: trial %s was not finished; it is taken up again", study.study_name, attempt.user_attrs.get("number")
+    )
+    RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)(study, attempt)
+
+
+@contextlib.contextmanager
+def heartbeats(storage: str | None, folder: Path, attempts: Mapping[str, Iterable[int]]) -> Iterator[None]:
+    """Says from time to time, in a thread with a connection of its own, that the session of these trials lives.
+
+    Args:
+        storage, folder: see :func:`opened`.
+        attempts: by the name of their search.
+    """
+    ended = threading.Event()
+
+    def work() -> None:
+        with opened(storage, folder) as store:
+            identifiers = [
+                store.get_trial_id_from_study_id_trial_number(store.get_study_id_from_name(name), attempt)
+                for name, several in attempts.items() for attempt in several
+            ]  # fmt: skip
+            while not ended.wait(HEARTBEAT_SECONDS):
+                for identifier in identifiers:
+                    store.record_heartbeat(identifier)
+
+    thread = threading.Thread(target=work, name="heartbeats", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

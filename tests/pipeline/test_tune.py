@@ -1,0 +1,196 @@
+"""``segdistill tune``: what it writes, what it may look at, and that it can be stopped and shared."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_params import tiny
+
+from segdistill.__main__ import main
+from segdistill.config import read_yaml
+from segdistill.data import shards
+from segdistill.engine import cohort, trainer
+from segdistill.errors import Interrupted
+from segdistill.execution import check_params
+
+pytest.importorskip("optuna")
+ROOT = Path(__file__).resolve().parents[2]
+REPORT = Path("reports/tuning")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_prepared: Path) -> Path:
+    """A folder with prepared data, whose test split is empty of files, and a teacher."""
+    root = tmp_path_factory.mktemp("tune")
+    params = json.loads(json.dumps(tiny(read_yaml(ROOT / "params.yaml"))))
+    params["tune"] |= {"trials": 2, "round": 2}
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    (root / "artifacts").mkdir()
+    shutil.copytree(tiny_prepared, root / "artifacts/prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for stage in ("plan", "train_teacher"):
+            assert main([stage, "--tracker", "none"]) == 0
+    return root
+
+
+@pytest.fixture
+def here(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project, without any trial yet."""
+    shutil.copytree(project, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
+
+
+@pytest.fixture
+def change(here: Path) -> Callable[..., None]:
+    """Changes the section ``tune``, or the section that is named."""
+
+    def apply(section: str = "tune", **values: Any) -> None:
+        params = read_yaml(here / "params.yaml")
+        part = params
+        for key in section.split("."):
+            part = part[key]
+        part |= values
+        (here / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+    return apply
+
+
+def tune(tracker: str = "none") -> int:
+    return main(["tune", "--tracker", tracker, "--device", "cpu"])
+
+
+def trials() -> dict[str, list[dict[str, Any]]]:
+    found = json.loads((REPORT / "trials.json").read_text())["experiments"]
+    return {name: experiment["each"] for name, experiment in found.items()}
+
+
+def test_every_experiment_gets_as_many_trials_and_the_test_split_is_never_opened(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = set()
+    read = shards.ShardDataset.__init__
+
+    def watched(self: Any, prepared: Path, split: str, *rest: Any) -> None:
+        opened.add(split)
+        read(self, prepared, split, *rest)
+
+    monkeypatch.setattr(shards.ShardDataset, "__init__", watched)
+    test_files = list((here / "artifacts/prepared").rglob("*test*"))
+    assert test_files
+    for file in test_files:
+        file.unlink()
+    assert tune("jsonl") == 0
+    assert opened == {"train", "val"}
+    assert {name: len(each) for name, each in trials().items()} == {"none": 2, "kd": 2}
+    for each in trials().values():
+        assert each[0]["values"]["students.cnn.optimizer.lr"] == 0.05, "the present settings"
+        assert {trial["state"] for trial in each} == {"finished"}
+    check_params(read_yaml(REPORT / "params.yaml"))
+    page = (REPORT / "report.html").read_text()
+    assert "<svg" in page and "http" not in page.replace("http://www.w3.org", "")
+    (log,) = Path("artifacts/tracking").glob("tune-*/tune.jsonl")
+    runs = {line.get("run") for line in map(json.loads, log.read_text().splitlines())} - {None}
+    assert runs == {f"{name}-s0-t{number}" for name in ("none", "kd") for number in range(2)}
+
+
+def test_a_second_call_trains_nothing_and_writes_the_same(
+    here: Path, change: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(experiments=["none"])
+    assert tune() == 0
+    before = {path.name: path.read_bytes() for path in REPORT.iterdir()}
+    monkeypatch.setattr(cohort.Cohort, "run", lambda _: pytest.fail("it trains"))
+    assert tune() == 0
+    assert {path.name: path.read_bytes() for path in REPORT.iterdir()} == before
+    assert not list(Path("artifacts/tuning").rglob("resume*"))
+
+
+def test_a_tuning_that_was_stopped_goes_on_from_the_checkpoints_and_gives_the_same(
+    here: Path, change: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change("distill.train", iterations=4)
+    change(experiments=["none"], trials=3)
+    assert tune() == 0
+    never_stopped = trials()
+    shutil.rmtree("reports")
+    shutil.rmtree("artifacts/tuning")
+
+    saved: list[str] = []
+    save = trainer.Trainer.save
+
+    def stopped(self: Any) -> None:
+        save(self)
+        saved.append(self.training.name)
+        if len(saved) == 2:
+            raise Interrupted("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "save", stopped)
+        assert tune() == 75
+    assert not REPORT.exists()
+    resumed: list[int] = []
+    take_up = trainer.Trainer._take_up
+
+    def watched(self: Any, state: Any) -> None:
+        resumed.append(state["progress"]["iteration"])
+        take_up(self, state)
+
+    monkeypatch.setattr(trainer.Trainer, "_take_up", watched)
+    assert tune() == 0
+    assert resumed == [2, 2]
+    same = [
+        {**after, "number": before["number"]}
+        for after, before in zip(trials()["none"], never_stopped["none"], strict=True)
+    ]
+    assert same == never_stopped["none"]
+
+
+def test_a_trial_that_diverges_is_a_failed_one_and_the_page_says_so(here: Path, change: Callable[..., None]) -> None:
+    change("distill.train", iterations=8)
+    change(experiments=["kd"])
+    change("tune.search", learning_rate=[1.0, 1999.0], weight=[1.0, 1e6])
+    params = read_yaml(Path("params.yaml"))
+    params["experiments"]["kd"]["students"]["cnn"]["optimizer"] |= {"momentum": 0.99}
+    Path("params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    assert tune("jsonl") == 0
+    present, wild = trials()["kd"]
+    assert present["state"] == "finished"
+    assert wild["state"] == "diverged" and "not finite" in wild["why"] and wild["score"] is None
+    assert "diverged" in (REPORT / "report.md").read_text()
+    assert read_yaml(REPORT / "params.yaml")["experiments"] == params["experiments"], "the present settings stay"
+
+
+def test_a_score_is_the_mean_over_seeds(here: Path, change: Callable[..., None]) -> None:
+    change(experiments=["none"], trials=1, seeds=[0, 1])
+    assert tune("jsonl") == 0
+    (log,) = Path("artifacts/tracking").glob("tune-*/tune.jsonl")
+    last = {
+        line["run"]: line["values"]["val/miou"]
+        for line in map(json.loads, log.read_text().splitlines())
+        if line["kind"] == "metrics" and "val/miou" in line["values"]
+    }
+    assert set(last) == {"none-s0-t0", "none-s1-t0"}
+    assert trials()["none"][0]["score"] == pytest.approx(sum(last.values()) / 2)
+
+
+def test_without_prepared_data_it_says_what_makes_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree("artifacts/prepared")
+    assert tune() == 2
+    said = capsys.readouterr().err
+    assert (
+        said == "segdistill tune: artifacts/prepared: tune needs it as 'prepared'; run what makes it first: dvc repro\n"
+    )
+
+
+def test_a_section_that_is_absent_is_asked_for(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = read_yaml(Path("params.yaml"))
+    del params["tune"]
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    assert tune() == 2
+    assert capsys.readouterr().err == "segdistill tune: tune: missing; tune needs it\n"
