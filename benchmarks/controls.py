@@ -1,13 +1,15 @@
 """Controls: what each method can teach, and what it does when there is nothing to learn. Prints Markdown.
 
-    python benchmarks/controls.py --results controls.jsonl [--part positive alone negative parts cause] [--seeds 0 1]
+    python benchmarks/controls.py --results controls.jsonl [--part positive alone negative parts cause gradients]
     python benchmarks/controls.py --results controls.jsonl --print
 
-A run adds a line of JSON for every student that it has trained to ``--results`` and leaves out what is there; ``--print``
-makes the tables of what is there. Bigger, on a GPU:
+A run adds a line of JSON for every student that it has trained to ``--results`` and leaves out what is there;
+``--print`` makes the tables of what is there. ``--networks small`` are three small CNNs of our own, minutes on two
+cores; the one that is called vit trains with AdamW as a ViT does, and hfd_bsd, whose default needs a ViT's layers, then
+runs with ``hfd: direct``. With real networks, bigger, on a GPU:
 
-    python benchmarks/controls.py --results controls.jsonl --networks real --device cuda --size 192 256 --images 960 --iterations 2000 \
-        --teacher-iterations 4000 --batch-size 16 --precision bf16
+    python benchmarks/controls.py --results controls.jsonl --networks real --device cuda --size 192 256 --images 960 \
+        --iterations 2000 --teacher-iterations 4000 --batch-size 16 --precision bf16
 
 Students have the first tenth of the images (``--images``) with labels. The good teacher (CNN, UPerNet over ResNet-18)
 and the good peers (trained alone) had all of them and more iterations. All offline trainings of a seed with one teacher
@@ -23,6 +25,8 @@ are one cohort. Scores are points of validation mIoU (``none``'s own, and the ot
 * *parts*: the positive case with each term of a method alone and with each left out.
 * *cause*: two peers that both begin at random, as an experiment has them, against the same two undistilled: which part
   of hfd_bsd and dml costs what.
+* *gradients*: of two such peers under hfd_bsd, the norm of each term's gradient on the encoder's weights over that of
+  the cross-entropy, and its cosine with it: what takes the encoder along, and what pulls it elsewhere.
 
 What each term can teach by itself, stated before anything was run ("names": whether a student with random weights can
 name classes after it; probe: whether its features should tell classes apart better than random ones):
@@ -74,9 +78,9 @@ from segdistill.engine.distributed import Processes
 from segdistill.engine.learner import Learner
 from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
 from segdistill.engine.tracker import NullTracker
-from segdistill.engine.trainer import Result, Training
-from segdistill.metrics.confusion import mean_iou
+from segdistill.engine.trainer import Result, Trainer, Training
 from segdistill.methods import build_offline, build_online, parse_method
+from segdistill.metrics.confusion import mean_iou
 from segdistill.models.config import ModelConfig
 from segdistill.models.outputs import ModelInfo, Outputs
 from segdistill.models.segmenter import Segmenter, build_segmenter
@@ -105,14 +109,17 @@ TEACHER: dict[str, Any] = {
     },
     "optimizer": {"name": "adamw", "lr": 1e-3, "decoder_multiplier": 1.0, "schedule": POLY},
 }  # fmt: skip
-# Ten times as fast as the real ones, and as like them as needs be: 5 convolutions with batch norm, a decoder at stride 4.
+# Ten times as fast as the real ones, and as like them as needs be.
 SMALL = {
     "cnn": {**CNN, "width": 16}, "vit": {**VIT, "width": 20, "optimizer": {**VIT["optimizer"], "lr": 3e-3}},
     "teacher": {**TEACHER, "width": 48, "optimizer": {**TEACHER["optimizer"], "lr": 3e-3}},
 }  # fmt: skip
 REAL = {"cnn": CNN, "vit": VIT, "teacher": TEACHER}
+GRADIENTS_AT = (0, 5, 20, 60)
 HELD = {"name": "sgd", "lr": 1e-12, "momentum": 0.0, "weight_decay": 0.0}
 INFERENCE = {"batch_size": 8, "input_scale": 1.0, "window": None, "window_stride": 0.67}
+
+PARTS = ("positive", "alone", "negative", "parts", "cause", "gradients")
 
 APD: dict[str, Any] = {"name": "apd", "hidden_channels": 128, "out_channels": 128}
 METHODS: dict[str, dict[str, Any]] = {
@@ -221,6 +228,7 @@ def cause() -> list[Case]:
     pixel, region, hfd = (without(full, term, only=True) for term in ("pixel", "region", "hfd"))
     variants: dict[str, dict[str, Any]] = {
         "hfd_bsd": full,
+        "hfd_bsd, 5 to 30 % of the gradient": {**full, "hfd_weight": 0.1, "region_weight": 0.3, "pixel_weight": 0.3},
         "hfd_bsd: pixel alone": pixel,
         "hfd_bsd: region alone": region,
         "hfd_bsd: hfd alone": hfd,
@@ -471,6 +479,33 @@ class Laboratory:
         lacking = method["name"] == "hfd_bsd" and self.given.networks == "small"
         return {**method, "hfd": "direct"} if lacking else dict(method)
 
+    def gradients(self, seed: int) -> Iterator[dict[str, Any]]:
+        """Each term's gradient on the encoder beside the cross-entropy's, early in the training of two peers."""
+        with tempfile.TemporaryDirectory() as work:
+            case = Case("gradients", "hfd_bsd", "both", METHODS["hfd_bsd"])
+            trainer = Trainer(
+                self.of_case("0", case, Path(work), seed, None), self.settings(self.given.iterations), seed=seed,
+                processes=Processes(0, 1, self.device),
+            )  # fmt: skip
+        learner, generator = trainer.learner, np.random.default_rng(seed)
+        for iteration in range(max(GRADIENTS_AT) + 1):
+            samples = [self.few_labels[index] for index in generator.choice(len(self.few_labels), 8)]
+            images = torch.stack([torch.as_tensor(image).permute(2, 0, 1).float() / 255 for image, _ in samples])
+            labels = torch.stack([torch.as_tensor(np.asarray(label)).long() for _, label in samples])
+            images, labels = images.to(self.device), labels.to(self.device)
+            if iteration in GRADIENTS_AT:
+                for student, losses in learner(images, labels).items():
+                    weights = list(learner.students[student].encoder_parameters())
+                    flat = {term: flat_gradient(loss, weights) for term, loss in losses.items()}
+                    for term, gradient in flat.items():
+                        yield {
+                            "part": "gradients", "name": term, "student": student, "source": str(iteration),
+                            "seed": seed, "size": float(gradient.norm() / flat["ce"].norm()),
+                            "cosine": float(nn.functional.cosine_similarity(gradient, flat["ce"], dim=0)),
+                        }  # fmt: skip
+            trainer.learn(images, labels, None, None, last=True)
+            trainer.step()
+
     @torch.no_grad()
     def probe(self, network: Segmenter, tap: str) -> float:
         """Validation mIoU of a ridge regression from a feature to the classes."""
@@ -503,6 +538,12 @@ class Laboratory:
         return mean_iou(confusion)
 
 
+def flat_gradient(loss: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """The gradient on all weights as one vector; 0 where the loss does not reach."""
+    gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
 def roll_classes(network: Segmenter) -> None:
     """Permutes the last classifier's classes as :class:`Permuted` does."""
     (classifier,) = [
@@ -522,8 +563,8 @@ def tables(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for record in records:
         key = (record["part"], record["name"], record["source"], record["student"])
         scores[key][record["seed"]] = record
-    makers: dict[str, Callable[..., str]] = {"alone": alone_table}
-    for part in ("positive", "alone", "negative", "parts", "cause"):
+    makers: dict[str, Callable[..., str]] = {"alone": alone_table, "gradients": gradient_table}
+    for part in PARTS:
         rows = {key[1:]: value for key, value in scores.items() if key[0] == part}
         if rows:
             yield f"## {part}\n\n" + makers.get(part, gain_table)(rows)
@@ -547,6 +588,16 @@ def gain_table(rows: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]]) 
         gain = "" if is_base else f"{gains.mean():+.1f}"
         lines.append([name, source, student, str(len(gains)), f"{own.mean():.1f}", gain, spread, verdict])
     return markdown(["", "source", "student", "seeds", "mIoU", "gain", "error", "verdict"], lines)
+
+
+def gradient_table(rows: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]]) -> str:
+    """Norm over the cross-entropy's and cosine with it, by iteration."""
+    cells: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+    for (term, iteration, student), runs in rows.items():
+        size, cosine = (np.mean([run[key] for run in runs.values()]) for key in ("size", "cosine"))
+        cells[student, term][int(iteration)] = f"{size:.2f} ({cosine:+.2f})"
+    lines = [[f"{student} {term}", *values.values()] for (student, term), values in cells.items() if term != "ce"]
+    return markdown(["norm (cosine) at iteration", *map(str, GRADIENTS_AT)], lines)
 
 
 def verdict_of(gains: np.ndarray) -> str:
@@ -582,13 +633,18 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def append(path: Path, records: Iterator[dict[str, Any]]) -> None:
+    with path.open("a") as lines:
+        for record in records:
+            lines.write(json.dumps(record) + "\n")
+            print(json.dumps(record), file=sys.stderr, flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, required=True, help="JSON lines; data lie in a folder of that name")
     parser.add_argument("--print", action="store_true", help="make the tables of the results, train nothing")
-    parser.add_argument(
-        "--part", nargs="+", default=["positive", "alone", "negative", "parts", "cause"], help="parts to run"
-    )
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
     parser.add_argument("--only", nargs="+", help="cases by name; none is always there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -617,6 +673,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for record in read(given.results)
                 if record["seed"] == seed
             }
+            if part == "gradients":
+                if not any(key[0] == part for key in present):
+                    append(given.results, laboratory.gradients(seed))
+                continue
             waiting = [
                 case for case in cases(part)
                 if (part, case.name, case.source, "cnn" if case.student == "both" else case.student) not in present
@@ -627,11 +687,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 by_source["" if case.online else case.source].append(case)
             for members in by_source.values():
                 for start in range(0, len(members), given.group):
-                    group = members[start : start + given.group]
-                    with given.results.open("a") as lines:
-                        for record in laboratory.run(group, seed):
-                            lines.write(json.dumps(record) + "\n")
-                            print(json.dumps(record), file=sys.stderr, flush=True)
+                    append(given.results, laboratory.run(members[start : start + given.group], seed))
     print("\n\n".join(tables(read(given.results))))
     print(f"\n{machine(['torch'])}")
 

@@ -86,7 +86,9 @@ def test_what_compares_predictions_teaches_a_random_student_the_classes_without_
     good: TinySegmenter, tmp_path: Path
 ) -> None:
     methods = ("kd", "dkd", "dist", "apd", "c2vkd")
-    scores = train([make_training(name, tmp_path / name, method=name, supervised=0.0) for name in methods], Teacher(good))
+    scores = train(
+        [make_training(name, tmp_path / name, method=name, supervised=0.0) for name in methods], Teacher(good)
+    )
     assert {name: scores[name] > 2 * CHANCE for name in methods} == dict.fromkeys(methods, True)
 
 
@@ -116,7 +118,9 @@ def test_what_compares_features_alone_leaves_the_classifier_as_it_was_drawn(
 def test_a_teacher_with_permuted_classes_beats_the_labels_in_kd_and_is_corrected_by_them_in_c2vkd(
     good: TinySegmenter, tmp_path: Path
 ) -> None:
-    trainings = [make_training(name, tmp_path / name, method=name, settings={"weight": 2.0}) for name in ("kd", "c2vkd")]
+    trainings = [
+        make_training(name, tmp_path / name, method=name, settings={"weight": 2.0}) for name in ("kd", "c2vkd")
+    ]
     scores = train(trainings, Teacher(Permuted(good)))  # type: ignore[arg-type]
     assert scores["kd"] < CHANCE < 2 * CHANCE < scores["kd, permuted"]
     assert scores["c2vkd, permuted"] < CHANCE < 2 * CHANCE < scores["c2vkd"]
