@@ -13,6 +13,7 @@ import os
 import socket
 import tempfile
 import threading
+import time
 import uuid
 import warnings
 import zlib
@@ -121,10 +122,7 @@ def opened(storage: str | None, folder: Path) -> Iterator[RDBStorage]:
             options = {"connect_args": {"timeout": 60}}  # others write, too
         elif password := environment.tune_password():
             url = url.set(password=password)
-        store = RDBStorage(
-            url.render_as_string(hide_password=False), options, heartbeat_interval=HEARTBEAT_SECONDS,
-            grace_period=GRACE_SECONDS, heartbeat_stale_trial_callback=_take_back,
-        )  # fmt: skip
+        store = _connected(url.render_as_string(hide_password=False), options)
     except (ArgumentError, SQLAlchemyError, StorageInternalError, ImportError) as error:
         reason = masked_text(" ".join(str(error).split()))[:300]
         raise UserError(f"tune.storage: the store cannot be opened: {reason}") from None
@@ -133,6 +131,23 @@ def opened(storage: str | None, folder: Path) -> Iterator[RDBStorage]:
     finally:
         store.remove_session()
         store.engine.dispose()
+
+
+def _connected(url: str, options: dict[str, Any]) -> RDBStorage:
+    """The store, its tables made; several processes may make them at once, of which one succeeds."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    for pause in (0.5, 1.0, None):
+        try:
+            return RDBStorage(
+                url, options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
+                heartbeat_stale_trial_callback=_take_back,
+            )  # fmt: skip
+        except (SQLAlchemyError, StorageInternalError):
+            if pause is None:
+                raise
+            time.sleep(pause)
+    raise AssertionError
 
 
 class Search:

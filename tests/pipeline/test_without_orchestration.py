@@ -15,7 +15,8 @@ import sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"mlflow", "kfp", "dvc", "great_expectations", "boto3", "kubernetes"}:
+        if name.split(".")[0] in {"mlflow", "kfp", "dvc", "great_expectations", "boto3", "kubernetes",
+                                  "optuna", "ruamel"}:
             raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
 sys.meta_path.insert(0, Absent())
