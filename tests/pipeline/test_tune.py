@@ -151,6 +151,23 @@ def test_a_tuning_that_was_stopped_goes_on_from_the_checkpoints_and_gives_the_sa
     assert same == never_stopped["none"]
 
 
+def test_a_trial_whose_process_died_before_it_was_settled_is_settled_from_its_checkpoint(
+    here: Path, change: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from segdistill.adapters.optuna_store import Search
+
+    def stopped(*_: Any) -> None:
+        raise Interrupted("stopped")
+
+    change(experiments=["none"], trials=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Search, "settle", stopped)
+        assert tune() == 75
+    monkeypatch.setattr(trainer.Trainer, "learn", lambda *_: pytest.fail("it trains"))
+    assert tune() == 0
+    assert [trial["state"] for trial in trials()["none"]] == ["finished"]
+
+
 def test_a_trial_that_diverges_is_a_failed_one_and_the_page_says_so(here: Path, change: Callable[..., None]) -> None:
     change("distill.train", iterations=8)
     change(experiments=["kd"])
