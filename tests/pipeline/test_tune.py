@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,21 +152,25 @@ def test_a_tuning_that_was_stopped_goes_on_from_the_checkpoints_and_gives_the_sa
     assert same == never_stopped["none"]
 
 
-def test_a_trial_whose_process_died_before_it_was_settled_is_settled_from_its_checkpoint(
-    here: Path, change: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+def test_a_trial_that_was_scored_but_not_settled_is_taken_up_with_the_last_seed(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from segdistill.adapters.optuna_store import Search
+    from segdistill.commands import tune as command
 
-    def stopped(*_: Any) -> None:
-        raise Interrupted("stopped")
+    rounds: list[list[str]] = []
 
-    change(experiments=["none"], trials=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(Search, "settle", stopped)
-        assert tune() == 75
-    monkeypatch.setattr(trainer.Trainer, "learn", lambda *_: pytest.fail("it trains"))
-    assert tune() == 0
-    assert [trial["state"] for trial in trials()["none"]] == ["finished"]
+    def in_parts(members: Any, *_: Any) -> list[list[list[str]]]:
+        rounds.append([member.name for member in members])
+        return [[["none-t1"]]] if len(rounds) == 1 else []  # pruned with the first seed
+
+    monkeypatch.setattr(command, "in_parts", in_parts)
+    tuning = command.Tuning.__new__(command.Tuning)
+    tuning.config, tuning.device, tuning.work = SimpleNamespace(seeds=[0, 1]), "cpu", Path("work")
+    tuning.protocol = tuning.prepared = tuning.teacher = None
+    tuning._member = lambda name, trial, _: SimpleNamespace(name=f"{name}-t{trial.number}")
+    notes = [{"miou-s0": {}, "miou-s1": {}}, {}, {"miou-s0": {}}]
+    tuning._train({"none": [SimpleNamespace(number=number, notes=each) for number, each in enumerate(notes)]})
+    assert rounds == [["none-t1"], ["none-t0", "none-t2"]]
 
 
 def test_a_trial_that_diverges_is_a_failed_one_and_the_page_says_so(here: Path, change: Callable[..., None]) -> None:
