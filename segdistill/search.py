@@ -139,7 +139,7 @@ def parameters(name: str, settings: ExperimentConfig, search: SearchConfig) -> l
     Raises:
         UserError: an end of a range is no value that may stand there.
     """
-    found: list[Parameter] = []
+    searched: list[Parameter] = []
 
     def add(path: str, key: str, present: float | None) -> None:
         bounds = getattr(search, key)
@@ -147,7 +147,7 @@ def parameters(name: str, settings: ExperimentConfig, search: SearchConfig) -> l
         if bounds is None or present is None or not (present or parts):
             return
         low, high = bounds if parts else (bounds[0] * present, bounds[1] * present)
-        found.append(Parameter(path, key, present, min(low, present), max(high, present), log=not parts))
+        searched.append(Parameter(path, key, present, min(low, present), max(high, present), log=not parts))
 
     for student, training in settings.students.items():
         optimizer = training.optimizer
@@ -165,13 +165,13 @@ def parameters(name: str, settings: ExperimentConfig, search: SearchConfig) -> l
             if key == "temperature" or key.endswith("_temperature"):
                 add(f"methods.{index}.{key}", "temperature", values[key])
         add(f"methods.{index}.ramp", "ramp", own.ramp if own.weight else None)
-    for parameter in found:
+    for parameter in searched:
         for end in (parameter.low, parameter.high):
             try:
                 with_values(name, settings, {parameter.path: end})
             except UserError as error:
                 raise UserError(f"tune.search.{parameter.key}: reaches too far: {error}") from None
-    return found
+    return searched
 
 
 def with_values(name: str, settings: ExperimentConfig, values: Mapping[str, float]) -> ExperimentConfig:

@@ -250,8 +250,9 @@ class Search:
     # -- what becomes of a trial --------------------------------------------------------------------------------------
 
     def note(self, attempt: int, key: str, value: Any) -> None:
-        """Keeps something with a trial."""
-        self.store.set_trial_user_attr(self._identifier(attempt), key, value)
+        """Keeps something with a trial, if it is not another session's by now."""
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self.store.set_trial_user_attr(self._identifier(attempt), key, value)
 
     def notes(self, attempt: int) -> Mapping[str, Any]:
         """What was kept with a trial."""
@@ -259,7 +260,8 @@ class Search:
 
     def should_end(self, attempt: int, iteration: int, score: float) -> bool:
         """Takes a validation's score; whether it is below the median of those that were finished."""
-        self.store.set_trial_intermediate_value(self._identifier(attempt), iteration, score)
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self.store.set_trial_intermediate_value(self._identifier(attempt), iteration, score)
         seen = self.study.trials[attempt]
         return not seen.user_attrs.get("present") and self.study.pruner.prune(self.study, seen)
 

@@ -164,10 +164,13 @@ class Tuning:
             if processes.world_size > 1:
                 raise UserError("tune trains in one process; start it several times instead: they share the trials")
             for seed in self.config.seeds:
+                # That of the last seed settles the trial: at once, from its checkpoint, if it came to its end before.
                 pairs = [
                     (self._member(name, trial, seed), trial)
-                    for name, several in claimed.items() for trial in several if _scores(seed) not in trial.notes
-                ]  # fmt: skip
+                    for name, several in claimed.items()
+                    for trial in several
+                    if _scores(seed) not in trial.notes or seed == self.config.seeds[-1]
+                ]
                 members = [member for member, _ in pairs if member.name not in ended]
                 act = functools.partial(self._train_group, trials={member.name: trial for member, trial in pairs})
                 work = self.work / f"s{seed}"

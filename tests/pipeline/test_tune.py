@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,6 +150,27 @@ def test_a_tuning_that_was_stopped_goes_on_from_the_checkpoints_and_gives_the_sa
         for after, before in zip(trials()["none"], never_stopped["none"], strict=True)
     ]
     assert same == never_stopped["none"]
+
+
+def test_a_trial_that_was_scored_but_not_settled_is_taken_up_with_the_last_seed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from segdistill.commands import tune as command
+
+    rounds: list[list[str]] = []
+
+    def in_parts(members: Any, *_: Any) -> list[list[list[str]]]:
+        rounds.append([member.name for member in members])
+        return [[["none-t1"]]] if len(rounds) == 1 else []  # pruned with the first seed
+
+    monkeypatch.setattr(command, "in_parts", in_parts)
+    tuning = command.Tuning.__new__(command.Tuning)
+    tuning.config, tuning.device, tuning.work = SimpleNamespace(seeds=[0, 1]), "cpu", Path("work")
+    tuning.protocol = tuning.prepared = tuning.teacher = None
+    tuning._member = lambda name, trial, _: SimpleNamespace(name=f"{name}-t{trial.number}")
+    notes = [{"miou-s0": {}, "miou-s1": {}}, {}, {"miou-s0": {}}]
+    tuning._train({"none": [SimpleNamespace(number=number, notes=each) for number, each in enumerate(notes)]})
+    assert rounds == [["none-t1"], ["none-t0", "none-t2"]]
 
 
 def test_a_trial_that_diverges_is_a_failed_one_and_the_page_says_so(here: Path, change: Callable[..., None]) -> None:

@@ -78,6 +78,20 @@ def test_a_trial_of_another_machine_is_left_to_it_while_its_heart_beats(store: A
     assert search(store).take_back() == [0]
 
 
+def test_a_session_that_was_taken_for_dead_does_no_harm_to_who_has_its_trial_now(store: Any) -> None:
+    slept, heir = search(store, trials=1), search(store, trials=1)
+    (trial,) = slept.claim(1, Session())
+    heir.take_back()
+    (again,) = heir.claim(1, Session())
+    slept.note(trial.attempt, "miou-s0", {"cnn": 0.1})
+    slept.should_end(trial.attempt, 10, 0.1)
+    slept.settle(trial.attempt, "finished", 0.1)
+    slept.give_back(trial.attempt)
+    assert [each.state for each in heir.all()] == ["running"]
+    heir.settle(again.attempt, "finished", 0.2)
+    assert [(each.number, each.score) for each in heir.all()] == [(0, 0.2)]
+
+
 def test_a_diverged_trial_has_failed_and_is_not_tried_again(store: Any) -> None:
     one = search(store, trials=2)
     first, second = one.claim(2, Session())
