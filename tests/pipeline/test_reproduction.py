@@ -113,7 +113,7 @@ def test_nothing_is_stale_at_first(project: Path) -> None:
     assert stale(project) == set()
 
 
-SEEDS = read_yaml(ROOT / "params.yaml")["seeds"]
+SEEDS = yaml.safe_load((ROOT / "params.yaml").read_text())["seeds"]
 STUDENTS = {f"distill@{seed}" for seed in SEEDS}
 EVALUATIONS = {f"evaluate@{seed}" for seed in SEEDS}
 
