@@ -601,7 +601,9 @@ def gradient_table(rows: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]
 
 
 def verdict_of(gains: np.ndarray) -> str:
-    """All seeds on one side of half a point, or not."""
+    """All seeds, two at least, on one side of half a point, or not."""
+    if len(gains) < 2:
+        return "one seed"
     if (gains > 0.5).all():
         return "gains"
     return "harms" if (gains < -0.5).all() else "unclear"
