@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import io
 import itertools
+import re
 import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -229,8 +230,9 @@ def test_the_example_in_the_document_is_a_working_experiment() -> None:
 def pasted() -> dict[str, Any]:
     """The project's params.yaml with every method's example at the end of its experiments."""
     examples = "\n".join(textwrap.indent(found.sections["Example"], "  ") for found in entries())
-    before, after = (ROOT / "params.yaml").read_text(encoding="utf-8").split("\nevaluate:\n")
-    return parse_yaml(f"{before}\n{examples}\n\nevaluate:\n{after}", "params.yaml")
+    before, entries_and_after = (ROOT / "params.yaml").read_text(encoding="utf-8").split("\nexperiments:\n")
+    defined, after = re.split(r"^(?=\S)", entries_and_after, maxsplit=1, flags=re.MULTILINE)
+    return parse_yaml(f"{before}\nexperiments:\n{defined}\n{examples}\n\n{after}", "params.yaml")
 
 
 def test_the_examples_are_accepted_under_the_experiments_of_the_project(pasted: dict[str, Any]) -> None:
