@@ -15,7 +15,7 @@ import yaml
 from dvc.repo import Repo
 
 from segdistill.plan import cohorts
-from segdistill.stages import STAGES
+from segdistill.stages import OF_COMMANDS, STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -165,7 +165,7 @@ def test_an_experiment_that_is_not_run_concerns_no_training(project: Path, edit:
 
 def test_every_section_of_the_parameters_belongs_to_a_stage(project: Path) -> None:
     params = yaml.safe_load((project / "params.yaml").read_text())
-    assert set(params) == {"tune"} | {key for stage in STAGES for key in stage.params}  # segdistill tune is no stage
+    assert set(params) == {*OF_COMMANDS} | {key for stage in STAGES for key in stage.params}
 
 
 def appended(text: str) -> Callable[[str], str]:
