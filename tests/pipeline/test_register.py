@@ -442,7 +442,7 @@ def test_the_identity_of_the_test_data_does_not_depend_on_the_shards_but_on_each
 
 def compared(folder: Path, rows: list[Row], *, passed: bool = True) -> Comparison:
     """What compare leaves in a folder."""
-    protocol = Protocol((0, 1), (), ("road", "sky"), {}, None, None, 0.95, 100, 0, "data", "teacher")
+    protocol = Protocol((0, 1), (), ("road", "sky"), {}, None, None, 0.95, 1, "data", "teacher")
     comparison = Comparison(row("teacher", {}), tuple(rows), ("kd", "cnn"), protocol, (), passed)
     (folder / "results.json").write_text(json.dumps(to_dict(comparison)))
     seal(folder)
@@ -456,9 +456,14 @@ def row(experiment: str, seeds: dict[int, tuple[float, float, str]], diverged: t
     )
     failures = tuple(Diverged(experiment, seed, 120, "kd.kl is not finite", None, None) for seed in diverged)
     cost = (10, 10) if seeds else (None, None)
+    unknown = dict.fromkeys([
+        "reference", "equal_time_reference", "test_miou", "val_miou", "test_pixel_accuracy", "latency_ms",
+        "images_per_second", "training_seconds", "step_seconds", "gain", "equal_time_gain",
+    ])  # fmt: skip
     return Row(
-        experiment, "cnn", (), False, None, results, failures, None, None, None, {}, {}, *cost, None, None, None, None
-    )
+        experiment=experiment, student="cnn", methods=(), distilled=False, seeds=results, diverged=failures,
+        per_class_iou={}, views={}, params=cost[0], macs=cost[1], **unknown,
+    )  # fmt: skip
 
 
 def test_a_comparison_of_other_jobs_is_refused(tmp_path: Path) -> None:

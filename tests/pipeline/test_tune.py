@@ -89,8 +89,9 @@ def test_every_experiment_gets_as_many_trials_and_the_test_split_is_never_opened
     assert tune("jsonl") == 0
     assert opened == {"train", "val"}
     assert {name: len(each) for name, each in trials().items()} == {"none": 2, "kd": 2}
+    present = read_yaml(Path("params.yaml"))["experiments"]["none"]["students"]["cnn"]["optimizer"]["lr"]
     for each in trials().values():
-        assert each[0]["values"]["students.cnn.optimizer.lr"] == 0.05, "the present settings"
+        assert each[0]["values"]["students.cnn.optimizer.lr"] == present, "the present settings"
         assert {trial["state"] for trial in each} == {"finished"}
     check_params(read_yaml(REPORT / "params.yaml"))
     page = (REPORT / "report.html").read_text()
@@ -178,7 +179,7 @@ def test_a_trial_that_diverges_is_a_failed_one_and_the_page_says_so(here: Path, 
     change(experiments=["kd"])
     change("tune.search", learning_rate=[1.0, 1999.0], weight=[1.0, 1e6])
     params = read_yaml(Path("params.yaml"))
-    params["experiments"]["kd"]["students"]["cnn"]["optimizer"] |= {"momentum": 0.99}
+    params["experiments"]["kd"]["students"]["cnn"]["optimizer"] = {"name": "sgd", "lr": 0.05, "momentum": 0.99}
     Path("params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     assert tune("jsonl") == 0
     present, wild = trials()["kd"]

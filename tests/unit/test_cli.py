@@ -72,7 +72,7 @@ def test_an_unknown_layout_is_named_with_its_neighbour(project: Path, capsys: py
 
 def test_an_unknown_seed_is_named_with_those_that_there_are(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "distill", "--seed", "7")
-    assert said == "segdistill distill: --seed: 7 is not under seeds; these are: 0, 1"
+    assert said == "segdistill distill: --seed: 7 is not under seeds; these are: 0, 1, 2"
 
 
 def test_a_plan_of_other_parameters_is_not_trained(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
