@@ -96,8 +96,9 @@ class Side:
             everything = list(self.experiments)
             if self.kind == "its parts":
                 torch.set_num_threads(self.given.threads)
-                parts = divided(everything, lambda number: 1.0, Processes(0, 1, device))
-                measured = run_parts([functools.partial(train, part) for part in parts])
+                alone = Processes(0, 1, device)
+                parts = divided(everything, lambda number: 1.0, alone)
+                measured = run_parts([functools.partial(train, part) for part in parts], alone)
                 seconds, peak = max(one for one, _ in measured), sum(size for _, size in measured)
             else:
                 groups = [everything] if self.kind == "a cohort" else [[number] for number in everything]

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "true"
+os.environ["OMP_NUM_THREADS"] = "1"  # of two test processes on two cores; before torch is loaded
 
 # A shell that starts the tests in the background has Ctrl-C ignored, nohup has the hang-up: children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -18,10 +20,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread_each() -> None:
-    """Two test processes on two cores."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A test that gives torch more threads does not give them to the next."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -29,8 +29,8 @@ def divided(items: Sequence[T], cost: Callable[[T], float], processes: Processes
 
     Under torchrun the processes share each batch instead, so that there is one part, too.
     """
-    count = min(torch.get_num_threads(), len(items)) if processes.world_size == 1 else 1
-    if count <= 1 or processes.device.type != "cpu":
+    count = min(torch.get_num_threads(), len(items)) if _may_fork(processes) else 1
+    if count <= 1:
         return [list(items)] if items else []
     whole, before = sum(map(cost, items)), 0.0
     parts: list[list[T]] = [[] for _ in range(count)]
@@ -40,14 +40,20 @@ def divided(items: Sequence[T], cost: Callable[[T], float], processes: Processes
     return [part for part in parts if part]
 
 
-def run_parts(tasks: Sequence[Callable[[], T]]) -> list[T]:
+def _may_fork(processes: Processes) -> bool:
+    """Whether there are threads to share out, and neither a GPU nor other processes that know this one."""
+    return processes.world_size == 1 and processes.device.type == "cpu" and torch.get_num_threads() > 1
+
+
+def run_parts(tasks: Sequence[Callable[[], T]], processes: Processes) -> list[T]:
     """What the tasks return, each from a process of its own, which has its share of this one's threads.
 
-    A single task runs here. Processes are forked, so that they share what is loaded and start at once; nothing may have
-    been computed with several threads before, and no thread of ours may run. SIGTERM is passed on to them, and what one
-    raises is raised here when all have ended.
+    Processes are forked, so that they share what is loaded and start at once; nothing may have been computed with
+    several threads before, and no thread of ours may run. So a single task has a process, too: this one may fork again
+    after it. With one thread, on a GPU and under torchrun tasks run here. SIGTERM is passed on to the processes, and
+    what one raises is raised here when all have ended.
     """
-    if len(tasks) <= 1:
+    if not _may_fork(processes):
         return [task() for task in tasks]
     context, threads = multiprocessing.get_context("fork"), max(1, torch.get_num_threads() // len(tasks))
     children: list[tuple[BaseProcess, Connection]] = []
@@ -97,7 +103,7 @@ def _answers(children: Sequence[tuple[BaseProcess, Connection]], stop: threading
                 answers[reader] = reader.recv()
             except EOFError:
                 answers[reader] = UserError(
-                    f"one of {len(children)} training processes was killed, probably for want of memory; set"
+                    "one of the training processes was killed, probably for want of memory; set"
                     " OMP_NUM_THREADS=1 to train in one process, or lower batch_size or crop_size"
                 )
         if stop.is_set() and not told:

@@ -191,7 +191,8 @@ def in_parts(
         common = Common(protocol, info, train_set, val_set, beside, frozen, here, work)
         return [act(group, common) for group in groups]
 
-    return run_parts([functools.partial(run_part, number, groups) for number, groups in enumerate(parts)])
+    tasks = [functools.partial(run_part, number, groups) for number, groups in enumerate(parts)]
+    return run_parts(tasks, processes)
 
 
 def teacher_hash(teacher: Path) -> str | None:
@@ -216,15 +217,14 @@ def _is_there(students: Path, member: Member) -> bool:
 
 def _train(group: Sequence[Member], common: Common, students: Path, tracker: Tracker) -> dict[str, float]:
     """Trains some members on the same batches and writes what they gave; returns seconds by activity."""
-    from segdistill.engine.trainer import Diverged
+    from segdistill.engine.trainer import Ended
     from segdistill.stages._training import write
 
     def keep(member: Member, training: "Training", outcome: "Result | Ended") -> None:
         output = students / member.planned.experiment
-        if isinstance(outcome, Diverged):
+        if isinstance(outcome, Ended):
             _record_divergence(output, member, outcome.iteration, outcome.reason)
         else:
-            assert not isinstance(outcome, UserError)
             write(
                 output, training.learner, outcome, common.info, identity=member.identity, facts=member.facts,
                 trackers=training.trackers,

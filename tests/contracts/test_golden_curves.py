@@ -25,7 +25,7 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -164,15 +164,6 @@ def deviations(experiment: str, golden: Curves, found: Curves) -> list[str]:
     return lines
 
 
-@pytest.fixture
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_a_training_gives_the_recorded_losses_step_by_step(
     experiment: str, tiny_prepared: Path, tmp_path: Path

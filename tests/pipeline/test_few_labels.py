@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from test_cohort import Names, content, evaluated
 from tiny_params import tiny
 
@@ -43,7 +42,6 @@ def params() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def made(params: dict[str, Any], tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the prepared data and a teacher, which has seen the labelled quarter alone."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("few_labels")
     (folder / "report").mkdir()
     (folder / "report/summary.json").write_text('{"success": true, "layout": "folder"}')

@@ -51,7 +51,6 @@ ANY = Config(model_name=NAME, student=None, max_params=None, max_macs=None, min_
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    torch.set_num_threads(1)  # processes are forked below
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The benchmarks run, at sizes that mean nothing, and compare what is equal."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -23,15 +23,6 @@ def benchmark(name: str) -> ModuleType:
 losses, step, loading, coverage = (benchmark(name) for name in ("losses", "step", "loading", "coverage"))
 dense, cost = benchmark("_dense"), benchmark("_cost")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors on a shared machine: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tables(printed: str) -> list[list[list[str]]]:

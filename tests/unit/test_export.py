@@ -51,12 +51,8 @@ DEFAULTS = pytest.mark.parametrize("settings", [CNN, VIT, TEACHER], ids=["cnn", 
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_seed() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _seed() -> None:
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(settings: dict[str, Any], **more: Any) -> Segmenter:

@@ -33,12 +33,8 @@ BSD = {"hfd_weight": 0.0, "region_grid": 3}
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_seed() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _seed() -> None:
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Attention(nn.Module):

@@ -24,12 +24,8 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_seed() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _seed() -> None:
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(architecture: str, encoder: str, stride: int, decoder: dict[str, Any]) -> Segmenter:

@@ -4,7 +4,6 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,8 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
+def two_threads() -> None:
     torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -37,20 +34,28 @@ def test_one_thread_and_a_batch_that_is_shared_make_one_part() -> None:
     torch.set_num_threads(2)
     assert divided([1, 1], float, Processes(0, 2, torch.device("cpu"))) == [[1, 1]]
     assert divided([1, 1], float, Processes(0, 1, torch.device("cuda"))) == [[1, 1]]
-    torch.set_num_threads(1)
 
 
 @pytest.mark.usefixtures("two_threads")
 def test_each_part_has_a_process_and_its_share_of_the_threads() -> None:
-    answers = run_parts([lambda: (os.getpid(), torch.get_num_threads())] * 2)
+    answers = run_parts([lambda: (os.getpid(), torch.get_num_threads())] * 2, ALONE)
     assert len({process for process, _ in answers} | {os.getpid()}) == 3
     assert {threads for _, threads in answers} == {1}
 
 
-def test_a_single_part_runs_here() -> None:
-    assert run_parts([os.getpid]) == [os.getpid()]
+def test_with_one_thread_on_a_gpu_and_under_torchrun_tasks_run_here() -> None:
+    assert run_parts([os.getpid], ALONE) == [os.getpid()]
+    torch.set_num_threads(2)
+    for elsewhere in (Processes(0, 2, torch.device("cpu")), Processes(0, 1, torch.device("cuda"))):
+        assert run_parts([os.getpid], elsewhere) == [os.getpid()]
 
 
+@pytest.mark.usefixtures("two_threads")
+def test_one_part_has_a_process_too_so_that_others_can_follow_it() -> None:
+    assert run_parts([os.getpid], ALONE) != [os.getpid()]
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_a_mistake_in_one_part_is_raised_when_the_others_have_ended(tmp_path: Path) -> None:
     def mistake() -> None:
         raise UserError("a mistake")
@@ -60,15 +65,17 @@ def test_a_mistake_in_one_part_is_raised_when_the_others_have_ended(tmp_path: Pa
         (tmp_path / "done").touch()
 
     with pytest.raises(UserError, match="a mistake"):
-        run_parts([mistake, work])
+        run_parts([mistake, work], ALONE)
     assert (tmp_path / "done").exists()
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_a_part_that_is_killed_says_what_can_be_done() -> None:
-    with pytest.raises(UserError, match=r"one of 2 training processes was killed.*OMP_NUM_THREADS=1"):
-        run_parts([lambda: None, lambda: os.kill(os.getpid(), signal.SIGKILL)])
+    with pytest.raises(UserError, match=r"one of the training processes was killed.*OMP_NUM_THREADS=1"):
+        run_parts([lambda: None, lambda: os.kill(os.getpid(), signal.SIGKILL)], ALONE)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_a_wish_to_stop_reaches_every_part(tmp_path: Path) -> None:
     def work(number: int) -> None:
         with stop_on_sigterm() as stop:
@@ -86,6 +93,6 @@ def test_a_wish_to_stop_reaches_every_part(tmp_path: Path) -> None:
     former = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         with pytest.raises(Interrupted):
-            run_parts([functools.partial(work, 0), functools.partial(work, 1), tell])
+            run_parts([functools.partial(work, 0), functools.partial(work, 1), tell], ALONE)
     finally:
         signal.signal(signal.SIGTERM, former)

@@ -58,12 +58,8 @@ every_case = pytest.mark.parametrize("case", CASES, ids=[f"{case[0]}-{case[1]}-{
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_seed() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _seed() -> None:
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(architecture: str, encoder: str, stride: int, decoder: dict[str, Any], **more: Any) -> Segmenter:
