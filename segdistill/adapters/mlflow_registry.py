@@ -12,20 +12,32 @@ import json
 import logging
 import math
 import random
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from segdistill import environment
 from segdistill.adapters.mlflow_artifact import SealedPyTorch, check_files
 from segdistill.adapters.mlflow_names import model_name
-from segdistill.adapters.mlflow_store import ROLE_TAG, Store, default_store, ensure_run, experiment_id, import_mlflow
+from segdistill.adapters.mlflow_store import (
+    ROLE_TAG,
+    Store,
+    default_store,
+    ensure_run,
+    experiment_id,
+    import_mlflow,
+    one_line,
+)
 from segdistill.adapters.mlflow_tracking import MlflowTracker, Settings
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
+from segdistill.files import read_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,6 +49,7 @@ logger = logging.getLogger(__name__)
 CHAMPION, CHALLENGER = "champion", "challenger"
 WEIGHTS, TEST_MIOU, TEST_DATA, CLAIM = "weights_sha256", "test_miou", "test_data", "segdistill.claim"
 CLASSES, CHECKSUMS = "classes", "checksums_sha256"  # of the logits, as JSON; of the files, all together
+_URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
 CHECKED_SIZES = ((64, 96), (97, 75))  # (H, W); the exported graph must take any, odd ones too
 
 
@@ -65,6 +78,7 @@ class Submission:
     test_data: str  # the identity of the test images and labels behind test_miou
     weights_sha256: str
     classes: tuple[str, ...]  # the name of each logit
+    contract: Mapping[str, Any]  # what a file of it says of itself (models/portable.py)
     facts: Mapping[str, str]  # further tags
 
 
@@ -178,7 +192,10 @@ def log_exported(model: "nn.Module", submission: Submission, run_id: str, tags: 
             serialization_format="pt2",
             pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in ("torch", "numpy")],
             tags=dict(tags),
-            metadata={"classes": list(submission.classes)},  # for who serves it
+            metadata={
+                "classes": list(submission.classes),
+                "segdistill": dict(submission.contract),
+            },  # for who serves it
             validate_serving_input=False,  # check_served does more, and once is enough
         )
     score = Metric("test/miou", submission.test_miou, round(1000 * time.time()), 0, model_id=info.model_id)
@@ -199,6 +216,40 @@ def create_version(client: "MlflowClient", name: str, uri: str, run_id: str, tag
         client.delete_model_version(name, created.version)
         return first
     return created
+
+
+def fetch(uri: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Brings the files of a registered model, looked at but not loaded, and its contract.
+
+    Args:
+        uri: ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
+        folder: where to.
+
+    Raises:
+        UserError: there is no such version, or its files are not those that were registered.
+    """
+    store = default_store(Path())
+    with _as_current(store):
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        parts = _URI.fullmatch(uri)
+        if parts is None:
+            raise UserError(f"{uri}: not a registered model; allowed: models:/NAME@ALIAS, models:/NAME/VERSION")
+        client, (name, alias, number) = store.client(), parts.groups()
+        try:
+            version = (
+                client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+            )
+        except MlflowException as error:
+            raise UserError(f"{uri}: {store.address} has no such version ({one_line(error)})") from None
+        version = client.get_model_version(name, version.version)  # with its tags
+        if CHECKSUMS not in version.tags:
+            raise UserError(f"{uri}: was registered without checksums, so nobody can tell whose files these are")
+        path = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{version.version}", dst_path=str(folder)))
+    check_files(path, version.tags[CHECKSUMS], uri)
+    description = yaml.safe_load(read_text(path / "MLmodel"))
+    return path, dict((description.get("metadata") or {}).get("segdistill") or {})
 
 
 def check_served(

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from segdistill.config import config as config_class
+from segdistill.config import parse, to_dict
+from segdistill.engine.settings import InferenceConfig
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError, nearest
-from segdistill.files import new_folder
+from segdistill.files import new_folder, read_json, read_sealed_json
 from segdistill.identity import facts_of
 from segdistill.plan import Job, jobs
 from segdistill.report.highlights import Highlights
@@ -25,6 +27,7 @@ from segdistill.stages._cohort import folders_of
 if TYPE_CHECKING:
     from segdistill.report.results import Comparison
 
+INFERENCE = "inference.json"  # beside the registered model: how images were shown to it when it was scored
 COMPARE = "run the stage 'compare' again"
 
 
@@ -97,6 +100,7 @@ def run(
     best = choose(candidates(results, folders, comparison), config)
 
     from segdistill.models.export import ExportedSegmenter, load_model
+    from segdistill.models.portable import contract
 
     classes = class_names(prepared)
     segmenter, document = load_model(best.folder, best.student, classes=classes)
@@ -104,6 +108,7 @@ def run(
         raise UserError(f"{best.folder}: '{best.student}' has other weights than were compared; {COMPARE}")
     from segdistill.adapters.mlflow_registry import Submission, register
 
+    inference = inference_of(best.folder)
     submission = Submission(
         experiment=best.experiment,
         seed=best.seed,
@@ -113,6 +118,7 @@ def run(
         test_data=identity_of_test_data(prepared),
         weights_sha256=best.weights_sha256,
         classes=classes,
+        contract=contract(document, segmenter, inference),
         facts={"params": str(best.params), "macs": str(best.macs), **facts_of(document)},
     )
     registered = register(
@@ -128,7 +134,19 @@ def run(
         (partial / "model").mkdir()
         for suffix in (".safetensors", ".json"):
             shutil.copy2(best.folder / f"{best.student}{suffix}", partial / "model" / f"{best.student}{suffix}")
+        (partial / "model" / INFERENCE).write_text(json.dumps(inference, indent=2) + "\n")
         _write(partial, result)
+
+
+def inference_of(folder: Path) -> dict[str, Any]:
+    """How images were shown to the networks of a folder when they were scored; where it does not say, as they are."""
+    settings = InferenceConfig(batch_size=8, input_scale=1.0, window=None, window_stride=0.67)
+    if (folder / "metrics.json").is_file():
+        metrics = read_sealed_json(folder, "metrics.json", mend="train it again")
+        settings = parse(InferenceConfig, metrics["config"]["inference"], f"{folder / 'metrics.json'}: inference")
+    elif (folder / INFERENCE).is_file():
+        settings = parse(InferenceConfig, read_json(folder / INFERENCE), str(folder / INFERENCE))
+    return dict(to_dict(settings))
 
 
 def _write(folder: Path, result: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Registration against a real SQLite registry: the choice, the served model, the alias, and many at once."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from segdistill.__main__ import main
 from segdistill.adapters.mlflow_artifact import FILES
 from segdistill.adapters.mlflow_registry import (
     CHAMPION,
@@ -84,7 +86,7 @@ def submission(
     test_data: str = "t",
     classes: tuple[str, ...] = ("road", "sky"),
 ) -> Submission:
-    return Submission("kd", 0, "cnn", 0.5, test_miou, test_data, weights, classes, {"identity": identity})
+    return Submission("kd", 0, "cnn", 0.5, test_miou, test_data, weights, classes, {}, {"identity": identity})
 
 
 # --- the choice
@@ -558,7 +560,14 @@ def test_the_stage_registers_a_student_that_serves_any_image_size(root: Path, pr
     folder = next(path.parent for path in logged if path.name == "MLmodel")
     assert {path.relative_to(folder).as_posix() for path in logged} == FILES | {SEAL}
     assert sealed_hashes(folder, mend="")["data/model.pt2"] == file_hash(folder / "data/model.pt2")
-    assert mlflow.models.get_model_info(f"models:/{NAME}/1").metadata == {"classes": ["road", "sky"]}
+    assert mlflow.models.get_model_info(f"models:/{NAME}/1").metadata["classes"] == ["road", "sky"]
+    out, image = root / "out", next((prepared.parent / "data/images/test").iterdir())
+    with contextlib.chdir(root):
+        assert main(["predict", f"models:/{NAME}@champion", str(image), "--out", str(out)]) == 0
+        assert main(["predict", str(registration), str(image), "--out", f"{out}2"]) == 0
+    masks = [np.array(Image.open(folder / "masks" / image.name)) for folder in (out, Path(f"{out}2"))]
+    assert masks[0].shape == (24, 32) and (masks[0] == masks[1]).all()
+    assert json.loads((out / "classes.json").read_text())["classes"][1] == {"name": "sky", "color": [9, 9, 9]}
     served = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
     images = np.random.default_rng(1).random((1, 3, 51, 83), dtype=np.float32)
     with torch.no_grad():
