@@ -36,10 +36,13 @@ def parser() -> argparse.ArgumentParser:
                        help="all 11 of CamVid, or the 6 large ones, the thin ones void (%(default)s)")  # fmt: skip
     for split in ("train", "val", "test"):
         synth.add_argument(f"--{split}", type=int, help=f"number of {split} scenes")
-    importing = data.add_parser("import", help="bring a data set of a known layout into data/")
-    importing.add_argument("layout", help="folder, camvid, ...")
+    importing = data.add_parser("import", help="bring a data set, or photos and masks, into data/")
+    importing.add_argument(
+        "layout", help="folder: photos and masks below one, split or not; camvid; csv: a list of pairs"
+    )
     importing.add_argument("source", type=Path)
-    importing.add_argument("--out", type=Path, required=True)
+    importing.add_argument("--out", type=Path, default=Path("data"), help="(%(default)s)")
+    _add_wishes(importing)
     fetching = data.add_parser("fetch", help="bring the version of a git revision from its S3 remote, verified")
     fetching.add_argument("repository", help="a git repository with data.dvc: its address, or a folder")
     fetching.add_argument("--rev", default="HEAD", help="a branch, a tag or a commit (%(default)s)")
@@ -102,6 +105,16 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="a folder with a trained network, a registered model"
                          " (models:/segdistill-student@champion), or a .pt2 or .onnx file")  # fmt: skip
     command.add_argument("--student", metavar="NAME", help="which network, where the folder has several")
+
+
+def _add_wishes(command: argparse.ArgumentParser) -> None:
+    split = "split labelled images anew, in per cent: every class near its share (70/15/15)"
+    classes = "names in the order of the masks' values; for masks in colours: A=#RRGGBB,..."
+    command.add_argument("--split", metavar="TRAIN/VAL/TEST", help=split)
+    command.add_argument("--classes", metavar="A,B,C", help=classes)
+    command.add_argument("--ignore", metavar="VALUE", help="the value, or #RRGGBB, that means no label (255)")
+    command.add_argument("--group", metavar="REGEX", help="images for whose path it finds the same text share a split")
+    command.add_argument("--seed", type=int, default=0, help="of the split (%(default)s)")
 
 
 def _add_device(command: argparse.ArgumentParser) -> None:
