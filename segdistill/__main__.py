@@ -100,6 +100,21 @@ def _add_way_out(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     predict.add_argument("--every", type=int, default=1, metavar="N", help="every Nth frame of a video (%(default)s)")
     _add_device(predict)
 
+    export = commands.add_parser("export", help="a network as one file, ONNX or an exported program, checked and timed")
+    _add_model(export)
+    export.add_argument("--out", type=Path, required=True, help="the file to write, ending with .onnx or .pt2")
+    export.add_argument("--format", choices=("onnx", "pt2"), help="as --out ends")
+    export.add_argument("--int8", action="store_true", help="quantised by onnxruntime, calibrated on the train split")
+    export.add_argument("--max-loss", type=float, default=1.0, metavar="P",
+                        help="points of validation mIoU that int8 may lose, or it is refused (%(default)s)")  # fmt: skip
+    export.add_argument("--calibration", type=int, default=64, metavar="N",
+                        help="training images that int8 takes its ranges from (%(default)s)")  # fmt: skip
+    export.add_argument(
+        "--prepared", type=Path, default=Path("artifacts/prepared"), help="the data for int8 (%(default)s)"
+    )
+    export.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("HEIGHT", "WIDTH"),
+                        help="of the image whose time is measured (512 512)")  # fmt: skip
+
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="a folder with a trained network, a registered model"
