@@ -106,7 +106,7 @@ def _add_way_out(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     export.add_argument("--format", choices=("onnx", "pt2"), help="as --out ends")
     export.add_argument("--int8", action="store_true", help="quantised by onnxruntime, calibrated on the train split")
     export.add_argument("--max-loss", type=float, default=1.0, metavar="P",
-                        help="points of validation mIoU that int8 may lose, or it is refused (%(default)s)")  # fmt: skip
+                        help="points of validation mIoU that int8 may lose, or is refused (%(default)s)")  # fmt: skip
     export.add_argument("--calibration", type=int, default=64, metavar="N",
                         help="training images that int8 takes its ranges from (%(default)s)")  # fmt: skip
     export.add_argument(
@@ -114,6 +114,11 @@ def _add_way_out(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     export.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("HEIGHT", "WIDTH"),
                         help="of the image whose time is measured (512 512)")  # fmt: skip
+
+    champion = commands.add_parser("champion", help="the registry's champion, and why; rollback: the one before")
+    champion.add_argument("action", choices=("show", "rollback"), nargs="?", default="show")
+    champion.add_argument("--name", help="the registered model (register.model_name)")
+    champion.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (%(default)s)")
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

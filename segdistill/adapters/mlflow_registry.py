@@ -15,8 +15,8 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CHAMPION, CHALLENGER = "champion", "challenger"
+CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+ALREADY = "it is the champion already"
+REASON = "decision"  # the tag that says why a version has the alias that it got
 WEIGHTS, TEST_MIOU, TEST_DATA, CLAIM = "weights_sha256", "test_miou", "test_data", "segdistill.claim"
 CLASSES, CHECKSUMS = "classes", "checksums_sha256"  # of the logits, as JSON; of the files, all together
 _URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
@@ -80,6 +82,8 @@ class Submission:
     classes: tuple[str, ...]  # the name of each logit
     contract: Mapping[str, Any]  # what a file of it says of itself (models/portable.py)
     facts: Mapping[str, str]  # further tags
+    describe: Callable[[str, str], str] | None = None  # alias and reason to the version's description, in Markdown
+    beside: Mapping[str, bytes] = field(default_factory=dict)  # further files of its artefact
 
 
 def register(model: "nn.Module", submission: Submission, *, name: str, min_gain: float, tracker: Tracker) -> Registered:
@@ -135,6 +139,13 @@ def _register(
     version = client.get_model_version(name, version.version)
     with store.lock(".registry"):
         alias, previous, reason = award(client, name, version, min_gain, pause=0.0 if store.database else 1.0)
+    if alias == CHAMPION and previous is not None:
+        client.set_registered_model_alias(name, PREVIOUS, str(previous))
+    if reason == ALREADY:  # what was decided when it became champion still holds
+        reason = version.tags.get(REASON, reason)
+    client.set_model_version_tag(name, version.version, REASON, reason)
+    if submission.describe is not None:
+        client.update_model_version(name, version.version, submission.describe(alias, reason))
     run_id = version.run_id or version.tags.get("run_id", "")
     return Registered(name, int(version.version), alias, previous, reason, run_id, f"models:/{name}/{version.version}")
 
@@ -179,7 +190,7 @@ def log_exported(model: "nn.Module", submission: Submission, run_id: str, tags: 
         return Schema([TensorSpec(np.dtype("float32"), (-1, channels, -1, -1))])
 
     example = np.random.default_rng(0).random((2, 3, *CHECKED_SIZES[0]), dtype=np.float32)
-    flavor = SealedPyTorch()
+    flavor = SealedPyTorch(submission.beside)
     with torch.no_grad():
         info = Model.log(
             artifact_path=None,
@@ -250,6 +261,51 @@ def fetch(uri: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     check_files(path, version.tags[CHECKSUMS], uri)
     description = yaml.safe_load(read_text(path / "MLmodel"))
     return path, dict((description.get("metadata") or {}).get("segdistill") or {})
+
+
+def champions(name: str) -> dict[str, dict[str, str]]:
+    """The versions that have an alias: alias -> ``version`` and its tags.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    store = default_store(Path())
+    with _as_current(store):
+        client = store.client()
+        aliases = _aliases(client, store, name)
+        versions = {alias: client.get_model_version(name, version) for alias, version in aliases.items()}
+    return {alias: {**version.tags, "version": str(version.version)} for alias, version in versions.items()}
+
+
+def roll_back(name: str) -> tuple[int, int]:
+    """Makes the version ``previous`` champion, and the champion ``previous``, so that a second call undoes the first.
+
+    Returns:
+        The versions that is champion now, and that was.
+
+    Raises:
+        UserError: there is no such model, or no version before its champion.
+    """
+    store = default_store(Path())
+    with _as_current(store), store.lock(".registry"):
+        client = store.client()
+        aliases = _aliases(client, store, name)
+        if not {CHAMPION, PREVIOUS} <= set(aliases):
+            raise UserError(f"{name}: has no version '{PREVIOUS}' to go back to: no champion was replaced yet")
+        now, before = aliases[PREVIOUS], aliases[CHAMPION]
+        client.set_registered_model_alias(name, CHAMPION, now)
+        client.set_registered_model_alias(name, PREVIOUS, before)
+        client.set_model_version_tag(name, now, REASON, f"a person went back to it from version {before}")
+    return int(now), int(before)
+
+
+def _aliases(client: "MlflowClient", store: Store, name: str) -> dict[str, str]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
+    except MlflowException as error:
+        raise UserError(f"{name}: {store.address} has no such registered model ({one_line(error)})") from None
 
 
 def check_served(
@@ -323,7 +379,7 @@ def decide(version: "ModelVersion", champion: "ModelVersion | None", min_gain: f
         return True, "there was no champion"
     before = f"the champion, version {champion.version},"
     if champion.version == version.version:
-        return True, "it is the champion already"
+        return True, ALREADY
     difference = ""
     if not _same_test(version, champion):
         difference = "was tested on other data"

@@ -88,6 +88,7 @@ def to_file(model: Model, path: Path) -> tuple[Path, float]:
     from segdistill.models.export import ExportedSegmenter
     from segdistill.models.segmenter import Segmenter
 
+    expected: torch.nn.Module
     if isinstance(model.network, Segmenter):
         program, expected = portable.to_program(model.network), ExportedSegmenter(model.network).eval()
     elif model.program is not None:

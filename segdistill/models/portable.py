@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 FORMATS = ("onnx", "pt2")
-OPSET = 20  # of ONNX: the one of onnxruntime 1.17 and of Triton 24.03, and of all later ones
+OPSET = 20  # of ONNX: onnxruntime knows it from 1.17 on
 DOCUMENT = "segdistill"  # the key in a file's metadata
 INPUT, OUTPUT = "images", "logits"
 EXAMPLE = (2, 3, 64, 96)  # two images, since a batch of one would fix the batch size
@@ -321,8 +321,8 @@ def check_same(expected: nn.Module, network: PortableNetwork, where: object) -> 
 
 
 @torch.inference_mode()
-def latency(network: Segmenter | PortableNetwork, size: tuple[int, int], repeats: int = 30) -> float:
-    """Median seconds of one image's forward pass, when warm."""
+def latency(network: Any, size: tuple[int, int], repeats: int = 30) -> float:
+    """Median seconds of one image's forward pass, when warm, of whatever has ``logits``."""
     image, times = torch.rand((1, 3, *size)), []
     for _ in range(repeats + 3):  # the first ones only warm up
         started = time.perf_counter()

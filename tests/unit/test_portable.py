@@ -1,3 +1,4 @@
+# ruff: noqa: F811 -- fixtures are imported, and asked for by their names
 """``segdistill export``: files that stand alone, compared with torch, and an int8 one that is measured."""
 
 import json
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def files(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def files(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, common = tmp_path_factory.mktemp("files"), ["--size", "48", "64"]
     assert main(["export", str(model), "--out", str(folder / "cnn.pt2"), *common]) == 0
     int8 = ["--int8", "--prepared", str(data / "prepared"), "--max-loss", "100"]
@@ -32,7 +33,7 @@ def files(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def test_predict_needs_nothing_but_the_file(files: Path, model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_predict_needs_nothing_but_the_file(files: Path, model: Path, tmp_path: Path) -> None:
     pixels = np.random.default_rng(1).integers(0, 255, (51, 83, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     masks = {}
@@ -70,13 +71,13 @@ def test_an_int8_file_that_loses_too_much_is_refused(
     files: Path,
     data: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scores = iter([0.50, 0.40])
     monkeypatch.setattr(export, "validation_miou", lambda *_: next(scores))
     source = tmp_path / "model.onnx"
     source.write_bytes((files / "cnn.onnx").read_bytes())
-    model = open_model(str(files / "cnn.onnx"), None, CPU)  # noqa: F811
+    model = open_model(str(files / "cnn.onnx"), None, CPU)
     with pytest.raises(UserError, match=r"int8 loses 10.00 points, more than --max-loss 1; nothing was written"):
         export.quantized(model, source, data / "prepared", 1, 1.0)
 

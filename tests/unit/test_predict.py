@@ -1,3 +1,4 @@
+# ruff: noqa: F811 -- fixtures are imported, and asked for by their names
 """``segdistill predict``: any MODEL on any INPUT, with the numbers of ``evaluate``, and nothing half-written."""
 
 import csv
