@@ -39,7 +39,9 @@ def main() -> None:
     for text in given.models:
         model = open_model(text, None, CPU)
         with tempfile.TemporaryDirectory() as scratch:
-            files = {name: to_file(model, Path(scratch) / f"model.{name}")[0] for name in ("pt2", "onnx")}
+            files = {name: Path(scratch) / f"model.{name}" for name in ("pt2", "onnx")}
+            for path in files.values():
+                to_file(model, path)
             files["onnx, int8"], _ = quantized(model, files["onnx"], given.prepared, given.calibration, 100.0)
             networks = {"torch": model.network} | {
                 name: portable.load_portable(path, CPU)[0] for name, path in files.items()

@@ -4,6 +4,7 @@ An int8 file is calibrated on training images, and is only written if it loses n
 """
 
 import argparse
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,9 +49,15 @@ def command(arguments: argparse.Namespace) -> None:
     )
     model = open_model(arguments.model, arguments.student, torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="segdistill-export-") as scratch:
-        exported, difference = to_file(model, Path(scratch) / f"model.{format_name}")
-        facts = [f"logits within {difference:.1g} of torch's, as a share of the largest"]
-        networks = {"torch": model.network, format_name: portable.load_portable(exported, torch.device("cpu"))[0]}
+        exported, facts = Path(scratch) / f"model.{format_name}", []
+        networks: dict[str, Network] = {}
+        if arguments.int8 and arguments.model.endswith(".onnx"):
+            shutil.copy(arguments.model, exported)
+        else:
+            difference = to_file(model, exported)
+            facts.append(f"logits within {difference:.1g} of torch's, as a share of the largest")
+            networks["torch"] = model.network
+        networks[format_name] = portable.load_portable(exported, torch.device("cpu"))[0]
         if arguments.int8:
             exported, sentence = quantized(model, exported, arguments.prepared, images, loss)
             networks["int8"] = portable.load_portable(exported, torch.device("cpu"))[0]
@@ -73,11 +80,11 @@ def command(arguments: argparse.Namespace) -> None:
     console.print(table)
 
 
-def to_file(model: Model, path: Path) -> tuple[Path, float]:
+def to_file(model: Model, path: Path) -> float:
     """Writes a network as ``.pt2`` or ``.onnx``, and compares it with torch at several sizes.
 
     Returns:
-        The file, and the largest difference of logits, as a share of the largest logit.
+        The largest difference of logits, as a share of the largest logit.
 
     Raises:
         UserError: the model is an ONNX file already, or its logits come out otherwise.
@@ -94,11 +101,11 @@ def to_file(model: Model, path: Path) -> tuple[Path, float]:
     elif model.program is not None:
         program, expected = model.program, model.program.module()
     else:
-        raise UserError("MODEL is an ONNX file already; export from the folder, the registered model or the .pt2")
+        raise UserError("MODEL is an ONNX file already; only --int8 can be made of it")
     save = portable.save_onnx if path.suffix == ".onnx" else portable.save_program
     save(program, path, model.contract)
     network, _ = portable.load_portable(path, torch.device("cpu"))
-    return path, portable.check_same(expected, network, path.name)
+    return portable.check_same(expected, network, path.name)
 
 
 def quantized(model: Model, source: Path, prepared: Path, images: int, max_loss: float) -> tuple[Path, str]:

@@ -27,9 +27,9 @@ def files(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder, common = tmp_path_factory.mktemp("files"), ["--size", "48", "64"]
     assert main(["export", str(model), "--out", str(folder / "cnn.pt2"), *common]) == 0
     int8 = ["--int8", "--prepared", str(data / "prepared"), "--max-loss", "100"]
-    onnx_files = (("cnn.onnx", []), ("int8.onnx", int8))
-    for name, options in onnx_files:  # from the program, which spares tracing the network again
-        assert main(["export", str(folder / "cnn.pt2"), "--out", str(folder / name), *common, *options]) == 0
+    # From the program, which spares tracing the network again; and int8 from that.
+    for source, name, options in (("cnn.pt2", "cnn.onnx", []), ("cnn.onnx", "int8.onnx", int8)):
+        assert main(["export", str(folder / source), "--out", str(folder / name), *common, *options]) == 0
     return folder
 
 
