@@ -25,7 +25,7 @@ def imagenet_download(encoder: str) -> Iterator[None]:
     from huggingface_hub import constants
 
     was_offline = constants.HF_HUB_OFFLINE
-    reachable = not was_offline and _hub_answers(constants.ENDPOINT)
+    reachable = not was_offline and hub_answers(constants.ENDPOINT)
     try:
         # The client reads this at each request; it would otherwise retry a dead network for most of a minute.
         constants.HF_HUB_OFFLINE = not reachable
@@ -43,7 +43,8 @@ def imagenet_download(encoder: str) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = was_offline
 
 
-def _hub_answers(endpoint: str) -> bool:
+def hub_answers(endpoint: str) -> bool:
+    """Whether there is somebody to download weights from; says no within seconds."""
     from huggingface_hub import get_session
 
     try:
