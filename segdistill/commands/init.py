@@ -180,7 +180,7 @@ def _facts(layout: "Layout") -> Facts:
     if not labelled:
         raise layout.without_samples()
     step = -(-len(labelled) // MOST_LOOKED_AT)
-    looked_at = list(inspect(layout, labelled[::step], workers=0))
+    looked_at = list(inspect(layout, labelled[::step], workers=1))
     if problem := next((one for one in looked_at if one.image_problem or one.mask_problem), None):
         what = (
             f"{problem.image}: {problem.image_problem}"

@@ -65,8 +65,18 @@ def local_weights_path(value: str) -> Path:
     if path.suffix != ".safetensors":
         raise UserError(f"model.encoder_weights: '{value}' is not a .safetensors file; {allowed}")
     if not path.is_file():
-        raise UserError(f"model.encoder_weights: {value}: no such file; {allowed}")
+        raise UserError(
+            f"model.encoder_weights: {value}: no such file; {_where_to_get(path.stem)}, or choose imagenet, which"
+            " downloads it, or none"
+        )
     return path
+
+
+def _where_to_get(encoder: str) -> str:
+    """Which file of the hub is an encoder's, as far as its name tells."""
+    known = timm.get_pretrained_cfg(encoder, allow_unregistered=True) if timm.is_model(encoder) else None
+    source = f"model.safetensors of {known.hf_hub_id} on the Hugging Face hub" if known and known.hf_hub_id else None
+    return f"save {source or 'the weights of the encoder, with its own keys,'} there"
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
