@@ -66,5 +66,5 @@ def test_the_three_commands_lead_from_photos_to_a_registered_student(tmp_path: P
     run(add)
     run(repro)
     assert (clone / "reports/comparison/report.html").is_file()
-    assert read_json(clone / "reports/registration/registration.json")["registered"] is not None
+    assert read_json(clone / "reports/registration/registration.json")["student"] in ("cnn", "vit")
     assert read_yaml(clone / "data.dvc")["outs"][0]["path"] == "data"
