@@ -29,18 +29,26 @@ EDGE = 0.05  # of a range, at its ends: a best value there says that the range w
 class SearchConfig:
     """The ranges: the least and the greatest value that are tried; null leaves a setting as it is."""
 
-    # Multiples of the present value, on a logarithmic scale; a present 0 is left alone.
     learning_rate: tuple[Multiple, Multiple] | None
+    """Multiples of the present learning rate, on a logarithmic scale."""
+
     weight_decay: tuple[Multiple, Multiple] | None
-    # Of each method: its ``weight``.
+    """Multiples of the present weight decay, on a logarithmic scale."""
+
     weight: tuple[Multiple, Multiple] | None
-    # Of each method: ``temperature``, and what ends in ``_temperature``.
+    """Of each method: its ``weight``."""
+
     temperature: tuple[Multiple, Multiple] | None
-    # Parts of the budget: the schedule's ``warmup_fraction``, and each method's ``ramp``.
+    """Of each method: ``temperature``, and what ends in ``_temperature``."""
+
     warmup: tuple[Fraction, Fraction] | None
+    """Parts of the budget: the schedule's ``warmup_fraction``."""
+
     ramp: tuple[Fraction, Fraction] | None
-    # Whether a method with several terms has each ``<term>_weight`` searched instead of its ``weight``.
+    """Parts of the budget: each method's ``ramp``."""
+
     terms: bool
+    """Whether a method with several terms has each ``<term>_weight`` searched instead of its ``weight``."""
 
     @pydantic.model_validator(mode="after")
     def _in_order(self) -> "SearchConfig":
@@ -55,24 +63,33 @@ class SearchConfig:
 class TuneConfig:
     """Section ``tune`` of params.yaml: one search budget for every experiment."""
 
-    # Trials of each experiment; the first is its present settings.
     trials: Annotated[int, Field(ge=1, le=100_000)]
-    # Trials of each experiment that train together, as one cohort.
+    """Trials of each experiment; the first is its present settings."""
+
     round: Annotated[int, Field(ge=1, le=1000)]
-    # Null: those under ``run``.
+    """Trials of each experiment that train together, as one cohort."""
+
     experiments: Annotated[list[Name], Field(min_length=1)] | None
-    # Of a trial; null: those of distill.train.
+    """Which experiments are tuned; null: those under ``run``."""
+
     iterations: Iterations | None
-    # A trial trains once with each; its score is the mean.
+    """Iterations of a trial; null: those of distill.train."""
+
     seeds: Annotated[list[Seed], Field(min_length=1)]
-    # End a trial whose validation is below the median of its experiment's finished trials at that iteration.
+    """A trial trains once with each of these; its score is the mean."""
+
     pruning: bool
-    # Of what the search draws.
+    """End a trial whose validation is below the median of its experiment's finished trials at that iteration."""
+
     seed: Seed
+    """Of what the search draws."""
+
     search: SearchConfig
-    # Null: a SQLite file under artifacts/tuning; or the URL of a database that several machines share, without its
-    # password, which is that of SEGDISTILL_TUNE_PASSWORD.
+    """The ranges that are searched; null leaves a setting as it is."""
+
     storage: Annotated[str, Field(min_length=1)] | None
+    """Null: a SQLite file under artifacts/tuning; or the URL of a database that several machines share, without its
+    password, which is that of SEGDISTILL_TUNE_PASSWORD."""
 
 
 @dataclass(frozen=True)
