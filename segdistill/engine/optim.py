@@ -42,7 +42,9 @@ def build_optimizer(
                 settings.append({"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay})
     match config:
         case SGDConfig():
-            return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+            return torch.optim.SGD(
+                settings, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
+            )
         case AdamWConfig():
             return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, fused=True)
         case AdamConfig():
