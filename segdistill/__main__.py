@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
         for name, path in {**stage.inputs, **stage.outputs, **stage.metrics}.items():
             sub.add_argument(f"--{name.replace('_', '-')}", dest=f"path_{name}", type=Path, metavar="PATH",
                              help=f"instead of {path}")  # fmt: skip
+    _add_init(commands.add_parser("init", help="write a params.yaml that fits photos and masks, and this machine"))
     data = commands.add_parser("data", help="make or import a data set").add_subparsers(dest="action", required=True)
     synth = data.add_parser("synth", help="write the synthetic streets")
     synth.add_argument("--out", type=Path, required=True)
@@ -75,6 +76,21 @@ def parser() -> argparse.ArgumentParser:
     sync = commands.add_parser("sync", help="send to MLflow what could not be sent while its server was away")
     sync.add_argument("folder", type=Path, nargs="?", default=Path("artifacts/tracking"))
     return top
+
+
+def _add_init(command: argparse.ArgumentParser) -> None:
+    folder = "photos and masks, split or not, a known layout, or a CSV list; brought to data/ (%(default)s)"
+    weights = "of encoders; auto: weights/ENCODER.safetensors, else imagenet where it can be downloaded"
+    students = "small, tiny, vit, or an encoder of timm; may be given again (tiny and vit)"
+    command.add_argument("folder", type=Path, nargs="?", default=Path("data"), help=folder)
+    command.add_argument("--params", type=Path, default=Path("params.yaml"), help="the file to write (%(default)s)")
+    command.add_argument("--student", action="append", metavar="NAME", help=students)
+    command.add_argument("--teacher", metavar="NAME", help="an encoder of timm, or the folder of a trained teacher")
+    command.add_argument("--time", help="how long the whole may take: 30m, 2h, 1d")
+    command.add_argument("--weights", choices=("auto", "imagenet", "none"), default="auto", help=weights)
+    _add_wishes(command)
+    command.add_argument("--preset", metavar="NAME", help="copy presets/NAME.yaml instead")
+    command.add_argument("--force", action="store_true", help="overwrite a params file with uncommitted changes")
 
 
 def _add_wishes(command: argparse.ArgumentParser) -> None:

@@ -199,15 +199,7 @@ def with_tuned_values(text: str, tuned: Mapping[str, Mapping[str, float]]) -> st
 
     An experiment's students are written out, since those that share them by an anchor are tuned apart.
     """
-    from ruamel.yaml import YAML
-
-    yaml = YAML()
-    yaml.width, yaml.preserve_quotes = 4096, True
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.emitter.brace_single_entry_mapping_in_flow_sequence = True
-    yaml.representer.add_representer(
-        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
+    yaml = round_trip_yaml()
     data = yaml.load(text)
     for name, values in tuned.items():
         if values:
@@ -217,6 +209,20 @@ def with_tuned_values(text: str, tuned: Mapping[str, Mapping[str, float]]) -> st
     written = io.StringIO()
     yaml.dump(data, written)
     return written.getvalue()
+
+
+def round_trip_yaml() -> Any:
+    """A reader and writer of params files that keeps their comments, order and style."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = 4096, True
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.emitter.brace_single_entry_mapping_in_flow_sequence = True
+    yaml.representer.add_representer(
+        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    return yaml
 
 
 def _unshared(node: Any) -> Any:
