@@ -182,6 +182,7 @@ def parameters(name: str, settings: ExperimentConfig, search: SearchConfig) -> l
             if key == "temperature" or key.endswith("_temperature"):
                 add(f"methods.{index}.{key}", "temperature", values[key])
         add(f"methods.{index}.ramp", "ramp", own.ramp if own.weight else None)
+    searched = [parameter for parameter in searched if _may_vary(name, settings, parameter)]
     for parameter in searched:
         for end in (parameter.low, parameter.high):
             try:
@@ -189,6 +190,15 @@ def parameters(name: str, settings: ExperimentConfig, search: SearchConfig) -> l
             except UserError as error:
                 raise UserError(f"tune.search.{parameter.key}: reaches too far: {error}") from None
     return searched
+
+
+def _may_vary(name: str, settings: ExperimentConfig, parameter: Parameter) -> bool:
+    """Whether another setting of the method does without the value: no little change of it is then allowed."""
+    try:
+        with_values(name, settings, {parameter.path: parameter.present * 1.01})
+    except UserError:
+        return False
+    return True
 
 
 def with_values(name: str, settings: ExperimentConfig, values: Mapping[str, float]) -> ExperimentConfig:
