@@ -39,7 +39,7 @@ shows one, and `segdistill params distill.train.iterations` a key, with the valu
 change of a key makes `dvc repro` run the stages that it matters to, and what follows from them.
 
 * **GPU.** Where networks run is no parameter: each command that trains or evaluates takes a GPU where torch can use
-  one, else the CPU (`--device auto`; `cpu` and `cuda` insist). `precision` bf16 or fp16, and `channels_last`, are for it.
+  one, else the CPU (`--device auto`; `cpu` and `cuda` insist). `precision` bf16 or fp16 and `channels_last` are for it.
 * **Number of classes.** It is no parameter either: the data say it (`classes.json`, or a layout's own list).
 * **`encoder_weights`** is `none` (random), `imagenet` (the encoder's own, downloaded once and cached), or the path of a
   `.safetensors` file with the encoder's own keys, by custom `weights/ENCODER.safetensors` in the clone, which git
