@@ -13,7 +13,7 @@ from segdistill.data.decoding import BadFile, encode_png, image_format
 from segdistill.data.layouts import IGNORE_INDEX, SPLITS, WITHOUT_MASKS, Legend, Sample, open_layout
 from segdistill.data.layouts.folder import Folder
 from segdistill.data.pairing import pair_list, pair_tree
-from segdistill.data.parallel import ordered_map, progress
+from segdistill.data.parallel import ordered_map, progress, workers_for
 from segdistill.data.sorting import Sorted, Wishes, sort_samples
 from segdistill.errors import UserError
 from segdistill.files import new_folder, require_free
@@ -30,7 +30,9 @@ class Imported:
     notes: tuple[str, ...]  # what was decided without being asked, in words
 
 
-def import_dataset(layout: str, source: Path, out: Path, *, wishes: Wishes | None = None, workers: int = 0) -> Imported:
+def import_dataset(
+    layout: str, source: Path, out: Path, *, wishes: Wishes | None = None, workers: int | None = None
+) -> Imported:
     """Writes a data set of any layout, or loose pairs of photos and masks, in the layout "folder".
 
     JPEG and PNG images are copied byte for byte; masks are written again with train ids, IGNORE_INDEX where ignored.
@@ -41,13 +43,14 @@ def import_dataset(layout: str, source: Path, out: Path, *, wishes: Wishes | Non
         source: the data set to read.
         out: the folder to make; an empty one may be there.
         wishes: of loose pairs: what they do not say themselves.
-        workers: processes; 0 = all cores.
+        workers: processes; 0 = all cores; None goes by the number of files.
 
     Raises:
         UserError: ``out`` has content, or a file of the source is missing or broken.
     """
     require_free(out)
     dataset = _read(layout, source, wishes or Wishes(), workers)
+    workers = workers_for(len(dataset.samples)) if workers is None else workers
     counts = Counter((sample.split, sample.id) for sample in dataset.samples)
     for (split, name), count in counts.items():
         if count > 1:
@@ -78,7 +81,7 @@ def is_layout(layout: str, source: Path) -> bool:
     return described and any((source / "images" / split).is_dir() for split in SPLITS)
 
 
-def _read(layout: str, source: Path, wishes: Wishes, workers: int) -> Sorted:
+def _read(layout: str, source: Path, wishes: Wishes, workers: int | None) -> Sorted:
     if layout == LIST:
         return sort_samples(pair_list(source), source.parent, wishes, workers=workers)
     if not source.is_dir():

@@ -16,7 +16,7 @@ from segdistill.data.layouts import IGNORE_INDEX, SPLITS, UNKNOWN, WITHOUT_MASKS
 from segdistill.data.layouts.folder import check_names, read_classes
 from segdistill.data.layouts.layout import describe_values
 from segdistill.data.pairing import UNDECIDED
-from segdistill.data.parallel import ordered_map, progress
+from segdistill.data.parallel import ordered_map, progress, workers_for
 from segdistill.errors import UserError
 
 Colour = tuple[int, int, int]
@@ -73,19 +73,20 @@ def parse_shares(text: str) -> tuple[int, int, int]:
     return parts[0], parts[1], parts[2]
 
 
-def sort_samples(samples: Sequence[Sample], root: Path, wishes: Wishes, *, workers: int = 0) -> Sorted:
+def sort_samples(samples: Sequence[Sample], root: Path, wishes: Wishes, *, workers: int | None = None) -> Sorted:
     """Gives loose pairs their classes and splits.
 
     Args:
         samples: of :mod:`segdistill.data.pairing`.
         root: the folder whose ``classes.json`` counts, if it is there, and from which --group reads paths.
         wishes: see there.
-        workers: processes; 0 = all cores.
+        workers: processes; 0 = all cores; None goes by the number of files.
 
     Raises:
         UserError: a mask that cannot be read, or classes or splits that do not fit the samples.
     """
     labelled = [sample for sample in samples if sample.mask]
+    workers = workers_for(len(labelled)) if workers is None else workers
     facts = ordered_map(_mask_facts, [sample.mask for sample in labelled if sample.mask], workers=workers)
     try:
         masks = list(progress(facts, "masks", len(labelled)))
