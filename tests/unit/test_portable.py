@@ -19,6 +19,7 @@ from segdistill.models import portable
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.slow  # torch traces a network, and writes it as ONNX
 CPU = torch.device("cpu")
 
 
