@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_params import tiny
+from tiny_params import tuning_project
 
 from segdistill.__main__ import main
 from segdistill.config import read_yaml
@@ -26,17 +26,7 @@ REPORT = Path("reports/tuning")
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_prepared: Path) -> Path:
     """A folder with prepared data, whose test split is empty of files, and a teacher."""
-    root = tmp_path_factory.mktemp("tune")
-    params = json.loads(json.dumps(tiny(read_yaml(ROOT / "params.yaml"))))
-    params["tune"] |= {"trials": 2, "round": 2}
-    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    (root / "artifacts").mkdir()
-    shutil.copytree(tiny_prepared, root / "artifacts/prepared")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        for stage in ("plan", "train_teacher"):
-            assert main([stage, "--tracker", "none"]) == 0
-    return root
+    return tuning_project(tmp_path_factory.mktemp("tune"), read_yaml(ROOT / "params.yaml"), tiny_prepared)
 
 
 @pytest.fixture
