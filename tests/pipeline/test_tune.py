@@ -1,5 +1,6 @@
 """``segdistill tune``: what it writes, what it may look at, and that it can be stopped and shared."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from segdistill.__main__ import main
 from segdistill.config import read_yaml
 from segdistill.data import shards
 from segdistill.engine import cohort, trainer
-from segdistill.errors import Interrupted
+from segdistill.errors import Interrupted, UserError
 from segdistill.execution import check_params
 
 pytest.importorskip("optuna")
@@ -146,7 +147,7 @@ def test_a_tuning_that_was_stopped_goes_on_from_the_checkpoints_and_gives_the_sa
 def test_a_trial_that_was_scored_but_not_settled_is_taken_up_with_the_last_seed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from segdistill.commands import tune as command
+    from segdistill.stages import tune as command
 
     rounds: list[list[str]] = []
 
@@ -162,6 +163,38 @@ def test_a_trial_that_was_scored_but_not_settled_is_taken_up_with_the_last_seed(
     notes = [{"miou-s0": {}, "miou-s1": {}}, {}, {"miou-s0": {}}]
     tuning._train({"none": [SimpleNamespace(number=number, notes=each) for number, each in enumerate(notes)]})
     assert rounds == [["none-t1"], ["none-t0", "none-t2"]]
+
+
+def test_nobody_leaves_a_trial_of_another_machine_before_it_would_be_known_that_it_died(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from segdistill.adapters.optuna_store import GRACE_SECONDS, Session
+    from segdistill.stages import tune as stage
+
+    clock, session = [0.0], Session()
+    time = SimpleNamespace(monotonic=lambda: clock[0], sleep=lambda seconds: clock.append(clock.pop() + seconds))
+    monkeypatch.setattr(stage, "time", time)
+    trial = SimpleNamespace(state="running", notes={"place": "elsewhere"})
+    tuning: Any = stage.Tuning.__new__(stage.Tuning)
+    tuning.searches = lambda: contextlib.nullcontext({"none": SimpleNamespace(all=lambda: [trial])})
+    tuning._claim = lambda _: {"none": [trial]} if clock[0] > GRACE_SECONDS else {}
+    assert tuning._await_others(session) == {"none": [trial]}
+    tuning._claim, clock[0] = lambda _: {}, 0.0
+    assert tuning._await_others(session) == {}, "who is alive after that needs no help"
+    assert GRACE_SECONDS < clock[0] < 2 * GRACE_SECONDS
+    trial.notes["place"], clock[0] = session.place, 0.0
+    assert tuning._await_others(session) == {} and clock[0] == 0, "of this machine it is known"
+
+
+def test_the_report_of_a_tuning_that_is_not_done_is_refused(here: Path) -> None:
+    from segdistill.stages import tune_report
+
+    with pytest.raises(UserError, match="0 of 4 trials are done; run the pipeline again, which goes on"):
+        tune_report.run(
+            plan=Path("params.yaml"), prepared=Path("artifacts/prepared"), teacher=Path("artifacts/teacher"),
+            report=REPORT,
+        )  # fmt: skip
+    assert not REPORT.exists()
 
 
 def test_a_trial_that_diverges_is_a_failed_one_and_the_page_says_so(here: Path, change: Callable[..., None]) -> None:
