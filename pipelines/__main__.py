@@ -143,8 +143,8 @@ def compile_to(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.partial.yaml")  # the compiler goes by the suffix
     compiler.Compiler().compile(pipeline, str(partial), pipeline_parameters=given | place.parameters)
-    # The compiler begins with a comment that repeats the parameters, a dictionary's keys in an order of chance, and of a
-    # text in several lines the first one alone as a comment.
+    # The compiler begins with a comment that repeats the parameters, a dictionary's keys in an order of chance, and of
+    # a text in several lines the first one alone as a comment.
     lines = itertools.dropwhile(
         lambda line: not line.startswith("components:"), partial.read_text().splitlines(keepends=True)
     )

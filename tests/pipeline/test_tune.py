@@ -18,6 +18,7 @@ from segdistill.data import shards
 from segdistill.engine import cohort, trainer
 from segdistill.errors import Interrupted, UserError
 from segdistill.execution import check_params
+from segdistill.search import Parameter
 
 pytest.importorskip("optuna")
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,7 +198,13 @@ def test_the_report_of_a_tuning_that_is_not_done_is_refused(here: Path) -> None:
     assert not REPORT.exists()
 
 
-def test_a_trial_that_diverges_is_a_failed_one_and_the_page_says_so(here: Path, change: Callable[..., None]) -> None:
+def test_a_trial_that_diverges_is_a_failed_one_and_the_page_says_so(
+    here: Path, change: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def highest(parameter: Parameter, value: float) -> float:
+        return parameter.present if value == parameter.present else parameter.high
+
+    monkeypatch.setattr(Parameter, "rounded", highest)  # whatever was drawn, which is another with other code
     change("distill.train", iterations=8)
     change(experiments=["kd"])
     change("tune.search", learning_rate=[1.0, 1999.0], weight=[1.0, 1e6])
