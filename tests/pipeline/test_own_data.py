@@ -29,6 +29,7 @@ def test_one_s_own_data_are_three_commands() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_three_commands_lead_from_photos_to_a_registered_student(tmp_path: Path) -> None:
     samples = {"train": 24, "val": 3, "test": 3}
     streets.write(tmp_path / "made", seed=5, size=(96, 64), samples=samples, workers=1)
