@@ -49,7 +49,7 @@ from segdistill.plan import cohort_plan, cohorts, teacher_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 UNLABELLED_ALONE = "pseudo"  # experiments of this name are of the arm that has images without labels
-LARGEST_GRACE = 60.0  # seconds for a stage to write its checkpoint and end
+LARGEST_GRACE = 45.0  # seconds for a stage to write its checkpoint and end, and as many for the comparison
 DONE = "done.json"
 PREPARED, TEACHER = Path("artifacts/prepared"), Path("artifacts/teacher")
 TUNED = Path("reports/tuning/params.yaml")
@@ -79,11 +79,11 @@ class Clock:
 
     def __init__(self, budget: float | None) -> None:
         self.end = None if budget is None else time.monotonic() + budget
-        self.grace = min(LARGEST_GRACE, (budget or 0) / 5)
+        self.grace = LARGEST_GRACE if budget is None else min(LARGEST_GRACE, budget / 10)
 
     def left(self) -> float | None:
         """Seconds until a stage must be told to end."""
-        return None if self.end is None else self.end - self.grace - time.monotonic()
+        return None if self.end is None else self.end - 2 * self.grace - time.monotonic()
 
 
 class Arm:
@@ -207,6 +207,11 @@ class Arm:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(clock.grace)
             code = EXIT_RETRY
+        except (Interrupted, KeyboardInterrupt):
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(clock.grace)
+            raise
         finally:
             if process.poll() is None:
                 process.kill()
@@ -249,7 +254,7 @@ class Arm:
         return {
             "seeds": complete, "wanted": self.params["seeds"], "machines": sorted(machines),
             "splits": read_json(self.folder / PREPARED / "dataset.json")["splits"],
-            "text": (report / "report.md").read_text().partition("\n")[2].strip(), "tuned": "tuned" in str(self.params),
+            "text": (report / "report.md").read_text().partition("\n")[2].strip(),
         }  # fmt: skip
 
     def _write_params(self, name: str, params: Mapping[str, Any]) -> None:
@@ -288,6 +293,7 @@ def arm_params(arm: str, given: argparse.Namespace) -> dict[str, Any]:
 
 def place_weights(name: str, given: argparse.Namespace) -> str:
     """Copies encoder weights into the study, and returns their path from an arm's folder."""
+    name = Path(name).name
     place = given.folder / "weights" / name
     if not place.exists():
         source = (given.weights or Path("weights")) / name
@@ -358,7 +364,7 @@ def pack(given: argparse.Namespace) -> None:
             inside = path.relative_to(folder)
             if not path.is_file() or not travels(folder, inside, checkpoints=given.checkpoints):
                 continue
-            archive.add(path, f"{folder.name}/{inside}")
+            archive.add(path, f"{folder.resolve().name}/{inside}")
             kind = "data" if PREPARED.name in inside.parts else "the rest"
             sizes["weights" if inside.parts[0] == "weights" else kind] += path.stat().st_size
     partial.replace(given.archive)
@@ -391,7 +397,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study.add_argument("--preset", type=Path, default=ROOT / "presets/camvid.yaml", help="what is trained")
     study.add_argument("--arm", choices=["all", "eighth", "both"], default="both", help="how many labels (%(default)s)")
     study.add_argument("--budget", type=float, metavar="SECONDS", help="of this call, its end included; default none")
-    study.add_argument("--cohort", type=int, default=8, metavar="N", help="experiments that train together (%(default)s)")
+    study.add_argument(
+        "--cohort", type=int, default=8, metavar="N", help="experiments that train together; %(default)s"
+    )
     study.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     study.add_argument("--no-tune", dest="tune", action="store_false", help="take the preset's settings as they are")
     study.add_argument("--seeds", type=int, nargs="+", help="instead of the preset's")
