@@ -38,8 +38,7 @@ streets: $(READY)
 
 preset: $(READY)
 ifdef PRESET
-	@test -f presets/$(PRESET).yaml || { echo "make: presets/$(PRESET).yaml: no such preset; there are: $$(ls presets | sed 's/.yaml$$//' | xargs)" >&2; exit 2; }
-	@cp presets/$(PRESET).yaml params.yaml
+	@$(BIN)/python -m segdistill init --preset $(PRESET)
 endif
 
 repro: data preset  ## run the pipeline: validate ... register (PRESET=name: with presets/name.yaml)

@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
         for name, path in {**stage.inputs, **stage.outputs, **stage.metrics}.items():
             sub.add_argument(f"--{name.replace('_', '-')}", dest=f"path_{name}", type=Path, metavar="PATH",
                              help=f"instead of {path}")  # fmt: skip
+    _add_init(commands.add_parser("init", help="write a params.yaml that fits photos and masks, and this machine"))
     data = commands.add_parser("data", help="make or import a data set").add_subparsers(dest="action", required=True)
     synth = data.add_parser("synth", help="write the synthetic streets")
     synth.add_argument("--out", type=Path, required=True)
@@ -36,10 +37,13 @@ def parser() -> argparse.ArgumentParser:
                        help="all 11 of CamVid, or the 6 large ones, the thin ones void (%(default)s)")  # fmt: skip
     for split in ("train", "val", "test"):
         synth.add_argument(f"--{split}", type=int, help=f"number of {split} scenes")
-    importing = data.add_parser("import", help="bring a data set of a known layout into data/")
-    importing.add_argument("layout", help="folder, camvid, ...")
+    importing = data.add_parser("import", help="bring a data set, or photos and masks, into data/")
+    importing.add_argument(
+        "layout", help="folder: photos and masks below one, split or not; camvid; csv: a list of pairs"
+    )
     importing.add_argument("source", type=Path)
-    importing.add_argument("--out", type=Path, required=True)
+    importing.add_argument("--out", type=Path, default=Path("data"), help="(%(default)s)")
+    _add_wishes(importing)
     fetching = data.add_parser("fetch", help="bring the version of a git revision from its S3 remote, verified")
     fetching.add_argument("repository", help="a git repository with data.dvc: its address, or a folder")
     fetching.add_argument("--rev", default="HEAD", help="a branch, a tag or a commit (%(default)s)")
@@ -68,10 +72,39 @@ def parser() -> argparse.ArgumentParser:
     page = methods.add_mutually_exclusive_group()
     page.add_argument("name", nargs="?", metavar="NAME", help="a method: its formula, weights, parameters and source")
     page.add_argument("--markdown", action="store_true", help="print docs/methods.md")
+    manual = commands.add_parser("params", help="the keys of params.yaml; with a KEY: type, default, bounds, meaning")
+    manual.add_argument("key", nargs="?", metavar="KEY", help="a section or a key, such as distill.train.iterations")
+    manual.add_argument("--params", type=Path, default=Path("params.yaml"), help="whose values are shown (%(default)s)")
+    manual.add_argument("--markdown", action="store_true", help="print docs/params.md")
     commands.add_parser("summary", help="the last comparison's table, the champion, and where the time went")
     sync = commands.add_parser("sync", help="send to MLflow what could not be sent while its server was away")
     sync.add_argument("folder", type=Path, nargs="?", default=Path("artifacts/tracking"))
     return top
+
+
+def _add_init(command: argparse.ArgumentParser) -> None:
+    folder = "photos and masks, split or not, a known layout, or a CSV list; brought to data/ (%(default)s)"
+    weights = "of encoders; auto: weights/ENCODER.safetensors, else imagenet where it can be downloaded"
+    students = "small, tiny, vit, or an encoder of timm; may be given again (tiny and vit)"
+    command.add_argument("folder", type=Path, nargs="?", default=Path("data"), help=folder)
+    command.add_argument("--params", type=Path, default=Path("params.yaml"), help="the file to write (%(default)s)")
+    command.add_argument("--student", action="append", metavar="NAME", help=students)
+    command.add_argument("--teacher", metavar="NAME", help="an encoder of timm, or the folder of a trained teacher")
+    command.add_argument("--time", help="how long the whole may take: 30m, 2h, 1d")
+    command.add_argument("--weights", choices=("auto", "imagenet", "none"), default="auto", help=weights)
+    _add_wishes(command)
+    command.add_argument("--preset", metavar="NAME", help="copy presets/NAME.yaml instead")
+    command.add_argument("--force", action="store_true", help="overwrite a params file with uncommitted changes")
+
+
+def _add_wishes(command: argparse.ArgumentParser) -> None:
+    split = "split labelled images anew, in per cent: every class near its share (70/15/15)"
+    classes = "names in the order of the masks' values; for masks in colours: A=#RRGGBB,..."
+    command.add_argument("--split", metavar="TRAIN/VAL/TEST", help=split)
+    command.add_argument("--classes", metavar="A,B,C", help=classes)
+    command.add_argument("--ignore", metavar="VALUE", help="the value, or #RRGGBB, that means no label (255)")
+    command.add_argument("--group", metavar="REGEX", help="images for whose path it finds the same text share a split")
+    command.add_argument("--seed", type=int, default=0, help="of the split (%(default)s)")
 
 
 def _add_device(command: argparse.ArgumentParser) -> None:

@@ -38,10 +38,13 @@ class DistillConfig:
     """Section ``distill`` of params.yaml: one budget and one protocol for every experiment."""
 
     train: TrainConfig
-    # How students, and the teacher before it teaches, are validated.
+    """How every student is trained."""
+
     inference: InferenceConfig
-    # How far, in points of mIoU, the teacher may fall below its recorded validation score before the run stops.
+    """How students, and the teacher before it teaches, are validated."""
+
     teacher_tolerance: Annotated[float, Field(ge=0, le=100)]
+    """How far, in points of mIoU, the teacher may fall below its recorded validation score before the run stops."""
 
 
 @config_class
@@ -49,13 +52,22 @@ class TeacherConfig:
     """Section ``train_teacher`` of params.yaml."""
 
     model: ModelConfig
+    """The teacher's network."""
+
     optimizer: OptimizerConfig
+    """What trains it."""
+
     train: TrainConfig
-    # How the teacher is validated.
+    """How it is trained."""
+
     inference: InferenceConfig
+    """How the teacher is validated."""
+
     seed: Seed
-    # A folder with teacher.safetensors and teacher.json to use instead of training; null trains.
+    """Of its weights, its order of images and its augmentation."""
+
     import_from: Path | None
+    """A folder with teacher.safetensors and teacher.json to use instead of training; null trains."""
 
     @model_validator(mode="after")
     def _learns_from_labels(self) -> "TeacherConfig":
@@ -71,26 +83,35 @@ class StudentConfig:
     """A network and what trains it."""
 
     model: ModelConfig
+    """The student's network."""
+
     optimizer: OptimizerConfig
+    """What trains it."""
 
 
 @config_class
 class ExperimentConfig:
     """One entry of ``experiments`` in params.yaml."""
 
-    # Name -> student; one for offline methods, two or more for online ones.
     students: Annotated[dict[Name, StudentConfig], Field(min_length=1)]
-    # The methods, each with its ``name``, ``weight`` and what else its config has; none is the undistilled student.
+    """Name -> student; one for offline methods, two or more for online ones."""
+
     methods: list[dict[str, Any]]
-    # Weight of the cross-entropy to the labels; the auxiliary head's has ``auxiliary`` times that.
+    """The methods, each with its ``name``, ``weight`` and what else its config has; none is the undistilled student."""
+
     supervised: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    """Weight of the cross-entropy to the labels."""
+
     auxiliary: Annotated[float, Field(ge=0, le=1e6)] = 0.4
-    # To the methods, a pixel without a label has the class of which the teacher, or the mean of students that teach
-    # each other, is at least so sure; null leaves it without.
+    """Weight of the auxiliary head's cross-entropy, as a multiple of supervised; matters with model.aux alone."""
+
     pseudo_labels: Fraction | None = None
-    # A multiple of the budget, iterations or seconds, for this experiment: an undistilled student may so have the time
-    # that a method takes.
+    """To the methods, a pixel without a label has the class of which the teacher, or the mean of students that teach
+    each other, is at least so sure; null leaves it without."""
+
     budget: Annotated[float, Field(ge=1e-3, le=1000)] = 1.0
+    """A multiple of the budget, iterations or seconds, for this experiment: an undistilled student may so have the time
+    that a method takes."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +132,8 @@ class PlannedJob:
     experiment: Name
     seed: Seed
     settings: ExperimentConfig
-    # See :func:`segdistill.identity.code_of`.
     code: str
+    """See :func:`segdistill.identity.code_of`."""
 
     @property
     def job(self) -> Job:

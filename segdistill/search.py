@@ -29,18 +29,26 @@ EDGE = 0.05  # of a range, at its ends: a best value there says that the range w
 class SearchConfig:
     """The ranges: the least and the greatest value that are tried; null leaves a setting as it is."""
 
-    # Multiples of the present value, on a logarithmic scale; a present 0 is left alone.
     learning_rate: tuple[Multiple, Multiple] | None
+    """Multiples of the present learning rate, on a logarithmic scale."""
+
     weight_decay: tuple[Multiple, Multiple] | None
-    # Of each method: its ``weight``.
+    """Multiples of the present weight decay, on a logarithmic scale."""
+
     weight: tuple[Multiple, Multiple] | None
-    # Of each method: ``temperature``, and what ends in ``_temperature``.
+    """Of each method: its ``weight``."""
+
     temperature: tuple[Multiple, Multiple] | None
-    # Parts of the budget: the schedule's ``warmup_fraction``, and each method's ``ramp``.
+    """Of each method: ``temperature``, and what ends in ``_temperature``."""
+
     warmup: tuple[Fraction, Fraction] | None
+    """Parts of the budget: the schedule's ``warmup_fraction``."""
+
     ramp: tuple[Fraction, Fraction] | None
-    # Whether a method with several terms has each ``<term>_weight`` searched instead of its ``weight``.
+    """Parts of the budget: each method's ``ramp``."""
+
     terms: bool
+    """Whether a method with several terms has each ``<term>_weight`` searched instead of its ``weight``."""
 
     @pydantic.model_validator(mode="after")
     def _in_order(self) -> "SearchConfig":
@@ -55,24 +63,33 @@ class SearchConfig:
 class TuneConfig:
     """Section ``tune`` of params.yaml: one search budget for every experiment."""
 
-    # Trials of each experiment; the first is its present settings.
     trials: Annotated[int, Field(ge=1, le=100_000)]
-    # Trials of each experiment that train together, as one cohort.
+    """Trials of each experiment; the first is its present settings."""
+
     round: Annotated[int, Field(ge=1, le=1000)]
-    # Null: those under ``run``.
+    """Trials of each experiment that train together, as one cohort."""
+
     experiments: Annotated[list[Name], Field(min_length=1)] | None
-    # Of a trial; null: those of distill.train.
+    """Which experiments are tuned; null: those under ``run``."""
+
     iterations: Iterations | None
-    # A trial trains once with each; its score is the mean.
+    """Iterations of a trial; null: those of distill.train."""
+
     seeds: Annotated[list[Seed], Field(min_length=1)]
-    # End a trial whose validation is below the median of its experiment's finished trials at that iteration.
+    """A trial trains once with each of these; its score is the mean."""
+
     pruning: bool
-    # Of what the search draws.
+    """End a trial whose validation is below the median of its experiment's finished trials at that iteration."""
+
     seed: Seed
+    """Of what the search draws."""
+
     search: SearchConfig
-    # Null: a SQLite file under artifacts/tuning; or the URL of a database that several machines share, without its
-    # password, which is that of SEGDISTILL_TUNE_PASSWORD.
+    """The ranges that are searched; null leaves a setting as it is."""
+
     storage: Annotated[str, Field(min_length=1)] | None
+    """Null: a SQLite file under artifacts/tuning; or the URL of a database that several machines share, without its
+    password, which is that of SEGDISTILL_TUNE_PASSWORD."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +182,7 @@ def parameters(name: str, settings: ExperimentConfig, search: SearchConfig) -> l
             if key == "temperature" or key.endswith("_temperature"):
                 add(f"methods.{index}.{key}", "temperature", values[key])
         add(f"methods.{index}.ramp", "ramp", own.ramp if own.weight else None)
+    searched = [parameter for parameter in searched if _may_vary(name, settings, parameter)]
     for parameter in searched:
         for end in (parameter.low, parameter.high):
             try:
@@ -172,6 +190,15 @@ def parameters(name: str, settings: ExperimentConfig, search: SearchConfig) -> l
             except UserError as error:
                 raise UserError(f"tune.search.{parameter.key}: reaches too far: {error}") from None
     return searched
+
+
+def _may_vary(name: str, settings: ExperimentConfig, parameter: Parameter) -> bool:
+    """Whether another setting of the method does without the value: no little change of it is then allowed."""
+    try:
+        with_values(name, settings, {parameter.path: parameter.present * 1.01})
+    except UserError:
+        return False
+    return True
 
 
 def with_values(name: str, settings: ExperimentConfig, values: Mapping[str, float]) -> ExperimentConfig:
@@ -189,15 +216,7 @@ def with_tuned_values(text: str, tuned: Mapping[str, Mapping[str, float]]) -> st
 
     An experiment's students are written out, since those that share them by an anchor are tuned apart.
     """
-    from ruamel.yaml import YAML
-
-    yaml = YAML()
-    yaml.width, yaml.preserve_quotes = 4096, True
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.emitter.brace_single_entry_mapping_in_flow_sequence = True
-    yaml.representer.add_representer(
-        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
+    yaml = round_trip_yaml()
     data = yaml.load(text)
     for name, values in tuned.items():
         if values:
@@ -207,6 +226,20 @@ def with_tuned_values(text: str, tuned: Mapping[str, Mapping[str, float]]) -> st
     written = io.StringIO()
     yaml.dump(data, written)
     return written.getvalue()
+
+
+def round_trip_yaml() -> Any:
+    """A reader and writer of params files that keeps their comments, order and style."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = 4096, True
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.emitter.brace_single_entry_mapping_in_flow_sequence = True
+    yaml.representer.add_representer(
+        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    return yaml
 
 
 def _unshared(node: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter
 
+from segdistill.config import to_dict
 from segdistill.errors import UserError, nearest
 from segdistill.methods import METHODS, load
 
@@ -80,7 +81,7 @@ def entry(name: str) -> Entry:
         evidence=method.evidence,
         summary=summary,
         sections=sections,
-        parameters=_parameters(method.Config),
+        parameters=parameters(method.Config),
     )
 
 
@@ -99,19 +100,27 @@ def _sections(docstring: str) -> tuple[str, dict[str, str]]:
     return texts.pop("").strip(), texts
 
 
-def _parameters(config: type) -> tuple[Parameter, ...]:
+def parameters(config: type) -> tuple[Parameter, ...]:
     """The fields of a config, inherited ones first. ``name`` is no choice."""
     fields = TypeAdapter(config).json_schema()["properties"]
     return tuple(
         Parameter(
             name,
             _allowed(field),
-            _written(field["default"]) if "default" in field else "required",
+            _default(config, name, field),
             _meaning(config, name),
         )
         for name, field in fields.items()
         if name != "name"
     )
+
+
+def _default(config: type, name: str, schema: Mapping[str, Any]) -> str:
+    if "default" in schema:
+        return _written(schema["default"])
+    made = config.__pydantic_fields__[name].default_factory  # type: ignore[attr-defined]
+    value = "required" if made is None else to_dict(made())
+    return value.get("name", "{}") if isinstance(value, dict) else value
 
 
 def _meaning(config: type, name: str) -> str:
@@ -122,8 +131,16 @@ def _meaning(config: type, name: str) -> str:
 
 def _allowed(schema: Mapping[str, Any]) -> str:
     """A field's JSON schema in words: "number ≥ 0, < 1", "integer ≥ 1, or null", "list of 2: mlp, identity"."""
+    if "$ref" in schema:
+        return "section"
+    if "oneOf" in schema:
+        return f"section; its name: {', '.join(schema['discriminator']['mapping'])}"
     if "anyOf" in schema:
         return ", or ".join(map(_allowed, schema["anyOf"]))
+    if "const" in schema:
+        return _written(schema["const"])
+    if schema.get("type", "object") == "object":
+        return "mapping" if "type" in schema else "any value"
     if "enum" in schema:
         return ", ".join(map(_written, schema["enum"]))
     if schema["type"] == "array":

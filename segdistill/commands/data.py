@@ -1,6 +1,12 @@
 """A data set made, imported or fetched."""
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from segdistill.data.importing import Imported
+    from segdistill.data.sorting import Wishes
 
 
 def command(arguments: argparse.Namespace) -> None:
@@ -19,4 +25,22 @@ def command(arguments: argparse.Namespace) -> None:
     else:
         from segdistill.data.importing import import_dataset
 
-        import_dataset(arguments.layout, arguments.source, arguments.out)
+        wishes = wishes_of(arguments)
+        say(arguments.out, import_dataset(arguments.layout, arguments.source, arguments.out, wishes=wishes))
+
+
+def wishes_of(arguments: argparse.Namespace) -> "Wishes":
+    """The options of an import."""
+    from segdistill.data.sorting import Wishes, parse_shares
+
+    shares = parse_shares(arguments.split) if arguments.split else None
+    return Wishes(shares, arguments.classes, arguments.ignore, arguments.group, arguments.seed)
+
+
+def say(out: Path, imported: "Imported") -> None:
+    """Prints what was imported, and what was decided on the way."""
+    samples = ", ".join(f"{split} {count}" for split, count in imported.samples.items())
+    print(f"{out}: {sum(imported.samples.values())} images: {samples}")
+    print(f"classes: {', '.join(imported.classes)}")
+    for note in imported.notes:
+        print(note)

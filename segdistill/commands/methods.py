@@ -82,8 +82,8 @@ is one of this re-implementation, not of the paper. How much is known of the ori
 
 def show_table(console: Console | None = None) -> None:
     """Prints a row for every method."""
-    console = console or _console()
-    table = _table()
+    console = console or plain_console()
+    table = plain_table()
     for column in ("method", "kind", "paper", "what it needs", "default weight", "evidence"):
         table.add_column(column, no_wrap=column in ("method", "kind"))
     for method in entries():
@@ -100,7 +100,7 @@ def show_method(name: str, console: Console | None = None) -> None:
     Raises:
         UserError: there is none of that name.
     """
-    console, method = console or _console(), entry(name)
+    console, method = console or plain_console(), entry(name)
     console.print(f"[bold]{method.name}[/bold]: {method.kind}; {method.paper}; evidence: {method.evidence}")
     console.print(Text(method.summary))
     for heading, text in {"Needs": method.needs, **_body(method), "Code": method.source}.items():
@@ -109,7 +109,7 @@ def show_method(name: str, console: Console | None = None) -> None:
         paragraphs = [block if verbatim else _filled(block, console.width - 2) for block in text.split("\n\n")]
         # What is still wider than the terminal is for the terminal to break.
         console.print(Text(textwrap.indent("\n\n".join(paragraphs), "  ")), soft_wrap=True)
-    table = _table()
+    table = plain_table()
     for column, width in {"parameter": None, "default": None, "allowed": 22, "meaning": None}.items():
         table.add_column(column, no_wrap=column == "parameter", max_width=width)
     for parameter in method.parameters:
@@ -122,7 +122,7 @@ def show_method(name: str, console: Console | None = None) -> None:
 def markdown() -> str:
     """The whole of docs/methods.md."""
     methods = entries()
-    blocks = [INTRODUCTION + "\n".join(_row(level, meaning) for level, meaning in EVIDENCE.items())]
+    blocks = [INTRODUCTION + "\n".join(row(level, meaning) for level, meaning in EVIDENCE.items())]
     blocks += ["## All of them", _summary(methods), LEGEND]
     blocks += [block for method in methods for block in _section(method)]
     return "\n\n".join(blocks) + "\n"
@@ -130,13 +130,13 @@ def markdown() -> str:
 
 def _summary(methods: list[Entry]) -> str:
     lines = [
-        _row("method", "kind", "paper", "what it needs", "default weight", "evidence"),
+        row("method", "kind", "paper", "what it needs", "default weight", "evidence"),
         "|---|---|---|---|---|---|",
     ]
     for method in methods:
         name = f"[`{method.name}`](#{method.name})"
         weights = ", ".join(_weights(method))
-        lines.append(_row(name, method.kind, method.paper, method.needs, weights, method.evidence))
+        lines.append(row(name, method.kind, method.paper, method.needs, weights, method.evidence))
     return "\n".join(lines)
 
 
@@ -150,9 +150,9 @@ def _section(method: Entry) -> list[str]:
         for block in [text] if language else text.split("\n\n"):
             verbatim = language or _is_layout(block)
             blocks.append(f"```{language or 'text'}\n{textwrap.dedent(block)}\n```" if verbatim else _prose(block))
-    rows = [_row("parameter", "default", "allowed", "meaning"), "|---|---|---|---|"]
+    rows = [row("parameter", "default", "allowed", "meaning"), "|---|---|---|---|"]
     for parameter in method.parameters:
-        rows.append(_row(f"`{parameter.name}`", f"`{parameter.default}`", parameter.allowed, parameter.meaning))
+        rows.append(row(f"`{parameter.name}`", f"`{parameter.default}`", parameter.allowed, parameter.meaning))
     return [*blocks, "**Parameters**", "\n".join(rows)]
 
 
@@ -186,16 +186,19 @@ def _prose(text: str) -> str:
     return "".join(part if part.startswith("`") else part.replace("<", "&lt;") for part in parts)
 
 
-def _row(*cells: str) -> str:
+def row(*cells: str) -> str:
+    """A line of a table in Markdown."""
     escaped = [_prose(cell).replace("|", r"\|") for cell in cells]
     return f"| {' | '.join(escaped)} |"
 
 
-def _table() -> Table:
+def plain_table() -> Table:
+    """A table for the terminal, with a line under its head alone."""
     return Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
-def _console() -> Console:
+def plain_console() -> Console:
+    """Standard output; 100 columns where it is no terminal."""
     return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
 
 

@@ -90,7 +90,7 @@ def load_sample(sample: Sample, legend: Legend) -> tuple[bytes, Image.Image, np.
         if sample.mask is None:
             return content, image, np.full(image.size[::-1], UNLABELLED, dtype=np.uint8)
         path = sample.mask
-        mask = decode_mask(read_file(path))
+        mask = decode_mask(read_file(path), legend.mask_colors)
         if mask.values.shape[::-1] != image.size:
             raise BadFile(size_mismatch((mask.values.shape[1], mask.values.shape[0]), image.size))
         counts = value_counts(mask.values)

@@ -10,6 +10,7 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ MOST_PIXELS = 100_000_000  # of one image or mask: 300 MB as RGB
 
 IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "YCbCr")  # 8 bits a channel: nothing is lost as RGB
 INDEX_MASKS = tuple(f"{bits}-bit {colour}" for colour in ("grey", "palette") for bits in (1, 2, 4, 8))
+COLOUR_MASKS = ("8-bit RGB", "8-bit RGBA")  # read by an import that knows the classes' colours, and by nobody else
 _PNG_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
 _PNG_BEGIN, _JPEG_BEGIN = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 # What brings a picture upright, by EXIF orientation; 1, and any value without a meaning, leaves it as it is.
@@ -75,21 +77,41 @@ def decode_image(content: bytes, *, verified: bool = False) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def decode_mask(content: bytes) -> Mask:
+def decode_mask(content: bytes, colours: Mapping[tuple[int, int, int], int] | None = None) -> Mask:
     """The values that an index mask stores, upright.
 
+    Args:
+        content: the file.
+        colours: the value of each colour, where masks are pictures in the classes' colours.
+
     Raises:
-        BadFile: not a PNG, damaged, too large, or pixels that are no class indices (16 bits, RGB).
+        BadFile: not a PNG, damaged, too large, or pixels that are no class indices (16 bits, RGB without ``colours``).
     """
     kind = mask_kind(content)
+    if colours and kind in COLOUR_MASKS:
+        return Mask(_values_of_colours(np.asarray(decode_image(content)), colours), ())
     if kind not in INDEX_MASKS:
         raise BadFile(not_an_index_mask(kind))
     image = _decode(content, ("PNG",), verified=False)
     values = np.asarray(image, dtype=np.uint8)
     if kind in ("2-bit grey", "4-bit grey"):
         values = values // np.uint8(85 if kind == "2-bit grey" else 17)  # Pillow widens them to 0-255
-    colours = image.getpalette("RGB") if image.mode == "P" else None
-    return Mask(values, tuple(zip(*[iter(colours or ())] * 3, strict=True)))  # type: ignore[arg-type]
+    palette = image.getpalette("RGB") if image.mode == "P" else None
+    return Mask(values, tuple(zip(*[iter(palette or ())] * 3, strict=True)))  # type: ignore[arg-type]
+
+
+def _values_of_colours(pixels: np.ndarray, colours: Mapping[tuple[int, int, int], int]) -> np.ndarray:
+    """[H, W, 3] colours -> [H, W] uint8 values."""
+    packed = pixels.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)  # [H, W]
+    values, known = np.zeros(packed.shape, dtype=np.uint8), np.zeros(packed.shape, dtype=bool)
+    for (red, green, blue), value in colours.items():
+        places = packed == (red << 16 | green << 8 | blue)
+        values[places] = value
+        known |= places
+    if not known.all():
+        first = int(packed[~known][0])
+        raise BadFile(f"{(~known).sum()} pixels of a colour that no class has, such as #{first:06x}")
+    return values
 
 
 def mask_kind(content: bytes) -> str:

@@ -1,51 +1,67 @@
-"""Any known layout -> the layout "folder"."""
+"""Any known layout, and loose pairs of photos and masks -> the layout "folder"."""
 
 import functools
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from segdistill.data.checks import load_sample
 from segdistill.data.decoding import BadFile, encode_png, image_format
-from segdistill.data.layouts import IGNORE_INDEX, WITHOUT_MASKS, Legend, Sample, open_layout
-from segdistill.data.parallel import ordered_map, progress
+from segdistill.data.layouts import IGNORE_INDEX, SPLITS, WITHOUT_MASKS, Legend, Sample, open_layout
+from segdistill.data.layouts.folder import Folder
+from segdistill.data.pairing import pair_list, pair_tree
+from segdistill.data.parallel import ordered_map, progress, workers_for
+from segdistill.data.sorting import Sorted, Wishes, sort_samples
 from segdistill.errors import UserError
 from segdistill.files import new_folder, require_free
 
+LIST = "csv"  # instead of a layout: a list of pairs
 
-def import_dataset(layout: str, source: Path, out: Path, *, workers: int = 0) -> dict[str, int]:
-    """Writes a data set of any layout in the layout "folder".
+
+@dataclass(frozen=True)
+class Imported:
+    """What was written."""
+
+    samples: dict[str, int]  # by split
+    classes: tuple[str, ...]
+    notes: tuple[str, ...]  # what was decided without being asked, in words
+
+
+def import_dataset(
+    layout: str, source: Path, out: Path, *, wishes: Wishes | None = None, workers: int | None = None
+) -> Imported:
+    """Writes a data set of any layout, or loose pairs of photos and masks, in the layout "folder".
 
     JPEG and PNG images are copied byte for byte; masks are written again with train ids, IGNORE_INDEX where ignored.
 
     Args:
-        layout: how ``source`` is laid out.
+        layout: how ``source`` is laid out: a known layout, or LIST for a CSV file of pairs. A source of the layout
+            "folder" that has no class list or no splits is taken for loose pairs.
         source: the data set to read.
         out: the folder to make; an empty one may be there.
-        workers: processes; 0 = all cores.
-
-    Returns:
-        The number of samples in each split.
+        wishes: of loose pairs: what they do not say themselves.
+        workers: processes; 0 = all cores; None goes by the number of files.
 
     Raises:
         UserError: ``out`` has content, or a file of the source is missing or broken.
     """
     require_free(out)
-    dataset = open_layout(layout, source)
-    samples = [sample for split in dataset.splits for sample in dataset.samples(split)]
-    if not samples:
-        raise dataset.without_samples()
-    for (split, name), count in Counter((sample.split, sample.id) for sample in samples).items():
+    dataset = _read(layout, source, wishes or Wishes(), workers)
+    workers = workers_for(len(dataset.samples)) if workers is None else workers
+    counts = Counter((sample.split, sample.id) for sample in dataset.samples)
+    for (split, name), count in counts.items():
         if count > 1:
             raise UserError(f"{source}: {count} images of {split} are called '{name}'; a name may stand there once")
+    splits = [split for split in (*SPLITS, WITHOUT_MASKS) if any(split == place for place, _ in counts)]
     with new_folder(out) as partial:
-        for split in dataset.splits:
+        for split in dict.fromkeys((*SPLITS, *splits)):
             for kind in ("images", "masks") if split != WITHOUT_MASKS else ("images",):
                 (partial / kind / split).mkdir(parents=True)
         task = functools.partial(_import_sample, legend=dataset.legend, out=partial)
-        done = progress(ordered_map(task, samples, workers=workers), "import", len(samples))
+        done = progress(ordered_map(task, dataset.samples, workers=workers), "import", len(dataset.samples))
         problems = [problem for problem in done if problem]
         if problems:
             more = f"; {len(problems) - 1} more samples cannot be used" if len(problems) > 1 else ""
@@ -53,7 +69,32 @@ def import_dataset(layout: str, source: Path, out: Path, *, workers: int = 0) ->
         classes = [{"name": info.name, "color": list(info.color)} for info in dataset.classes]
         text = json.dumps({"classes": classes, "ignore_index": IGNORE_INDEX}, indent=2)
         (partial / "classes.json").write_text(text + "\n", encoding="utf-8")
-    return dict(Counter(sample.split for sample in samples))
+    samples = {split: sum(place == split for place, _ in counts) for split in splits}
+    return Imported(samples, tuple(info.name for info in dataset.classes), dataset.notes)
+
+
+def is_layout(layout: str, source: Path) -> bool:
+    """Whether a folder can be opened as a layout: a folder of images and masks without more is none."""
+    if layout != Folder.name:
+        return True
+    described = (source / "classes.json").is_file() and (source / "masks").is_dir()
+    return described and any((source / "images" / split).is_dir() for split in SPLITS)
+
+
+def _read(layout: str, source: Path, wishes: Wishes, workers: int | None) -> Sorted:
+    if layout == LIST:
+        return sort_samples(pair_list(source), source.parent, wishes, workers=workers)
+    if not source.is_dir():
+        open_layout(layout, source)  # says what is wrong
+    if not is_layout(layout, source) or (layout == Folder.name and wishes.shares):
+        return sort_samples(pair_tree(source), source, wishes, workers=workers)
+    if wishes != Wishes():
+        raise UserError(f"{source}: its layout '{layout}' says its classes and splits; leave the options out")
+    dataset = open_layout(layout, source)
+    samples = [sample for split in dataset.splits for sample in dataset.samples(split)]
+    if not samples:
+        raise dataset.without_samples()
+    return Sorted(samples, dataset.classes, dataset.legend, ())
 
 
 def _import_sample(sample: Sample, *, legend: Legend, out: Path) -> str | None:

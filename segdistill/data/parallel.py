@@ -19,9 +19,17 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+FEW = 200  # files that are read sooner than processes start
+
+
 def worker_count(workers: int, tasks: int) -> int:
     """The number of processes to use; 0 means all cores this process may run on."""
     return max(1, min(workers or len(os.sched_getaffinity(0)), tasks))
+
+
+def workers_for(files: int) -> int:
+    """Processes for a command that somebody waits for: 0, all cores, or 1 where there are few files."""
+    return 1 if files < FEW else 0
 
 
 def ordered_map(function: Callable[[T], R], items: Sequence[T], *, workers: int) -> Iterator[R]:

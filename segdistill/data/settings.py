@@ -15,14 +15,17 @@ Scale = Annotated[float, Field(ge=0.05, le=8)]
 class AugmentationConfig:
     """Joint random augmentation of image and mask; the same pixels go to teacher and student."""
 
-    # Height and width of a training crop; a smaller image is padded with void.
     crop_size: tuple[Side, Side]
-    # Bounds of the random scale, relative to the stored size.
+    """Height and width of a training crop; a smaller image is padded with void."""
+
     scale: tuple[Scale, Scale]
-    # Probability of a horizontal flip.
+    """Bounds of the random scale, relative to the stored size."""
+
     flip: Fraction
-    # Strength of brightness, contrast and saturation jitter; 0 is off.
+    """Probability of a horizontal flip."""
+
     color_jitter: Fraction
+    """Strength of brightness, contrast and saturation jitter; 0 is off."""
 
     @model_validator(mode="after")
     def _scale_in_order(self) -> "AugmentationConfig":

@@ -42,11 +42,12 @@ def build_optimizer(
                 settings.append({"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay})
     match config:
         case SGDConfig():
-            return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+            momentum, nesterov = config.momentum, config.nesterov
+            return torch.optim.SGD(settings, lr=config.lr, momentum=momentum, nesterov=nesterov, fused=True)
         case AdamWConfig():
-            return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas)
+            return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, fused=True)
         case AdamConfig():
-            return torch.optim.Adam(settings, lr=config.lr, betas=config.betas)
+            return torch.optim.Adam(settings, lr=config.lr, betas=config.betas, fused=True)
 
 
 def factor(schedule: Schedule, progress: float) -> float:

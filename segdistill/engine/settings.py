@@ -23,11 +23,16 @@ class PolySchedule:
 
     name: Literal["poly"] = "poly"
     power: Annotated[float, Field(ge=0, le=10)] = 0.9
-    # Part of the budget over which the learning rate rises linearly.
+    """How fast the learning rate falls; 1 is a straight line."""
+
     warmup_fraction: Fraction = 0.0
-    # Where the warm-up starts and where the decay ends, as parts of the learning rate.
+    """Part of the budget over which the learning rate rises linearly."""
+
     warmup_ratio: Fraction = 1e-3
+    """Where the warm-up starts, as a part of the learning rate."""
+
     floor_ratio: Fraction = 0.0
+    """Where the decay ends, as a part of the learning rate."""
 
 
 @config
@@ -46,12 +51,22 @@ class SGDConfig:
 
     name: Literal["sgd"] = "sgd"
     lr: LearningRate
+    """The encoder's learning rate after the warm-up."""
+
     momentum: Beta = 0.9
+    """The part of the last step that goes on."""
+
     weight_decay: Decay = 1e-4
+    """Strength of the pull of weights towards 0."""
+
     nesterov: bool = False
-    # The learning rate of decoder, classifier and method helpers is this many times the encoder's.
+    """Whether the momentum looks ahead."""
+
     decoder_multiplier: Multiplier = 1.0
+    """The learning rate of decoder, classifier and method helpers is this many times the encoder's."""
+
     schedule: Schedule = Field(default_factory=PolySchedule)
+    """How the learning rate goes over the budget."""
 
     @pydantic.model_validator(mode="after")
     def _nesterov_has_momentum(self) -> "SGDConfig":
@@ -66,11 +81,19 @@ class AdamWConfig:
 
     name: Literal["adamw"] = "adamw"
     lr: LearningRate
+    """The encoder's learning rate after the warm-up."""
+
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """How slowly the means of gradients and of their squares forget."""
+
     weight_decay: Decay = 0.01
-    # The learning rate of decoder, classifier and method helpers is this many times the encoder's.
+    """Strength of the pull of weights towards 0, but for norms and biases."""
+
     decoder_multiplier: Multiplier = 1.0
+    """The learning rate of decoder, classifier and method helpers is this many times the encoder's."""
+
     schedule: Schedule = Field(default_factory=PolySchedule)
+    """How the learning rate goes over the budget."""
 
 
 @config
@@ -79,10 +102,19 @@ class AdamConfig:
 
     name: Literal["adam"] = "adam"
     lr: LearningRate
+    """The learning rate."""
+
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """How slowly the means of gradients and of their squares forget."""
+
     weight_decay: Decay = 0.0
+    """Strength of the pull of weights towards 0."""
+
     decoder_multiplier: Multiplier = 1.0
+    """The learning rate of decoder, classifier and method helpers is this many times the encoder's."""
+
     schedule: Schedule = Field(default_factory=ConstantSchedule)
+    """How the learning rate goes over the budget."""
 
 
 OptimizerConfig = Annotated[SGDConfig | AdamWConfig | AdamConfig, Field(discriminator="name")]
@@ -92,38 +124,58 @@ OptimizerConfig = Annotated[SGDConfig | AdamWConfig | AdamConfig, Field(discrimi
 class TrainConfig:
     """One training loop: budget, batch, augmentation, precision, and how often it speaks, validates and saves."""
 
-    # The budget: this many iterations (optimiser steps), or this many seconds of training from the end of the first
-    # step on. One of the two.
     iterations: Iterations | None
+    """The budget as optimiser steps; null where it is in seconds."""
+
     seconds: Annotated[float, Field(ge=1e-3, le=1e7)] | None
-    # Images an optimiser step, over all processes and accumulation pieces.
+    """The budget as seconds of training, from the end of the first step on; null where it is in iterations."""
+
     batch_size: Images
-    # Forward passes an optimiser step; batch_size, and unlabelled, must be divisible by this times the number of
-    # processes.
+    """Images an optimiser step, over all processes and accumulation pieces."""
+
     accumulate: Images
+    """Forward passes an optimiser step; batch_size, and unlabelled, must be divisible by this times the number of
+    processes."""
+
     augmentation: AugmentationConfig
-    # fp32, or autocast to bf16 or fp16 on a GPU.
+    """How training images are varied."""
+
     precision: Literal["fp32", "bf16", "fp16"]
+    """Numbers of forward and backward passes: fp32, or autocast to bf16 or fp16 on a GPU."""
+
     channels_last: bool
-    # torch.compile the students and the teacher.
+    """Keep images and features channel by channel in memory: faster on a GPU with bf16 or fp16."""
+
     compile: bool
-    # Largest gradient norm; null is off.
+    """torch.compile the students and the teacher."""
+
     max_grad_norm: Annotated[float, Field(ge=1e-6, le=1e6)] | None
-    # Threads that read, decode and cut samples ahead of the training; 0 does so between its steps.
+    """Largest gradient norm; null is off."""
+
     workers: Workers
-    # Memory for decoded samples, in GiB; what does not fit is decoded again each time. Auto: half of what is free.
+    """Threads that read, decode and cut samples ahead of the training; 0 does so between its steps."""
+
     cache_gib: Annotated[float, Field(ge=0, le=1e6)] | Literal["auto"]
-    # Iterations between two log entries, two validations and two checkpoints.
+    """Memory for decoded samples, in GiB; what does not fit is decoded again each time. Auto: half of what is free."""
+
     log_every: Iterations
+    """Iterations between two log entries."""
+
     validate_every: Iterations
+    """Iterations between two validations; decides results where select is best."""
+
     checkpoint_every: Iterations
-    # Iterations between two measurements of each term's share of the gradient at the last feature; 0 is off.
+    """Iterations between two checkpoints, from which a run that was stopped goes on."""
+
     gradient_share_every: Annotated[int, Field(ge=0, le=100_000_000)]
-    # Which weights are kept: those of the last iteration, or of the best validation.
+    """Iterations between two measurements of each term's share of the gradient at the last feature; 0 is off."""
+
     select: Literal["last", "best"]
-    # Images without labels beside those of batch_size in each step, from the split 'unlabelled'. Methods see them;
-    # what has no method does not.
+    """Which weights are kept: those of the last iteration, or of the best validation."""
+
     unlabelled: Annotated[int, Field(ge=0, le=65536)] = 0
+    """Images without labels beside those of batch_size in each step, from the split 'unlabelled'. Methods see them;
+    what has no method does not."""
 
     @pydantic.model_validator(mode="after")
     def _one_budget(self) -> "TrainConfig":
@@ -148,11 +200,14 @@ class TrainConfig:
 class InferenceConfig:
     """How a network is applied to a stored image; the headline protocol is the whole image, one scale, no flip."""
 
-    # Images a forward pass.
     batch_size: Images
-    # The network sees the image resized by this factor; its logits are resized to the label.
+    """Images a forward pass."""
+
     input_scale: Scale
-    # Height and width of a sliding window, null for the whole image.
+    """The network sees the image resized by this factor; its logits are resized to the label."""
+
     window: tuple[WindowSide, WindowSide] | None
-    # Distance of two windows, as a part of the window.
+    """Height and width of a sliding window, null for the whole image."""
+
     window_stride: Annotated[float, Field(ge=0.1, le=1)]
+    """Distance of two windows, as a part of the window."""

@@ -25,7 +25,7 @@ def imagenet_download(encoder: str) -> Iterator[None]:
     from huggingface_hub import constants
 
     was_offline = constants.HF_HUB_OFFLINE
-    reachable = not was_offline and _hub_answers(constants.ENDPOINT)
+    reachable = not was_offline and hub_answers(constants.ENDPOINT)
     try:
         # The client reads this at each request; it would otherwise retry a dead network for most of a minute.
         constants.HF_HUB_OFFLINE = not reachable
@@ -43,7 +43,8 @@ def imagenet_download(encoder: str) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = was_offline
 
 
-def _hub_answers(endpoint: str) -> bool:
+def hub_answers(endpoint: str) -> bool:
+    """Whether there is somebody to download weights from; says no within seconds."""
     from huggingface_hub import get_session
 
     try:
@@ -64,8 +65,18 @@ def local_weights_path(value: str) -> Path:
     if path.suffix != ".safetensors":
         raise UserError(f"model.encoder_weights: '{value}' is not a .safetensors file; {allowed}")
     if not path.is_file():
-        raise UserError(f"model.encoder_weights: {value}: no such file; {allowed}")
+        raise UserError(
+            f"model.encoder_weights: {value}: no such file; {_where_to_get(path.stem)}, or choose imagenet, which"
+            " downloads it, or none"
+        )
     return path
+
+
+def _where_to_get(encoder: str) -> str:
+    """Which file of the hub is an encoder's, as far as its name tells."""
+    known = timm.get_pretrained_cfg(encoder, allow_unregistered=True) if timm.is_model(encoder) else None
+    source = f"model.safetensors of {known.hf_hub_id} on the Hugging Face hub" if known and known.hf_hub_id else None
+    return f"save {source or 'the weights of the encoder, with its own keys,'} there"
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ def _build(
     for where, model in models.items():
         if repr(model) not in built:
             with _at(f"{where}."):
-                built[repr(model)] = _outline(model)
+                built[repr(model)] = outline(model)
     for name, settings in experiments.items():
         kind, parsed = parse_methods(name, settings)
         configs = [config for _, config in parsed]
@@ -96,7 +96,7 @@ def _build(
                 method.attach(students)
 
 
-def _outline(config: ModelConfig) -> "Segmenter":
+def outline(config: ModelConfig) -> "Segmenter":
     """The network without memory for its parameters; with it where an encoder reads values while it is built."""
     import torch
 

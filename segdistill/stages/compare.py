@@ -32,14 +32,17 @@ PAGE_LIMIT = 2**30  # bytes; the page holds its pictures
 class Config:
     """Section ``compare`` of params.yaml."""
 
-    # That all intervals of a table hold at once.
     confidence: Annotated[float, Field(ge=0.5, le=0.9999)]
-    # Consecutive test images that count as one, since frames of a drive resemble each other; 1 where they do not.
+    """That all intervals of a table hold at once."""
+
     block: Annotated[int, Field(ge=1, le=1_000_000)]
-    # Test images shown in the report; evaluate must have kept at least as many.
+    """Consecutive test images that count as one, since frames of a drive resemble each other; 1 where they do not."""
+
     overlays: Annotated[int, Field(ge=0, le=1000)]
-    # The gate: points of test mIoU (0..100) that a student must reach, or nothing is registered.
+    """Test images shown in the report; evaluate must have kept at least as many."""
+
     min_test_miou: Annotated[float, Field(ge=0, le=100)]
+    """The gate: points of test mIoU (0..100) that a student must reach, or nothing is registered."""
 
 
 def run(

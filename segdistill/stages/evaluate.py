@@ -39,13 +39,19 @@ class Config:
     """Section ``evaluate`` of params.yaml."""
 
     inference: InferenceConfig
-    # Further columns beside the headline: mirrored views averaged, and several scales with mirrored views averaged.
+    """How a network is applied to a test image."""
+
     flip: bool
+    """A further column beside the headline: mirrored views averaged."""
+
     scales: Annotated[list[Scale], Field(max_length=20)]
-    # Test images, evenly spread, whose predictions are kept as pictures.
+    """A further column beside the headline: these scales, each with its mirrored view, averaged; empty is off."""
+
     overlays: Annotated[int, Field(ge=0, le=10_000)]
-    # Forward passes of one image, of which the fastest is the latency.
+    """Test images, evenly spread, whose predictions are kept as pictures."""
+
     latency_repeats: Annotated[int, Field(ge=1, le=100_000)]
+    """Forward passes of one image, of which the fastest is the latency."""
 
 
 def run(

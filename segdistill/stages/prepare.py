@@ -17,17 +17,21 @@ from segdistill.files import disk_errors, folder_place, read_json, replace_folde
 class Config:
     """Section ``prepare`` of params.yaml."""
 
-    # How the data set is laid out: folder or camvid.
     layout: str
-    # Samples in one shard file; a killed run continues after the last finished shard.
+    """How the data set is laid out: folder or camvid."""
+
     shard_samples: Annotated[int, Field(ge=1, le=1_000_000)]
-    # Shrink larger images to this longer side, with their masks; null keeps every image as it is.
+    """Samples in one shard file; a killed run continues after the last finished shard."""
+
     max_side: Annotated[int, Field(ge=16, le=65536)] | None
-    # Processes; 0 uses all cores. The result does not depend on it.
+    """Shrink larger images to this longer side, with their masks; null keeps every image as it is."""
+
     workers: Workers
-    # The part of the training images that keeps its masks, in every class about its share of images; the others join
-    # the split 'unlabelled', as if nobody had drawn theirs. A smaller part is always a part of a larger one.
+    """Processes; 0 uses all cores. The result does not depend on it."""
+
     labelled: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The part of the training images that keeps its masks, in every class about its share of images; the others join
+    the split 'unlabelled', as if nobody had drawn theirs. A smaller part is always a part of a larger one."""
 
 
 def run(config: Config, *, data: Path, report: Path, prepared: Path, tracker: Tracker) -> None:

@@ -32,15 +32,20 @@ COMPARE = "run the stage 'compare' again"
 class Config:
     """Section ``register`` of params.yaml."""
 
-    # The registered model in MLflow.
     model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$", max_length=200)]
-    # Only students of this name; null takes any.
+    """The registered model in MLflow."""
+
     student: str | None
-    # The budget; null is no bound. MACs are those of one test image.
+    """Only students of this name; null takes any."""
+
     max_params: Annotated[int, Field(ge=1, le=10**15)] | None
+    """The budget: most parameters of a student; null is no bound."""
+
     max_macs: Annotated[int, Field(ge=1, le=10**18)] | None
-    # Points of test mIoU (0..100) by which a student must beat the champion to replace it.
+    """The budget: most multiply-accumulates of a student for one test image; null is no bound."""
+
     min_gain: Annotated[float, Field(ge=0, le=100)]
+    """Points of test mIoU (0..100) by which a student must beat the champion to replace it."""
 
 
 @dataclass(frozen=True)

@@ -28,24 +28,33 @@ class MinSamples:
     """Samples that each split must have; an empty split is always an error."""
 
     train: AtLeastOne
+    """Least number of images with masks in train."""
+
     val: AtLeastOne
+    """The same of val."""
+
     test: AtLeastOne
+    """The same of test."""
 
 
 @config
 class Config:
     """Section ``validate`` of params.yaml."""
 
-    # How the data set is laid out: folder or camvid.
     layout: str
-    # Fewer samples than this in a split stop the pipeline.
+    """How the data set is laid out: folder or camvid."""
+
     min_samples: MinSamples
-    # A larger mean share of ignored pixels in any split stops the pipeline.
+    """Fewer samples than this in a split stop the pipeline."""
+
     max_ignore_fraction: Fraction
-    # A class with a smaller share of the labelled train pixels is warned about.
+    """A larger mean share of ignored pixels in any split stops the pipeline."""
+
     min_class_share: Fraction
-    # Processes; 0 uses all cores.
+    """A class with a smaller share of the labelled train pixels is warned about."""
+
     workers: Workers
+    """Processes; 0 uses all cores."""
 
 
 def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:

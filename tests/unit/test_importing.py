@@ -16,7 +16,7 @@ from segdistill.errors import UserError
 
 def test_camvid_becomes_the_folder_layout(tmp_path: Path) -> None:
     source, out = make_camvid(tmp_path / "source", "/SegNet/CamVid/"), tmp_path / "data"
-    assert import_dataset("camvid", source, out, workers=1) == {"train": 1, "val": 1, "test": 1}
+    assert import_dataset("camvid", source, out, workers=1).samples == {"train": 1, "val": 1, "test": 1}
     layout = open_layout("folder", out)
     assert [info.name for info in layout.classes][:2] == ["sky", "building"] and len(layout.classes) == 11
     assert (out / "images/val/a.png").read_bytes() == (source / "val/a.png").read_bytes()

@@ -72,6 +72,13 @@ def test_each_term_of_a_method_can_be_searched_instead_of_all_at_once(params: di
     assert len(terms) > 1 and "methods.0.weight" not in searched(params, "kd", terms=True)
 
 
+def test_a_value_that_another_setting_does_without_is_not_searched(params: dict[str, Any]) -> None:
+    experiment = params["experiments"]["c2vkd_ce"]
+    assert "methods.0.temperature" not in searched(params, "c2vkd_ce")
+    experiment["methods"] = [{"name": "c2vkd", "pdd": "dkd"}]
+    assert "methods.0.temperature" in searched(params, "c2vkd_ce")
+
+
 def test_a_range_that_reaches_beyond_what_is_allowed_is_named(params: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"^tune\.search\.learning_rate: reaches too far: .*lr: .*less than or equal"):
         searched(params, "none", learning_rate=[0.1, 1e5])

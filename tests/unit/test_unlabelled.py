@@ -67,7 +67,7 @@ def test_a_mask_of_an_image_that_is_to_have_none_is_warned_of(data: Path, tmp_pa
 
 
 def test_images_without_masks_are_imported_without_masks(data: Path, tmp_path: Path) -> None:
-    counts = import_dataset("folder", data, tmp_path / "out", workers=1)
+    counts = import_dataset("folder", data, tmp_path / "out", workers=1).samples
     assert counts == {"train": 8, "val": 2, "test": 2, WITHOUT_MASKS: 3}
     assert [*open_layout("folder", tmp_path / "out").splits] == [*LABELLED, WITHOUT_MASKS]
     assert not (tmp_path / "out/masks" / WITHOUT_MASKS).exists()

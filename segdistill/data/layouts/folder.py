@@ -53,7 +53,7 @@ class Folder(Layout):
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        self._classes, self._raw_labels = _read_classes(root / "classes.json")
+        self._classes, self._raw_labels = read_classes(root / "classes.json")
         for kind in ("images", "masks"):
             if not (root / kind).is_dir():
                 raise UserError(f"{root / kind}: no such folder; the layout 'folder' needs {kind}/<split> in {root}")
@@ -83,7 +83,7 @@ class Folder(Layout):
                 yield Sample(path.stem, split, path, None if split == WITHOUT_MASKS else mask)
 
 
-def _read_classes(path: Path) -> tuple[tuple[ClassInfo, ...], dict[int, int]]:
+def read_classes(path: Path) -> tuple[tuple[ClassInfo, ...], dict[int, int]]:
     """The classes, and the train id (or IGNORE_INDEX) of every stored value that has a meaning."""
     if not path.exists():
         raise UserError(f"{path}: no such file; it lists the classes of the layout 'folder'")
@@ -91,14 +91,15 @@ def _read_classes(path: Path) -> tuple[tuple[ClassInfo, ...], dict[int, int]]:
     try:
         content = parse(ClassList, data, "")
         names = [entry.name for entry in content.classes]
-        _check_names(names)
+        check_names(names)
         raw_labels = _raw_labels(content, names)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return tuple(ClassInfo(entry.name, entry.color) for entry in content.classes), raw_labels
 
 
-def _check_names(names: list[str]) -> None:
+def check_names(names: list[str]) -> None:
+    """Raises a UserError for names that cannot be those of a data set's classes."""
     if not 2 <= len(names) <= UNKNOWN:
         raise UserError(f"classes: {len(names)} given; allowed: 2 to {UNKNOWN}")
     for name in names:

@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -45,6 +45,8 @@ class Legend:
 
     label_map: np.ndarray  # [256] uint8: stored value -> train id, IGNORE_INDEX if ignored, UNKNOWN without a meaning
     colors: tuple[tuple[int, int, int], ...]  # by train id
+    # Stored value by colour, where masks are pictures in colours; without it such masks are refused.
+    mask_colors: Mapping[tuple[int, int, int], int] = field(default_factory=dict)
 
 
 class Layout(ABC):

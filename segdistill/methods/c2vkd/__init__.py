@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
+import pydantic
 import torch
 from torch import Tensor, nn
 
@@ -79,6 +80,20 @@ class C2VKDConfig(MethodConfig):
     """Of networks in half precision, multiply patches as bfloat16, summed in float32; false: all in float32."""
     align_corners: bool = False
     """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> "C2VKDConfig":
+        """Refuses settings that would have no effect, or lack what they need."""
+        if self.temperature != 1.0 and self.pdd != "dkd":
+            raise ValueError(f"temperature {self.temperature} belongs to pdd: dkd; pdd: {self.pdd} has none")
+        if self.pool == "clip" and self.pool_weights is None:
+            raise ValueError(
+                "pool: clip needs pool_weights, a local .safetensors file with CLIP's tensors visual.attnpool.*; "
+                "without one there are pool: gap (which is not the paper's) and linguistic_weight: 0"
+            )
+        if self.pool == "gap" and self.pool_weights is not None:
+            raise ValueError(f"pool_weights {self.pool_weights} belongs to pool: clip; pool: gap reads no file")
+        return self
 
 
 @fused
@@ -258,7 +273,9 @@ class CNNToViT(OfflineMethod[C2VKDConfig]):
 
     def __init__(self, config: C2VKDConfig, student: ModelInfo, teacher: ModelInfo) -> None:
         super().__init__(config, student, teacher)
-        _require_consistent(config, student)
+        if config.pdd_weight and student.num_classes < 2:
+            needed = "c2vkd: pdd parts the labelled class from the others and needs two"
+            raise UserError(f"{needed}, not {student.num_classes}")
         width, self.visual_width = student.channels(config.student_tap), teacher.channels(config.teacher_tap)
         self.linguistic_width = self.visual_width
         self.pool: AttentionPool | None = None
@@ -326,21 +343,6 @@ class CNNToViT(OfflineMethod[C2VKDConfig]):
 @in_float32
 def _mean(feature: Tensor) -> Tensor:
     return feature.mean((2, 3))  # [B, C]
-
-
-def _require_consistent(config: C2VKDConfig, student: ModelInfo) -> None:
-    """Refuses settings that would have no effect, or lack what they need."""
-    if config.pdd_weight and student.num_classes < 2:
-        raise UserError(f"c2vkd: pdd parts the labelled class from the others and needs two, not {student.num_classes}")
-    if config.temperature != 1.0 and config.pdd != "dkd":
-        raise UserError(f"c2vkd: temperature {config.temperature} belongs to pdd: dkd; pdd: {config.pdd} has none")
-    if config.pool == "clip" and config.pool_weights is None:
-        raise UserError(
-            "c2vkd: pool: clip needs pool_weights, a local .safetensors file with CLIP's tensors visual.attnpool.*; "
-            "without one there are pool: gap (which is not the paper's) and linguistic_weight: 0"
-        )
-    if config.pool == "gap" and config.pool_weights is not None:
-        raise UserError(f"c2vkd: pool_weights {config.pool_weights} belongs to pool: clip; pool: gap reads no file")
 
 
 def _fitting_pool(config: C2VKDConfig, channels: int) -> AttentionPool:

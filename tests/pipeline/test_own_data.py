@@ -1,0 +1,71 @@
+"""README's "Your own data", word for word, on a folder of one's own photos."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from segdistill import streets
+from segdistill.config import read_yaml
+from segdistill.files import read_json
+from segdistill.search import round_trip_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def commands() -> list[str]:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own data")[1].split("\n## ")[0]
+    return re.findall(r"^    (\S.*)$", section, re.MULTILINE)
+
+
+def test_one_s_own_data_are_three_commands() -> None:
+    given = commands()
+    assert [command.split()[:2] for command in given] == [["segdistill", "init"], ["dvc", "add"], ["dvc", "repro"]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_three_commands_lead_from_photos_to_a_registered_student(tmp_path: Path) -> None:
+    samples = {"train": 24, "val": 3, "test": 3}
+    streets.write(tmp_path / "made", seed=5, size=(96, 64), samples=samples, workers=1)
+    for kind in ("images", "masks"):
+        (tmp_path / "streets" / kind).mkdir(parents=True)
+        for path in sorted((tmp_path / "made" / kind).rglob("*.*")):
+            name = tmp_path / "streets" / kind / f"{path.parent.name}{path.stem}"
+            picture = Image.open(path)
+            picture.convert("RGB").save(f"{name}.jpg") if kind == "images" else picture.save(f"{name}.png")
+    clone = tmp_path / "clone"
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for file in filter(None, files):
+        if (ROOT / file).is_file():
+            (clone / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, clone / file)
+    bins = Path(sys.executable).parent
+    environment = os.environ | {"HOME": str(tmp_path), "PATH": f"{bins}:{os.environ['PATH']}", "PYTHONPATH": str(clone)}
+    identity = "-c user.name=A -c user.email=a@example.com"
+
+    def run(command: str) -> str:
+        done = subprocess.run(["bash", "-c", command], cwd=clone, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+        return done.stdout
+
+    run(f"git init --quiet && git add --all && git {identity} commit --quiet --message start")
+    init, add, repro = commands()
+    assert "30 images: train 21" in run(init)
+    run("segdistill check")
+    params = round_trip_yaml().load((clone / "params.yaml").read_text())
+    params["seeds"], params["run"] = [0], ["none", "kd", "c2vkd_ce"]  # and a budget of seconds instead of minutes
+    for section in ("train_teacher", "distill"):
+        params[section]["train"] |= {"iterations": 4, "validate_every": 2, "checkpoint_every": 2, "log_every": 1}
+    with (clone / "params.yaml").open("w") as file:
+        round_trip_yaml().dump(params, file)
+    run(add)
+    run(repro)
+    assert (clone / "reports/comparison/report.html").is_file()
+    assert read_json(clone / "reports/registration/registration.json")["student"] in ("cnn", "vit")
+    assert read_yaml(clone / "data.dvc")["outs"][0]["path"] == "data"
