@@ -67,6 +67,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _permuted import Permuted
 from _table import machine, markdown
 from torch import Tensor, nn
 
@@ -314,21 +315,6 @@ def _convolution(before: int, after: int, *, stride: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()
     )
-
-
-class Permuted(nn.Module):
-    """A segmenter whose classes are each called by the name of the next."""
-
-    def __init__(self, network: Segmenter) -> None:
-        super().__init__()
-        self.network, self.info = network, network.info
-
-    def forward(self, images: Tensor) -> Outputs:
-        outputs = self.network(images)
-        return outputs._replace(logits=outputs.logits.roll(1, dims=1))
-
-    def logits(self, images: Tensor) -> Tensor:
-        return self.network.logits(images).roll(1, dims=1)
 
 
 class Laboratory:

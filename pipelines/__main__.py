@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,47 @@ def arguments(params: Mapping[str, Any], *, size: int | None = None, here: bool 
     }
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """What makes the pipeline one that tunes."""
+
+    workers: int  # that share the trials
+    params_file: str  # the text of params.yaml, of which the tuned one is a copy
+
+    def arguments(self, params: Mapping[str, Any], *, accelerators: int = 0, several: bool = True) -> dict[str, Any]:
+        """The pipeline's parameters that come from a params file.
+
+        Args:
+            params: its content.
+            accelerators: of each task that trains.
+            several: whether the tasks run on several machines, or in containers.
+
+        Raises:
+            UserError: a mistake in the file, or a tuning that such tasks cannot share.
+        """
+        from segdistill.adapters.optuna_store import require_server
+        from segdistill.execution import check_params, sections
+        from segdistill.plan import teacher_plan
+        from segdistill.stages import BY_NAME
+        from segdistill.stages.tune import search_plan
+
+        check_params(params, here=not several)
+        plan = search_plan(params)
+        if several:
+            require_server(plan.config.storage)
+        if accelerators > 1:
+            raise UserError(
+                f"accelerators of a task: {accelerators}, but a worker of a tuning trains on one; set 1, and "
+                f"--tune {self.workers * accelerators}"
+            )
+        return {
+            **{f"{name}_params": json.dumps(sections(BY_NAME[name], params)) for name in ("validate", "prepare")},
+            "teacher_plan": _as_text(teacher_plan(params["train_teacher"])),
+            "workers": [f"w{number}" for number in range(self.workers)],
+            "params_file": self.params_file,
+        }
+
+
 def _as_text(plan: Any) -> str:
     """In one line, since all plans travel in one argument of a process (``limits.py``).
 
@@ -56,7 +98,13 @@ def _as_text(plan: Any) -> str:
 
 
 def compile_to(
-    path: Path, params: Mapping[str, Any], *, cluster: Path | None = None, caching: bool = True
+    path: Path,
+    params: Mapping[str, Any],
+    *,
+    cluster: Path | None = None,
+    caching: bool = True,
+    tuning: Tuning | None = None,
+    accelerators: str | None = None,
 ) -> dict[str, Any]:
     """Writes the pipeline, whose parameters default to those of ``params``; the same input gives the same bytes.
 
@@ -64,7 +112,9 @@ def compile_to(
         path: the file to write.
         params: the content of params.yaml.
         cluster: what tasks ask of the cluster; by default ``pipelines/cluster.yaml``.
-        caching: whether KFP may take over results of earlier runs, but for ``register``.
+        caching: whether KFP may take over results of earlier runs, but for what depends on more than its inputs.
+        tuning: makes it the pipeline that tunes.
+        accelerators: how many a run of it will give a task, in digits, if not as many as ``cluster`` says.
 
     Returns:
         The parameters that come from ``params``.
@@ -74,18 +124,30 @@ def compile_to(
     """
     from kfp import compiler
 
+    from pipelines import distillation, limits
+    from pipelines import tuning as tuning_graph
     from pipelines.cluster import DEFAULT, Placement, read_cluster
-    from pipelines.distillation import pipeline
-    from pipelines.limits import check_matrix
 
     asked = read_cluster(cluster or DEFAULT)
-    given, place = arguments(params, size=asked.jobs_per_gpu), Placement(asked, caching=caching)
-    check_matrix(given)
+    place = Placement(asked, caching=caching)
+    if tuning:
+        if asked.on_nodes:
+            raise UserError("accelerator.nodes: above 1, but a worker of a tuning trains on one node; set it to 1")
+        given = tuning.arguments(params, accelerators=int(accelerators or place.parameters["accelerator_count"]))
+        limits.check_tuning(given)
+        pipeline = tuning_graph.pipeline(place)
+    else:
+        given = arguments(params, size=asked.jobs_per_gpu)
+        limits.check_matrix(given)
+        pipeline = distillation.pipeline(place)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.partial.yaml")  # the compiler goes by the suffix
-    compiler.Compiler().compile(pipeline(place), str(partial), pipeline_parameters=given | place.parameters)
-    # The compiler begins with a comment that repeats the parameters, a dictionary's keys in an order of chance.
-    lines = itertools.dropwhile(lambda line: line.startswith("#"), partial.read_text().splitlines(keepends=True))
+    compiler.Compiler().compile(pipeline, str(partial), pipeline_parameters=given | place.parameters)
+    # The compiler begins with a comment that repeats the parameters, a dictionary's keys in an order of chance, and of
+    # a text in several lines the first one alone as a comment.
+    lines = itertools.dropwhile(
+        lambda line: not line.startswith("components:"), partial.read_text().splitlines(keepends=True)
+    )
     partial.write_text("# Made by: python -m pipelines compile\n" + "".join(lines))
     partial.replace(path)
     return given
@@ -116,7 +178,10 @@ def submit(params: Mapping[str, Any], given: argparse.Namespace) -> int:
     own = {key: value for key, value in chosen.items() if value is not None}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pipeline.yaml"
-        parameters = compile_to(file, params, cluster=given.cluster, caching=not given.no_cache)
+        parameters = compile_to(
+            file, params, cluster=given.cluster, caching=not given.no_cache, tuning=_tuning(given),
+            accelerators=given.accelerator_count,
+        )  # fmt: skip
         package = file.read_text()
     what = Submission({**version, **parameters, **own}, given.experiment, name, given.service_account)
     if given.dry_run:
@@ -173,7 +238,12 @@ def data_version(repository: str, revision: str) -> dict[str, str]:
 
 
 def run_here(
-    params: Mapping[str, Any], repository: str, revision: str, root: Path, runner: str = "subprocess"
+    params: Mapping[str, Any],
+    repository: str,
+    revision: str,
+    root: Path,
+    runner: str = "subprocess",
+    tuning: Tuning | None = None,
 ) -> dict[str, Path]:
     """Runs the pipeline, each task in a process of this environment or in a container; returns where its outputs lie.
 
@@ -183,6 +253,7 @@ def run_here(
         revision: of the data set.
         root: gets a folder for this run, with one for each task's outputs.
         runner: "subprocess" or "docker".
+        tuning: runs the pipeline that tunes.
 
     Raises:
         UserError: a mistake in the parameters, or no such version of the data, or no Docker engine.
@@ -190,11 +261,14 @@ def run_here(
     """
     from segdistill.adapters.dvc_version import find
 
-    given, version, root = arguments(params, here=runner == "subprocess"), find(repository, revision), root.resolve()
+    here, root = runner == "subprocess", root.resolve()
+    given = tuning.arguments(params, several=not here) if tuning else arguments(params, here=here)
+    version = find(repository, revision)
     from kfp import local
 
+    from pipelines import distillation
+    from pipelines import tuning as tuning_graph
     from pipelines.cluster import Placement
-    from pipelines.distillation import pipeline
 
     environment.set_defaults({"SEGDISTILL_PIPELINE_RUN": time.strftime("local-%Y%m%d-%H%M%S")})
     place = Path(repository)
@@ -214,9 +288,24 @@ def run_here(
     before = set(root.glob("*"))
     local.init(chosen, pipeline_root=str(root))
     nowhere = Placement(None)
-    pipeline(nowhere)(repository=where, revision=version.commit, **given, **nowhere.parameters)
+    pipeline = (tuning_graph if tuning else distillation).pipeline(nowhere)
+    pipeline(repository=where, revision=version.commit, **given, **nowhere.parameters)
     (run,) = set(root.glob("*")) - before
-    return {name: run / task / name for task, name in (("compare", "report"), ("register", "registration"))}
+    outputs = {"report": "tune-report"} if tuning else {"report": "compare", "registration": "register"}
+    return {name: run / task / name for name, task in outputs.items()}
+
+
+def _tuning(given: argparse.Namespace) -> Tuning | None:
+    """What ``--tune`` asks for.
+
+    Raises:
+        UserError: it is no number of workers.
+    """
+    if given.tune is None:
+        return None
+    if not given.tune.isdecimal() or not int(given.tune):
+        raise UserError(f"--tune: '{given.tune}' is not a number of workers; expected 1 or more")
+    return Tuning(int(given.tune), given.params.read_text(encoding="utf-8-sig"))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -250,6 +339,10 @@ def parser() -> argparse.ArgumentParser:
     running.add_argument("--root", type=Path, default=Path("artifacts/kfp"), help="where outputs go (%(default)s)")
     for command in (submitting, running):
         command.add_argument("--revision", default="HEAD", help="the data set's: commit, tag or branch (%(default)s)")
+    for command in (compiling, submitting, running):
+        command.add_argument(
+            "--tune", metavar="WORKERS", help="tune the parameters instead, by so many tasks that share the trials"
+        )
     for command, params in ((compiling, "params.yaml"), (submitting, "params.yaml"), (running, "presets/smoke.yaml")):
         command.add_argument("--params", type=Path, default=Path(params), help="the parameters (%(default)s)")
     return top
@@ -261,12 +354,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         params = read_yaml(given.params)
         if given.command == "compile":
-            compile_to(given.out, params, cluster=given.cluster, caching=not given.no_cache)
+            compile_to(
+                given.out, params, cluster=given.cluster, caching=not given.no_cache, tuning=_tuning(given)
+            )  # fmt: skip
             print(given.out)
         elif given.command == "submit":
             return submit(params, given)
         else:
-            for name, path in run_here(params, given.repository, given.revision, given.root, given.runner).items():
+            made = run_here(
+                params, given.repository, given.revision, given.root, given.runner, tuning=_tuning(given)
+            )  # fmt: skip
+            for name, path in made.items():
                 sys.stdout.write(f"{name}: {path}\n")  # KFP replaces print while tasks run, and not always back
     except UserError as error:
         print(f"pipelines {given.command}: {error}", file=sys.stderr)

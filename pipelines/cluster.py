@@ -43,6 +43,7 @@ OF_THE_PLUGIN = (
 )  # fmt: skip
 
 Kind = Literal["data", "train", "report"]  # of task
+Reader = Literal[Kind, "tune"]  # of a reference: tasks of a kind, or those that share the trials of a tuning
 
 
 @config
@@ -94,7 +95,7 @@ class Retries:
 class TaskReference(Reference):
     """A reference for some kinds of tasks."""
 
-    tasks: Annotated[list[Kind], Field(min_length=1)]
+    tasks: Annotated[list[Reader], Field(min_length=1)]
 
 
 @config
@@ -138,22 +139,23 @@ class Cluster:
         """Whether training runs on several nodes."""
         return self.accelerator is not None and self.accelerator.nodes > 1
 
-    def referred(self, references: list[TaskReference], kind: Kind) -> list[TaskReference]:
+    def referred(self, references: list[TaskReference], reader: Reader) -> list[TaskReference]:
         """The config maps or secrets whose keys a container of this kind of task gets, and those keys."""
         left_out = OF_THE_PLUGIN if self.mlflow == "injected" else ()
-        parts = [one.without(left_out) for one in references if kind in one.tasks]
+        parts = [one.without(left_out) for one in references if reader in one.tasks]
         return [part for part in parts if part is not None]
 
     @model_validator(mode="after")
     def _each_variable_once(self) -> "Cluster":
         for kind in get_args(Kind):
-            references = self.referred(self.config_maps, kind) + self.referred(self.secrets, kind)
+            readers: list[Reader] = [kind, "tune"] if kind != "data" else [kind]
+            references = [one for reader in readers for one in self.referred(self.config_maps + self.secrets, reader)]
             names = [name for one in references for name in one.keys.values()]
             names += self.certificates.variables if self.certificates else []
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(f"the variable {name} is given twice to tasks of the kind '{kind}'")
-                if name.startswith("SEGDISTILL_"):
+                if name.startswith("SEGDISTILL_") and name != "SEGDISTILL_TUNE_PASSWORD":
                     raise ValueError(f"the variable {name} is given to tasks by the pipeline itself")
         return self
 
@@ -238,6 +240,12 @@ class Placement:
             task.set_env_variable("SEGDISTILL_WORK", f"{asked.workspace.path}/work")
         return self._place(task, asked, "train")
 
+    def with_trials(self, task: dsl.PipelineTask) -> dsl.PipelineTask:
+        """A task, placed already, that reads the store of a tuning's trials, which KFP's cache knows nothing of."""
+        if self.cluster:
+            _refer(task, self.cluster, "tune")
+        return task.set_caching_options(False)
+
     def _place(
         self, task: dsl.PipelineTask, asked: Cluster, kind: Kind, resources: Task | None = None
     ) -> dsl.PipelineTask:
@@ -274,11 +282,16 @@ class Placement:
             task.set_env_variable("SEGDISTILL_MLFLOW", "injected")
         kubernetes.set_security_context(task, asked.security.user, asked.security.group, run_as_non_root=True)
         kubernetes.use_field_path_as_env(task, "SEGDISTILL_PIPELINE_RUN", "metadata.labels['pipeline/runid']")
-        for item in asked.referred(asked.config_maps, kind):
-            kubernetes.use_config_map_as_env(task, item.name, item.keys, optional=item.optional)
-        for item in asked.referred(asked.secrets, kind):
-            kubernetes.use_secret_as_env(task, item.name, item.keys, optional=item.optional)
+        _refer(task, asked, kind)
         return task
+
+
+def _refer(task: dsl.PipelineTask, asked: Cluster, reader: Reader) -> None:
+    """Gives a task the variables that are by reference."""
+    for item in asked.referred(asked.config_maps, reader):
+        kubernetes.use_config_map_as_env(task, item.name, item.keys, optional=item.optional)
+    for item in asked.referred(asked.secrets, reader):
+        kubernetes.use_secret_as_env(task, item.name, item.keys, optional=item.optional)
 
 
 def _trainjob(asked: Cluster) -> dict[str, Any]:

@@ -6,6 +6,8 @@ artifact a name (kubeflow/pipelines#13900). So ``register`` always runs, and rea
 reader has a ``Collected`` of its own, since kfp 2.17.0 changes it as it compiles.
 """
 
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl import Collected, ExitHandler, ParallelFor
 from kfp.dsl.graph_component import GraphComponent
@@ -23,6 +25,24 @@ from components import (
     validate,
 )
 from pipelines.cluster import Placement
+
+
+def until_teacher(
+    place: Placement,
+    *,
+    repository: str,
+    revision: str,
+    teacher_plan: str,
+    validate_params: str,
+    prepare_params: str,
+    **on: str,
+) -> tuple[Any, Any]:
+    """The tasks from the data set to a teacher; the prepared data and the teacher."""
+    data = place.data(fetch(repository=repository, revision=revision)).outputs["data"]
+    report = place.data(validate(params=validate_params, data=data)).outputs["report"]
+    prepared = place.data(prepare(params=prepare_params, data=data, report=report)).outputs["prepared"]
+    teaching = place.train(train_teacher(plan=teacher_plan, prepared=prepared, **on))
+    return prepared, teaching.outputs["teacher"]
 
 
 def pipeline(place: Placement) -> GraphComponent:
@@ -46,11 +66,15 @@ def pipeline(place: Placement) -> GraphComponent:
         on = {"accelerator": accelerator_type, "accelerators": accelerator_count}
         closing = place.data(finish()).set_caching_options(False)
         with ExitHandler(closing):
-            data = place.data(fetch(repository=repository, revision=revision)).outputs["data"]
-            report = place.data(validate(params=validate_params, data=data)).outputs["report"]
-            prepared = place.data(prepare(params=prepare_params, data=data, report=report)).outputs["prepared"]
-            teaching = place.train(train_teacher(plan=teacher_plan, prepared=prepared, **on))
-            teacher = teaching.outputs["teacher"]
+            prepared, teacher = until_teacher(
+                place,
+                repository=repository,
+                revision=revision,
+                teacher_plan=teacher_plan,
+                validate_params=validate_params,
+                prepare_params=prepare_params,
+                **on,
+            )
             taught = place.train(evaluate_teacher(params=evaluate_params, prepared=prepared, model=teacher, **on))
             with ParallelFor(cohorts, parallelism=place.parallelism) as item:
                 which = {"cohort": item.cohort, "prepared": prepared, **on}

@@ -43,6 +43,19 @@ def check_matrix(parameters: Mapping[str, Any]) -> None:
         )
 
 
+def check_tuning(parameters: Mapping[str, Any]) -> None:
+    """Refuses a params file that is too long to be handed over.
+
+    Raises:
+        UserError: says how long it is.
+    """
+    if (size := _size(parameters)) > ARGUMENT - REST:
+        raise UserError(
+            f"--params: with it a run of Kubeflow Pipelines has {size / 1024:.0f} KiB of parameters, and can hand no "
+            f"more than {(ARGUMENT - REST) // 1024} KiB to a task; take out the experiments that are not tuned"
+        )
+
+
 def _fitting(sizes: Sequence[int], others: int) -> int:
     """How many of the first cohorts fit beside the other content; sizes in bytes."""
     left, count = ARGUMENT - REST - others, 0

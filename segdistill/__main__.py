@@ -127,9 +127,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(arguments: argparse.Namespace) -> None:
-    from segdistill.stages import BY_NAME
+    from segdistill.stages import STAGES
 
-    name = "stage" if arguments.command in BY_NAME else arguments.command
+    name = "stage" if arguments.command in {stage.name for stage in STAGES} else arguments.command
     importlib.import_module(f"segdistill.commands.{name}").command(arguments)
 
 

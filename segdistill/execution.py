@@ -260,9 +260,8 @@ def resolve(
             raise UserError(f"{name}: {stage.name} has no such path{nearest(name, declared)}")
     paths: dict[str, Any] = {}
     for name, template in declared.items():
-        if name in stage.lists:
-            all_of_them = [Path(template.format(cohort=one)) for one in cohorts(chosen["run"], chosen["seeds"])]
-            paths[name] = given.get(name, all_of_them)
+        if name in stage.lists and name not in given:
+            paths[name] = [Path(template.format(cohort=one)) for one in cohorts(chosen["run"], chosen["seeds"])]
         else:
             paths[name] = _place(stage, name, cohort, given)
     for name in stage.inputs:

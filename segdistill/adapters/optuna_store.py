@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
 from optuna.distributions import FloatDistribution
@@ -29,15 +29,17 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_s
 from optuna.trial import FrozenTrial, TrialState
 
 from segdistill import environment
-from segdistill.errors import UserError
+from segdistill.errors import UserError, brief
 from segdistill.files import lock
 from segdistill.secrets import masked_text
 
+if TYPE_CHECKING:
+    from sqlalchemy import URL
+
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-warnings.filterwarnings("ignore", category=ExperimentalWarning)
-warnings.filterwarnings("ignore", message="Heartbeat of storage")
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 30, 120
+EXAMPLE = "postgresql://me@host/trials, without its password, which is that of SEGDISTILL_TUNE_PASSWORD"
 # Random ones before the sampler learns from them, and finished ones before anything is pruned.
 RANDOM_TRIALS, BEFORE_PRUNING = 4, 3
 FEWEST_FOR_IMPORTANCE = 10  # finished trials, or twice as many as parameters
@@ -70,12 +72,18 @@ class Range:
     log: bool
 
 
+def _here() -> str:
+    """This machine, or this container, which may have the machine's name: by the folder in which sessions are seen."""
+    folder = Path(tempfile.gettempdir())
+    return f"{socket.gethostname()} {folder} {folder.stat().st_dev} {folder.stat().st_ino} {os.getuid()}"
+
+
 @dataclass(frozen=True)
 class Session:
     """A process that works on trials: another one of the same machine can see whether it lives."""
 
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
-    place: str = field(default_factory=lambda: f"{socket.gethostname()} {tempfile.gettempdir()} {os.getuid()}")
+    place: str = field(default_factory=_here)
 
     @property
     def _folder(self) -> Path:
@@ -99,38 +107,91 @@ class Session:
 
 
 @contextlib.contextmanager
-def opened(storage: str | None, folder: Path) -> Iterator[RDBStorage]:
-    """The store; opened by each process for itself, since a connection does not survive a fork.
+def _without_warnings() -> Iterator[None]:
+    """Keeps to itself that heartbeats are new to Optuna, and that they are meant for its own loop."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=ExperimentalWarning)
+        warnings.filterwarnings("ignore", message="Heartbeat of storage")
+        yield
+
+
+def address(storage: str | None, folder: Path) -> "URL":
+    """Where the store is.
 
     Args:
         storage: the URL of a database without its password; None is a SQLite file in ``folder``.
         folder: of that file.
 
     Raises:
-        UserError: the URL is none, or has a password in it, or the database does not answer.
+        UserError: the URL is none, or has a password in it.
     """
     from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+    from sqlalchemy.exc import ArgumentError
 
-    options: dict[str, Any] = {}
     try:
         url = make_url(storage or f"sqlite:///{folder.resolve() / 'trials.db'}")
-        if url.password is not None:
-            raise UserError("tune.storage: a password in it; give it as SEGDISTILL_TUNE_PASSWORD instead")
-        if url.get_backend_name() == "sqlite":
-            folder.mkdir(parents=True, exist_ok=True)
-            options = {"connect_args": {"timeout": 60}}  # others write, too
-        elif password := environment.tune_password():
+    except ArgumentError:
+        raise UserError(
+            f"tune.storage: '{brief(masked_text(str(storage)))}' is not the URL of a database, such as {EXAMPLE}"
+        ) from None
+    if url.password is not None:
+        raise UserError("tune.storage: a password in it; give it as SEGDISTILL_TUNE_PASSWORD instead")
+    return url
+
+
+def require_server(storage: str | None) -> None:
+    """Refuses a store that several machines cannot share.
+
+    SQLite keeps its readers and writers apart by locks on its file, of which network file systems keep some, none, or
+    those of one machine; its authors advise against it (sqlite.org/useovernet.html), and so does Optuna.
+
+    Raises:
+        UserError: it is a SQLite file.
+    """
+    if address(storage, Path()).get_backend_name() == "sqlite":
+        raise UserError(
+            f"tune.storage: '{storage or 'null'}' is a SQLite file, which several machines cannot share, on no volume; "
+            f"give a database's URL, such as {EXAMPLE}"
+        )
+
+
+@contextlib.contextmanager
+def opened(storage: str | None, folder: Path) -> Iterator[RDBStorage]:
+    """The store; opened by each process for itself, since a connection does not survive a fork.
+
+    Args:
+        storage, folder: see :func:`address`.
+
+    Raises:
+        UserError: see :func:`address`; or the database does not answer, or no longer.
+    """
+    from sqlalchemy.exc import SQLAlchemyError
+
+    url = address(storage, folder)
+    if url.get_backend_name() == "sqlite":
+        folder.mkdir(parents=True, exist_ok=True)
+        options: dict[str, Any] = {"connect_args": {"timeout": 60}}  # others write, too
+    else:
+        options = {"pool_pre_ping": True}  # hours may lie between two questions, in which servers hang up
+        if password := environment.tune_password():
             url = url.set(password=password)
+    try:
         store = _connected(url.render_as_string(hide_password=False), options)
-    except (ArgumentError, SQLAlchemyError, StorageInternalError, ImportError) as error:
-        reason = masked_text(" ".join(str(error).split()))[:300]
-        raise UserError(f"tune.storage: the store cannot be opened: {reason}") from None
+    except (SQLAlchemyError, StorageInternalError, ImportError) as error:
+        raise UserError(f"tune.storage: the store cannot be opened: {_reason(error)}") from None
     try:
         yield store
+    except (SQLAlchemyError, StorageInternalError) as error:
+        raise UserError(f"tune.storage: the store no longer answers: {_reason(error)}") from None
     finally:
         store.remove_session()
         store.engine.dispose()
+
+
+def _reason(error: Exception) -> str:
+    """What a database, or its driver, says, in one line without secrets."""
+    first = error.__cause__ or error  # Optuna says where, and the cause says what
+    return masked_text(" ".join(str(first).split()))[:300]
 
 
 def _connected(url: str, options: dict[str, Any]) -> RDBStorage:
@@ -139,10 +200,11 @@ def _connected(url: str, options: dict[str, Any]) -> RDBStorage:
 
     for pause in (0.5, 1.0, None):
         try:
-            return RDBStorage(
-                url, options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
-                heartbeat_stale_trial_callback=_take_back,
-            )  # fmt: skip
+            with _without_warnings():
+                return RDBStorage(
+                    url, options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
+                    heartbeat_stale_trial_callback=_take_back,
+                )  # fmt: skip
         except (SQLAlchemyError, StorageInternalError):
             if pause is None:
                 raise
@@ -194,7 +256,8 @@ class Search:
         """At most so many trials for this session alone."""
         claimed: list[Trial] = []
         while len(claimed) < count and self._open():
-            attempt = self.study.ask(self.ranges)
+            with _without_warnings():
+                attempt = self.study.ask(self.ranges)
             identifier = self._identifier(attempt.number)
             if not self._counts(attempt.number):
                 self.store.set_trial_user_attr(identifier, "surplus", True)
@@ -211,7 +274,8 @@ class Search:
     def take_back(self) -> list[int]:
         """Hands back the trials whose session has ended; their numbers."""
         before = {trial.number for trial in self.all() if trial.state == "running"}
-        fail_stale_trials(self.study)
+        with _without_warnings():
+            fail_stale_trials(self.study)
         # Between a claim and its first heartbeat there is but a moment; who was killed in it leaves neither.
         latest = datetime.datetime.now() - datetime.timedelta(seconds=GRACE_SECONDS)
         for attempt in self._attempts():
@@ -341,7 +405,8 @@ def _take_back(study: optuna.Study, attempt: FrozenTrial) -> None:
     logging.getLogger(__name__).info(
         "%s: trial %s was not finished; it is taken up again", study.study_name, attempt.user_attrs.get("number")
     )
-    RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)(study, attempt)
+    with _without_warnings():
+        RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)(study, attempt)
 
 
 @contextlib.contextmanager
@@ -352,22 +417,27 @@ def heartbeats(storage: str | None, folder: Path, attempts: Mapping[str, Iterabl
         storage, folder: see :func:`opened`.
         attempts: by the name of their search.
     """
+    from sqlalchemy.exc import SQLAlchemyError
+
     ended = threading.Event()
+    with opened(storage, folder) as store:
+        identifiers = [
+            store.get_trial_id_from_study_id_trial_number(store.get_study_id_from_name(name), attempt)
+            for name, several in attempts.items() for attempt in several
+        ]  # fmt: skip
 
-    def work() -> None:
-        with opened(storage, folder) as store:
-            identifiers = [
-                store.get_trial_id_from_study_id_trial_number(store.get_study_id_from_name(name), attempt)
-                for name, several in attempts.items() for attempt in several
-            ]  # fmt: skip
+        def work() -> None:
             while not ended.wait(HEARTBEAT_SECONDS):
-                for identifier in identifiers:
-                    store.record_heartbeat(identifier)
+                # A server that is away for a moment is no reason to fall silent for good.
+                with contextlib.suppress(SQLAlchemyError, StorageInternalError):
+                    for identifier in identifiers:
+                        store.record_heartbeat(identifier)
+            store.remove_session()  # each thread has its own
 
-    thread = threading.Thread(target=work, name="heartbeats", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+        thread = threading.Thread(target=work, name="heartbeats", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()

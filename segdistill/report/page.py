@@ -1,16 +1,15 @@
 """The comparison as Markdown and as one self-contained HTML page: no script, no request, light and dark."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from segdistill.report import charts as drawing
 from segdistill.report import text
 from segdistill.report.overlays import Scene
 from segdistill.report.results import Comparison
+from segdistill.report.templates import template
 
 NUMBERS_UP_TO = 30  # classes; a larger confusion matrix shows colours only
 
@@ -55,17 +54,9 @@ def page(
     )
 
 
-def _render(template: str, comparison: Comparison, **values: Any) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=jinja2.select_autoescape(["html.jinja"]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+def _render(name: str, comparison: Comparison, **values: Any) -> str:
     rows = (comparison.teacher, *comparison.rows)
-    return environment.get_template(template).render(
+    return template(name).render(
         text=text,
         comparison=comparison,
         rows=rows,

@@ -4,12 +4,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
 from segdistill.report import charts
+from segdistill.report.templates import template
 from segdistill.search import Parameter, TuneConfig
 
 if TYPE_CHECKING:
@@ -224,17 +222,9 @@ def as_json(report: Report) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _render(template: str, report: Report, **values: Any) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=jinja2.select_autoescape(["html.jinja"]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+def _render(name: str, report: Report, **values: Any) -> str:
     functions = {each.__name__: each for each in (label, number, percent, signed, bounds, spread, listed)}
-    return environment.get_template(template).render(report=report, **functions, **values)
+    return template(name).render(report=report, **functions, **values)
 
 
 def _figure(width: float, height: float) -> Any:

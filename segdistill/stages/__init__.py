@@ -43,6 +43,7 @@ class Stage:
 
 PLAN, COHORT_PLAN = "artifacts/plan/teacher.json", "artifacts/plan/{cohort}.json"
 STUDENTS, EVALUATIONS = "artifacts/students/{cohort}", "reports/evaluation/{cohort}"
+TRIALS = "artifacts/tuning/{cohort}"
 
 STAGES: tuple[Stage, ...] = (
     Stage(
@@ -153,8 +154,38 @@ STAGES: tuple[Stage, ...] = (
     ),
 )
 
-BY_NAME: dict[str, Stage] = {stage.name: stage for stage in STAGES}
+# The search for settings, in a pipeline of its own; with the command ``tune`` on one machine. DVC has it not: what it
+# writes is a params.yaml for the graph above. Its plan is the whole file, and a cohort of it a worker.
+TUNING: tuple[Stage, ...] = (
+    Stage(
+        name="tune",
+        module="tune",
+        image="train",
+        params=(),
+        inputs={"plan": "params.yaml", "prepared": "artifacts/prepared", "teacher": "artifacts/teacher"},
+        outputs={"trials": TRIALS},
+        per_cohort=True,
+        on_device=True,
+        help="train trials, rounds of all experiments together, until no other worker has left any",
+    ),
+    Stage(
+        name="tune_report",
+        module="tune_report",
+        image="train",
+        params=(),
+        inputs={
+            "plan": "params.yaml",
+            "prepared": "artifacts/prepared",
+            "teacher": "artifacts/teacher",
+            "trials": TRIALS,
+        },
+        outputs={"report": "reports/tuning"},
+        shows=("page", "summary"),
+        help="the tuned parameters and the page, once all trials are done",
+    ),
+)
 
+BY_NAME: dict[str, Stage] = {stage.name: stage for stage in (*STAGES, *TUNING)}
 
 # Sections that no stage reads, and that need not be there: each is a command's.
 OF_COMMANDS = ("tune",)

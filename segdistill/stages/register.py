@@ -6,7 +6,7 @@ champion on the same test data by more than ``min_gain`` points (the rule stands
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,7 +99,8 @@ def run(
             _write(partial, {"name": config.model_name, "version": None, "reason": "no student passed the gate"})
         return
     folders = folders_of(jobs(run, seeds), students, "run the stage 'distill' again")
-    best = choose(candidates(results, folders, comparison), config)
+    diverged = {row.student for row in results.rows if row.diverged}
+    best = choose(candidates(results, folders, comparison), config, diverged)
 
     from segdistill.models.export import ExportedSegmenter, load_model
 
@@ -175,13 +176,23 @@ def candidates(results: "Comparison", folders: Mapping[Job, Path], comparison: P
     return trained
 
 
-def choose(candidates: Sequence[Candidate], config: Config) -> Candidate:
+def choose(candidates: Sequence[Candidate], config: Config, diverged: Collection[str] = ()) -> Candidate:
     """The best by validation score among those that the config allows; of equals the first.
+
+    Args:
+        candidates: those to choose from.
+        config: what is allowed.
+        diverged: names of students that diverged, with some seed at least, and are no candidates there.
 
     Raises:
         UserError: there is none.
     """
     names = sorted({candidate.student for candidate in candidates})
+    if config.student in diverged and config.student not in names:
+        raise UserError(
+            f"register.student: '{config.student}' diverged with every seed, so that none can be registered; "
+            "lower its learning rate, or take another student"
+        )
     if config.student is not None and config.student not in names:
         raise UserError(f"register.student: no student is called '{config.student}'{nearest(config.student, names)}")
     fitting = [one for one in candidates if config.student in (None, one.student)]

@@ -13,34 +13,19 @@ import torch
 from tiny import CLASSES, INFERENCE, Blobs, TinySegmenter, make_training, train_config
 from torch import Tensor, nn
 
+from benchmarks._permuted import Permuted
 from segdistill.config import parse
 from segdistill.engine.cohort import Cohort
 from segdistill.engine.distributed import Processes
 from segdistill.engine.settings import OptimizerConfig
 from segdistill.engine.trainer import Result
 from segdistill.metrics.confusion import mean_iou
-from segdistill.models.outputs import Outputs
 from segdistill.models.teacher import Teacher
 
 HERE = Processes(0, 1, torch.device("cpu"))
 HELD = {"name": "sgd", "lr": 1e-12, "momentum": 0.0, "weight_decay": 0.0}
 ITERATIONS = 120
 CHANCE = 1 / (2 * CLASSES - 1)  # mIoU of uniform guesses among classes that are equally frequent
-
-
-class Permuted(nn.Module):
-    """A segmenter whose classes are each called by the name of the next."""
-
-    def __init__(self, network: TinySegmenter) -> None:
-        super().__init__()
-        self.network, self.info = network, network.info
-
-    def forward(self, images: Tensor) -> Outputs:
-        outputs = self.network(images)
-        return outputs._replace(logits=outputs.logits.roll(1, dims=1))
-
-    def logits(self, images: Tensor) -> Tensor:
-        return self(images).logits
 
 
 def train(trainings: Any, teacher: Teacher | None = None, iterations: int = ITERATIONS) -> dict[str, float]:

@@ -16,7 +16,7 @@ from compiled import Graphs
 from segdistill.config import read_yaml, to_dict
 from segdistill.identity import DECISIVE
 from segdistill.plan import jobs, teacher_plan
-from segdistill.stages import STAGES, Stage
+from segdistill.stages import STAGES, TUNING, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,6 +24,7 @@ DVC: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 TASKS = [stage for stage in STAGES if stage.image]  # on a cluster
 every_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 every_task = pytest.mark.parametrize("stage", TASKS, ids=lambda stage: stage.name)
+every_component = pytest.mark.parametrize("stage", [*TASKS, *TUNING], ids=lambda stage: stage.name)
 
 
 def as_template(text: str) -> str:
@@ -154,7 +155,8 @@ SHOWN = {  # what a highlight is to KFP's pages
 }
 
 
-TRAINING = {"train_teacher", "evaluate_teacher", "distill", "evaluate"}  # the stages that run on accelerators
+AROUND = {"fetch", "finish"}  # steps of the pipeline that are no stages
+TRAINING = {"train_teacher", "evaluate_teacher", "distill", "evaluate", "tune"}  # the stages that run on accelerators
 
 
 def read_component(stage: Stage) -> Any:
@@ -162,11 +164,11 @@ def read_component(stage: Stage) -> Any:
         sys.path.insert(0, str(ROOT))
     import components
 
-    assert sorted(components.__all__) == sorted({*(stage.name for stage in TASKS), "fetch", "finish"})
+    assert sorted(components.__all__) == sorted({*(stage.name for stage in (*TASKS, *TUNING)), *AROUND})
     return getattr(components, stage.name)
 
 
-@every_task
+@every_component
 def test_a_component_takes_and_gives_what_the_table_says(stage: Stage) -> None:
     component = read_component(stage)
     spec = component.component_spec
@@ -187,13 +189,13 @@ def test_a_component_takes_and_gives_what_the_table_says(stage: Stage) -> None:
     assert "Output" not in spec.outputs, "what a stage found out is in the folders that it makes"
 
 
-@every_task
+@every_component
 def test_a_component_runs_in_the_image_of_its_stage(stage: Stage) -> None:
     image = read_component(stage).component_spec.implementation.container.image
     assert image.rpartition("/")[2].startswith(f"segdistill-{stage.image}")
 
 
-@every_task
+@every_component
 def test_a_component_calls_the_library_once_for_its_stage_with_every_path(stage: Stage) -> None:
     tree = ast.parse(inspect.getsource(read_component(stage).python_func))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
@@ -216,7 +218,11 @@ def test_a_component_calls_the_library_once_for_its_stage_with_every_path(stage:
 
 # The compiled pipeline
 
-AROUND = {"fetch", "finish"}  # steps of the pipeline that are no stages
+
+@pytest.fixture(scope="module")
+def tuning_graphs() -> Graphs:
+    path = ROOT / "tests/pipeline/golden/tuning.yaml"  # which test_kubeflow.py keeps true
+    return Graphs(next(iter(yaml.safe_load_all(path.read_text()))))
 
 
 @pytest.fixture(scope="module")
@@ -239,9 +245,22 @@ def test_the_pipeline_has_the_stages_of_the_table_the_cohorts_in_a_loop(graphs: 
     assert in_loop == {task_name(stage) for stage in TASKS if stage.per_cohort}
 
 
-@every_task
-def test_the_pipeline_joins_outputs_to_inputs_as_the_table_does(stage: Stage, graphs: Graphs) -> None:
-    makers = {path: (task_name(one), name) for one in TASKS for name, path in (one.outputs | one.metrics).items()}
+def test_the_pipeline_that_tunes_has_the_stages_to_a_teacher_and_its_own(tuning_graphs: Graphs) -> None:
+    graphs, before = tuning_graphs, {"validate", "prepare", "train-teacher"}
+    assert set(graphs.leaves) == before | {task_name(stage) for stage in TUNING} | AROUND
+    assert {name for name in graphs.leaves if graphs.inside(name, graphs.loop)} == {"tune"}
+    plans = [graphs.tasks[task_name(stage)]["inputs"]["parameters"]["plan"] for stage in TUNING]
+    found = {graphs.origin(task_name(stage), plan, "Parameter") for stage, plan in zip(TUNING, plans, strict=True)}
+    assert found == {("root", "params_file")}
+
+
+@every_component
+def test_the_pipeline_joins_outputs_to_inputs_as_the_table_does(
+    stage: Stage, graphs: Graphs, tuning_graphs: Graphs
+) -> None:
+    graphs = tuning_graphs if stage in TUNING else graphs
+    every = (*TASKS, *TUNING)
+    makers = {path: (task_name(one), name) for one in every for name, path in (one.outputs | one.metrics).items()}
     makers["data"] = ("fetch", "data")
     name = task_name(stage)
     inputs = graphs.tasks[name]["inputs"]["artifacts"]

@@ -20,7 +20,7 @@ from segdistill.errors import UserError
 pytest.importorskip("kfp")
 PARAMS = Path(__file__).resolve().parents[2] / "params.yaml"
 GOLDEN_PARAMS = Path(__file__).parent / "golden/params.yaml"
-GOLDEN = GOLDEN_PARAMS.with_name("pipeline.yaml").read_text()
+GOLDEN, TUNING = (GOLDEN_PARAMS.with_name(name).read_text() for name in ("pipeline.yaml", "tuning.yaml"))
 COHORTS = ["none-s0", "kd-s0", "none-s1", "kd-s1"]  # of one job each
 VERSION = {"repository": "https://git.invalid/streets.git", "revision": "4567"}
 
@@ -65,7 +65,19 @@ def test_the_students_of_every_cohort_reach_compare_and_register(tmp_path: Path)
         assert evaluate.artifacts["students"] == [distill.output_artifacts["students"]]
 
 
-def test_no_graph_within_the_graph_is_handed_a_list_of_artifacts() -> None:
+def test_each_worker_of_a_tuning_is_in_the_loop_and_the_report_waits_for_all(tmp_path: Path) -> None:
+    run = Server(tmp_path, stub).start(TUNING, VERSION)
+    assert run.state == "SUCCEEDED", run.failed
+    assert [one.parameters["cohort"] for one in run.of("tune")] == ["w0", "w1"]
+    (report,) = run.of("tune-report")
+    assert report.artifacts["trials"] == [one.output_artifacts["trials"] for one in run.of("tune")]
+    assert report.parameters["plan"] == GOLDEN_PARAMS.read_text(), "comments included"
+    lost = Server(tmp_path, failing("tune", "w1")).start(TUNING, VERSION)
+    assert lost.state == "FAILED" and not lost.of("tune-report") and told(lost) == "FAILED"
+
+
+@pytest.mark.parametrize("package", ["GOLDEN", "TUNING"])
+def test_no_graph_within_the_graph_is_handed_a_list_of_artifacts(package: str) -> None:
     def lists(package: str) -> set[str]:
         spec = next(iter(yaml.safe_load_all(package)))
         return {
@@ -76,7 +88,7 @@ def test_no_graph_within_the_graph_is_handed_a_list_of_artifacts() -> None:
             if one.get("isArtifactList")
         }
 
-    assert not lists(GOLDEN)
+    assert not lists(globals()[package])
     assert lists(compiled(of_the_old_shape))
 
 

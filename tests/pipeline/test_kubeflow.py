@@ -116,26 +116,78 @@ def test_no_task_installs_packages_when_it_starts(containers: dict[str, dict[str
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def test_the_compiled_pipeline_is_the_one_under_version_control(tmp_path: Path) -> None:
-    out = tmp_path / "pipeline.yaml"
-    given = [f"--{name}={GOLDEN / name}.yaml" for name in ("params", "cluster")]
-    again = [sys.executable, "-m", "pipelines", "compile", *given, "--out", str(out)]
+@pytest.mark.parametrize("options", [["pipeline.yaml"], ["tuning.yaml", "--tune", "2"]], ids=lambda given: given[0])
+def test_the_compiled_pipeline_is_the_one_under_version_control(options: list[str], tmp_path: Path) -> None:
+    name, *more = options
+    given = [f"--{one}={GOLDEN / one}.yaml" for one in ("params", "cluster")]
+    again = [sys.executable, "-m", "pipelines", "compile", *given, "--out", str(tmp_path / name), *more]
     own = {name: value for name, value in os.environ.items() if not name.startswith("SEGDISTILL_IMAGE_")}
     subprocess.run(again, cwd=ROOT, env=own, check=True, capture_output=True)
-    if out.read_text() != (GOLDEN / "pipeline.yaml").read_text():
+    if (tmp_path / name).read_text() != (GOLDEN / name).read_text():
         folder = GOLDEN.relative_to(ROOT)
         pytest.fail(
             "the compiled pipeline has changed; if it was meant to, write it anew and read its diff:\n"
             f"python -m pipelines compile --params {folder}/params.yaml --cluster {folder}/cluster.yaml "
-            f"--out {folder}/pipeline.yaml"
+            f"--out {' '.join([str(folder / name), *more])}"
         )
+
+
+# The pipeline that tunes
+
+
+def test_the_passwords_of_the_trials_come_from_a_secret_and_only_those_who_share_them_have_it() -> None:
+    text = (GOLDEN / "tuning.yaml").read_text()
+    spec, platform = yaml.safe_load_all(text)
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    secrets = {name: {one["secretName"] for one in task.get("secretAsEnv", [])} for name, task in executors.items()}
+    readers = {name for name, names in secrets.items() if "segdistill-tune" in names}
+    assert readers == {"exec-tune", "exec-tune-report"}
+    tasks = Graphs(spec).leaves
+    assert {name for name, task in tasks.items() if not task["cachingOptions"].get("enableCache")} == {
+        "tune", "tune-report", "finish"
+    }, "KFP's cache knows nothing of the store"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "tune", "cluster", "sentence"),
+    [
+        (["0"], {}, {}, "--tune: '0' is not a number of workers; expected 1 or more"),
+        (["2"], {"storage": None}, {}, "tune.storage: 'null' is a SQLite file, which several machines cannot share"),
+        (["2"], {"storage": "sqlite:////workspace/trials.db"}, {}, "tune.storage: 'sqlite:////workspace/trials.db' is"),
+        (["2"], {"storage": "postgresql://me:hunter2@h/t"}, {}, "tune.storage: a password in it; give it as SEGDIST"),
+        (["2"], {"experiments": ["nobody"]}, {}, "tune.experiments: 'nobody' is not defined under experiments"),
+        (["2"], {}, {"count": 4}, "accelerators of a task: 4, but a worker of a tuning trains on one; set 1, and --tu"),
+        (["2"], {}, {"nodes": 2}, "accelerator.nodes: above 1, but a worker of a tuning trains on one node"),
+    ],
+)
+def test_a_tuning_that_could_not_be_shared_is_refused_before_anything_runs(
+    options: list[str],
+    tune: dict[str, Any],
+    cluster: dict[str, Any],
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from pipelines.__main__ import main
+
+    given = []
+    for name, section, changes in (("params", "tune", tune), ("cluster", "accelerator", cluster)):
+        content = read_yaml(GOLDEN / f"{name}.yaml")
+        content[section] |= changes
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+        given.append(f"--{name}={tmp_path / name}.yaml")
+    assert main(["compile", *given, "--out", str(tmp_path / "out.yaml"), "--tune", *options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"pipelines compile: {sentence}") and said.count("\n") == 1 and "hunter2" not in said
+    assert not (tmp_path / "out.yaml").exists()
 
 
 # The whole pipeline in processes of this machine
 
 
-def run_pipeline(repository: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_pipeline(repository: Path, folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipelines", "run", "--params", "params.yaml", "--repository", str(repository)]
+    command += options
     surroundings = os.environ | {"PYTHONPATH": str(ROOT), "SEGDISTILL_TRACKER": "jsonl"} | environment
     return subprocess.run(command, cwd=folder, env=surroundings, capture_output=True, text=True)
 
@@ -186,3 +238,34 @@ def test_the_whole_pipeline_runs_in_local_processes_and_registers_a_student(tiny
     assert {path.name for path in tracked.iterdir()} == expected
     first = json.loads((tracked / "distill-s0.jsonl").read_text().splitlines()[0])["values"]
     assert (first["data_md5"], first["git_commit"], first["pipeline_run"]) == (md5, "4567", "local-test")
+
+
+@pytest.mark.slow
+def test_two_workers_of_a_pipeline_in_local_processes_share_the_trials_of_a_tuning(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    params = json.loads(json.dumps(tiny(read_yaml(PARAMS))))
+    params["tune"] |= {"trials": 3, "round": 1}
+    (tmp_path / "params.yaml").write_text("# mine\n" + yaml.safe_dump(params))
+    repository = commit_data(tmp_path / "repository", tiny_data)
+    done = run_pipeline(repository, tmp_path, "--tune", "2", SEGDISTILL_PIPELINE_RUN="local-test")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "Warning: " not in done.stdout
+    (line,) = [line for line in map(str.strip, done.stdout.splitlines()) if line.startswith("report: /")]
+    report = Path(line.removeprefix("report: "))
+    tuned = (report / "params.yaml").read_text()
+    assert tuned.startswith("# mine") and set(yaml.safe_load(tuned)) == set(params)
+    assert (report.parent / "page").read_text() == (report / "report.html").read_text()
+    trials = json.loads((report / "trials.json").read_text())["experiments"]
+    assert {name: len(one["each"]) for name, one in trials.items()} == {"none": 3, "kd": 3}
+    # Each trial has one run, a child of the pipeline's, by one of the workers.
+    tracked = tmp_path / "artifacts/tracking/local-test"
+    by_worker = [tracked / f"tune-w{number}.jsonl" for number in range(2)]
+    runs = [
+        line["run"]
+        for file in by_worker
+        for line in map(json.loads, file.read_text().splitlines())
+        if line["kind"] == "tags" and line.get("run")
+    ]
+    assert sorted(set(runs)) == sorted(runs) and len(runs) == 6
+    assert {run.rsplit("-t", 1)[0] for run in runs} == {"none-s0", "kd-s0"}

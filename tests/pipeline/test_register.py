@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,13 @@ def candidate(experiment: str, val_miou: float, *, student: str = "cnn", params:
 def test_the_choice_is_by_validation_and_never_by_test() -> None:
     best = choose([candidate("none", 0.4), candidate("kd", 0.6), candidate("apd", 0.5)], ANY)
     assert (best.experiment, best.test_miou) == ("kd", 0.4)
+
+
+def test_a_student_that_diverged_with_every_seed_is_said_to_have() -> None:
+    config = replace(ANY, student="vit")
+    with pytest.raises(UserError, match=r"^register.student: 'vit' diverged with every seed, so that none can be"):
+        choose([candidate("none", 0.4)], config, diverged={"vit"})
+    assert choose([candidate("none", 0.4, student="vit")], config, diverged={"vit"}).student == "vit", "another seed"
 
 
 def test_the_choice_stays_within_the_budget_and_the_name() -> None:

@@ -1,5 +1,6 @@
 """``segdistill tune``: what it writes, what it may look at, and that it can be stopped and shared."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -9,14 +10,15 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_params import tiny
+from tiny_params import tuning_project
 
 from segdistill.__main__ import main
 from segdistill.config import read_yaml
 from segdistill.data import shards
 from segdistill.engine import cohort, trainer
-from segdistill.errors import Interrupted
+from segdistill.errors import Interrupted, UserError
 from segdistill.execution import check_params
+from segdistill.search import Parameter
 
 pytest.importorskip("optuna")
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,17 +28,7 @@ REPORT = Path("reports/tuning")
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_prepared: Path) -> Path:
     """A folder with prepared data, whose test split is empty of files, and a teacher."""
-    root = tmp_path_factory.mktemp("tune")
-    params = json.loads(json.dumps(tiny(read_yaml(ROOT / "params.yaml"))))
-    params["tune"] |= {"trials": 2, "round": 2}
-    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    (root / "artifacts").mkdir()
-    shutil.copytree(tiny_prepared, root / "artifacts/prepared")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        for stage in ("plan", "train_teacher"):
-            assert main([stage, "--tracker", "none"]) == 0
-    return root
+    return tuning_project(tmp_path_factory.mktemp("tune"), read_yaml(ROOT / "params.yaml"), tiny_prepared)
 
 
 @pytest.fixture
@@ -156,7 +148,7 @@ def test_a_tuning_that_was_stopped_goes_on_from_the_checkpoints_and_gives_the_sa
 def test_a_trial_that_was_scored_but_not_settled_is_taken_up_with_the_last_seed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from segdistill.commands import tune as command
+    from segdistill.stages import tune as command
 
     rounds: list[list[str]] = []
 
@@ -174,7 +166,45 @@ def test_a_trial_that_was_scored_but_not_settled_is_taken_up_with_the_last_seed(
     assert rounds == [["none-t1"], ["none-t0", "none-t2"]]
 
 
-def test_a_trial_that_diverges_is_a_failed_one_and_the_page_says_so(here: Path, change: Callable[..., None]) -> None:
+def test_nobody_leaves_a_trial_of_another_machine_before_it_would_be_known_that_it_died(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from segdistill.adapters.optuna_store import GRACE_SECONDS, Session
+    from segdistill.stages import tune as stage
+
+    clock, session = [0.0], Session()
+    time = SimpleNamespace(monotonic=lambda: clock[0], sleep=lambda seconds: clock.append(clock.pop() + seconds))
+    monkeypatch.setattr(stage, "time", time)
+    trial = SimpleNamespace(state="running", notes={"place": "elsewhere"})
+    tuning: Any = stage.Tuning.__new__(stage.Tuning)
+    tuning.searches = lambda: contextlib.nullcontext({"none": SimpleNamespace(all=lambda: [trial])})
+    tuning._claim = lambda _: {"none": [trial]} if clock[0] > GRACE_SECONDS else {}
+    assert tuning._await_others(session) == {"none": [trial]}
+    tuning._claim, clock[0] = lambda _: {}, 0.0
+    assert tuning._await_others(session) == {}, "who is alive after that needs no help"
+    assert GRACE_SECONDS < clock[0] < 2 * GRACE_SECONDS
+    trial.notes["place"], clock[0] = session.place, 0.0
+    assert tuning._await_others(session) == {} and clock[0] == 0, "of this machine it is known"
+
+
+def test_the_report_of_a_tuning_that_is_not_done_is_refused(here: Path) -> None:
+    from segdistill.stages import tune_report
+
+    with pytest.raises(UserError, match="0 of 4 trials are done; run the pipeline again, which goes on"):
+        tune_report.run(
+            plan=Path("params.yaml"), prepared=Path("artifacts/prepared"), teacher=Path("artifacts/teacher"),
+            report=REPORT,
+        )  # fmt: skip
+    assert not REPORT.exists()
+
+
+def test_a_trial_that_diverges_is_a_failed_one_and_the_page_says_so(
+    here: Path, change: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def highest(parameter: Parameter, value: float) -> float:
+        return parameter.present if value == parameter.present else parameter.high
+
+    monkeypatch.setattr(Parameter, "rounded", highest)  # whatever was drawn, which is another with other code
     change("distill.train", iterations=8)
     change(experiments=["kd"])
     change("tune.search", learning_rate=[1.0, 1999.0], weight=[1.0, 1e6])

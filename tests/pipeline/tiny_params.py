@@ -1,7 +1,13 @@
 """Parameters with which the whole pipeline takes seconds instead of minutes."""
 
+import json
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import pytest
+import yaml
 
 
 def tiny(params: dict[str, Any]) -> dict[str, Any]:
@@ -38,3 +44,19 @@ def tiny(params: dict[str, Any]) -> dict[str, Any]:
         "seeds": [0],
         "experiments": experiments,
     }
+
+
+def tuning_project(root: Path, params: dict[str, Any], prepared: Path) -> Path:
+    """Makes a folder with prepared data and a teacher, in which two trials an experiment can be tuned."""
+    from segdistill.__main__ import main
+
+    params = json.loads(json.dumps(tiny(params)))  # nothing in it is shared
+    params["tune"] |= {"trials": 2, "round": 2}
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    (root / "artifacts").mkdir()
+    shutil.copytree(prepared, root / "artifacts/prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for stage in ("plan", "train_teacher"):
+            assert main([stage, "--tracker", "none"]) == 0
+    return root

@@ -1,5 +1,6 @@
 """Trials in their store: how many there are, who works on them, and what becomes of those whose process ends."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,17 @@ def test_more_trials_later_go_on_from_those_that_are_there(store: Any) -> None:
     assert [trial.number for trial in search(store, trials=3).claim(5, Session())] == [2]
 
 
+def test_optunas_warnings_of_its_heartbeats_are_nobodys_business(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with optuna_store.opened(None, tmp_path) as store:
+            one = search(store)
+            (trial,) = one.claim(1, Session())
+            assert one.take_back() == [trial.number], "its session was never held"
+    said = [str(warning.message) for warning in caught]
+    assert not [text for text in said if "xperimental" in text or "eartbeat" in text], said
+
+
 def test_importance_is_told_of_enough_trials_only(store: Any) -> None:
     one = search(store, trials=12)
     for trial in one.claim(9, Session()):
@@ -147,7 +159,7 @@ def test_importance_is_told_of_enough_trials_only(store: Any) -> None:
     ("url", "sentence"),
     [
         ("postgresql://me:hunter2@db/trials", "tune.storage: a password in it; give it as SEGDISTILL_TUNE_PASSWORD"),
-        ("no url", "tune.storage: the store cannot be opened"),
+        ("no url", "tune.storage: 'no url' is not the URL of a database, such as postgresql://me@host/trials"),
         ("mysql+nodriver://db/trials", "tune.storage: the store cannot be opened"),
     ],
 )
