@@ -70,9 +70,9 @@ def command(arguments: argparse.Namespace) -> None:
     opset = f", opset {portable.OPSET}" if format_name == "onnx" else ""
     console = Console()
     console.print(f"{out}: {len(content) / 1e6:.1f} MB{opset}, any batch and size; {'; '.join(facts)}", soft_wrap=True)
-    table = Table(
-        title=f"An image of {size[0]} x {size[1]} on the CPU, {torch.get_num_threads()} threads: median, warm"
-    )
+    threads = torch.get_num_threads()
+    console.print(f"One image of {size[0]} x {size[1]} on the CPU, {threads} thread(s), median of warm passes:")
+    table = Table()
     table.add_column("format")
     table.add_column("ms", justify="right")
     for name, value in seconds.items():
