@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (%(default)s)")
     tune.add_argument("--tracker", choices=("auto", "mlflow", "jsonl", "none"), default="auto")
     _add_device(tune)
+    _add_way_out(commands)
     methods = commands.add_parser("methods", help="the distillation methods; with a NAME: its formula and parameters")
     page = methods.add_mutually_exclusive_group()
     page.add_argument("name", nargs="?", metavar="NAME", help="a method: its formula, weights, parameters and source")
@@ -80,6 +81,55 @@ def parser() -> argparse.ArgumentParser:
     sync = commands.add_parser("sync", help="send to MLflow what could not be sent while its server was away")
     sync.add_argument("folder", type=Path, nargs="?", default=Path("artifacts/tracking"))
     return top
+
+
+def _add_way_out(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """What is done with a trained network."""
+    predict = commands.add_parser("predict", help="masks, and what else is asked for, of images of one's own")
+    _add_model(predict)
+    predict.add_argument("input", type=Path, metavar="INPUT",
+                         help="an image, a folder of images, a .txt with one image a line, or a video")  # fmt: skip
+    predict.add_argument("--out", type=Path, required=True, help="the folder to write; it must not be there yet")
+    predict.add_argument("--color", action="store_true", help="masks in the colours of the classes, too")
+    predict.add_argument("--overlay", action="store_true", help="those colours over the image, too")
+    predict.add_argument("--confidence", action="store_true", help="the probability of each pixel's class, 255 for 1")
+    predict.add_argument("--areas", choices=("csv", "parquet"), help="a table of each image's pixels a class")
+    predict.add_argument("--batch-size", type=int, metavar="N", help="neighbouring images of one size go together (8)")
+    predict.add_argument("--scale", type=float, metavar="F",
+                         help="show images resized by this factor (as the network was scored)")  # fmt: skip
+    predict.add_argument("--window", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
+                         help="slide a window of this size over each image, as for large ones")  # fmt: skip
+    predict.add_argument(
+        "--window-stride", type=float, metavar="F", help="distance of windows, as a part of one (0.67)"
+    )
+    predict.add_argument("--every", type=int, default=1, metavar="N", help="every Nth frame of a video (%(default)s)")
+    _add_device(predict)
+
+    export = commands.add_parser("export", help="a network as one file, ONNX or an exported program, checked and timed")
+    _add_model(export)
+    export.add_argument("--out", type=Path, required=True, help="the file to write, ending with .onnx or .pt2")
+    export.add_argument("--format", choices=("onnx", "pt2"), help="as --out ends")
+    export.add_argument("--int8", action="store_true", help="quantised by onnxruntime, calibrated on the train split")
+    export.add_argument("--max-loss", type=float, default=1.0, metavar="P",
+                        help="points of validation mIoU that int8 may lose, or is refused (%(default)s)")  # fmt: skip
+    export.add_argument("--calibration", type=int, default=64, metavar="N",
+                        help="training images that int8 takes its ranges from (%(default)s)")  # fmt: skip
+    export.add_argument(
+        "--prepared", type=Path, default=Path("artifacts/prepared"), help="the data for int8 (%(default)s)"
+    )
+    export.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("HEIGHT", "WIDTH"),
+                        help="of the image whose time is measured (512 512)")  # fmt: skip
+
+    champion = commands.add_parser("champion", help="the registry's champion, and why; rollback: the one before")
+    champion.add_argument("action", choices=("show", "rollback"), nargs="?", default="show")
+    champion.add_argument("--name", help="the registered model (register.model_name)")
+    champion.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (%(default)s)")
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="a folder with a trained network, a registered model"
+                         " (models:/segdistill-student@champion), or a .pt2 or .onnx file")  # fmt: skip
+    command.add_argument("--student", metavar="NAME", help="which network, where the folder has several")
 
 
 def _add_init(command: argparse.ArgumentParser) -> None:

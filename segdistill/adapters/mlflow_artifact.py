@@ -6,18 +6,22 @@ these names, of this one flavor, with the hashes that the version's tag stands f
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from segdistill.errors import UserError
-from segdistill.files import SEAL, file_hash, read_bytes, read_text, require_regular, seal, sealed_hashes
+from segdistill.files import SEAL, file_hash, read_bytes, read_text, require_regular, seal, sealed_hashes, write_file
 
 FILES = {
     "MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "input_example.json", "serving_input_example.json",
     "data/model.pt2",
 }  # fmt: skip
+# What may lie beside them: the same network for other runtimes, its card, and pictures of what it sees.
+ONNX, CARD = "onnx/model.onnx", "card/card.md"
+BESIDE = {ONNX, CARD, *(f"card/overlay-{number}.png" for number in range(4))}
 _OF_MLFLOW = "registered_model_meta"  # which it writes beside what it downloads, and only reads as text
 
 
@@ -26,7 +30,8 @@ class SealedPyTorch:
 
     __name__ = "mlflow.pytorch"
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Mapping[str, bytes]) -> None:
+        self.beside = beside  # of :data:`BESIDE`
         self.checksums = ""  # the SHA-256 of the list of hashes, once it is written
 
     def save_model(self, path: str, **given: Any) -> None:
@@ -34,6 +39,9 @@ class SealedPyTorch:
         import mlflow
 
         mlflow.pytorch.save_model(path=path, **given)
+        for name, content in self.beside.items():
+            (Path(path) / name).parent.mkdir(exist_ok=True)
+            write_file(Path(path) / name, content)
         seal(Path(path))
         self.checksums = _checksums(Path(path))
 
@@ -51,7 +59,7 @@ def check_files(folder: Path, checksums: str, uri: str) -> None:
     advice = f"nothing of {uri} was loaded; find out who wrote it, and delete that version"
     links = [path for path in folder.rglob("*") if path.is_symlink()]
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {_OF_MLFLOW}
-    strange = sorted({path.relative_to(folder).as_posix() for path in links} | (found - FILES - {SEAL}))
+    strange = sorted({path.relative_to(folder).as_posix() for path in links} | (found - FILES - BESIDE - {SEAL}))
     if strange:
         raise UserError(f"{uri}: holds '{strange[0]}', which segdistill does not write; {advice}")
     if SEAL not in found or _checksums(folder) != checksums:

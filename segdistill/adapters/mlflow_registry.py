@@ -12,20 +12,32 @@ import json
 import logging
 import math
 import random
+import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from segdistill import environment
 from segdistill.adapters.mlflow_artifact import SealedPyTorch, check_files
 from segdistill.adapters.mlflow_names import model_name
-from segdistill.adapters.mlflow_store import ROLE_TAG, Store, default_store, ensure_run, experiment_id, import_mlflow
+from segdistill.adapters.mlflow_store import (
+    ROLE_TAG,
+    Store,
+    default_store,
+    ensure_run,
+    experiment_id,
+    import_mlflow,
+    one_line,
+)
 from segdistill.adapters.mlflow_tracking import MlflowTracker, Settings
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
+from segdistill.files import read_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,9 +46,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CHAMPION, CHALLENGER = "champion", "challenger"
+CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+ALREADY = "it is the champion already"
+REASON = "decision"  # the tag that says why a version has the alias that it got
 WEIGHTS, TEST_MIOU, TEST_DATA, CLAIM = "weights_sha256", "test_miou", "test_data", "segdistill.claim"
 CLASSES, CHECKSUMS = "classes", "checksums_sha256"  # of the logits, as JSON; of the files, all together
+_URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
 CHECKED_SIZES = ((64, 96), (97, 75))  # (H, W); the exported graph must take any, odd ones too
 
 
@@ -65,7 +80,10 @@ class Submission:
     test_data: str  # the identity of the test images and labels behind test_miou
     weights_sha256: str
     classes: tuple[str, ...]  # the name of each logit
+    contract: Mapping[str, Any]  # what a file of it says of itself (models/portable.py)
     facts: Mapping[str, str]  # further tags
+    describe: Callable[[str, str], str] | None = None  # alias and reason to the version's description, in Markdown
+    beside: Mapping[str, bytes] = field(default_factory=dict)  # further files of its artefact
 
 
 def register(model: "nn.Module", submission: Submission, *, name: str, min_gain: float, tracker: Tracker) -> Registered:
@@ -121,6 +139,13 @@ def _register(
     version = client.get_model_version(name, version.version)
     with store.lock(".registry"):
         alias, previous, reason = award(client, name, version, min_gain, pause=0.0 if store.database else 1.0)
+    if alias == CHAMPION and previous is not None:
+        client.set_registered_model_alias(name, PREVIOUS, str(previous))
+    if reason == ALREADY:  # what was decided when it became champion still holds
+        reason = version.tags.get(REASON, reason)
+    client.set_model_version_tag(name, version.version, REASON, reason)
+    if submission.describe is not None:
+        client.update_model_version(name, version.version, submission.describe(alias, reason))
     run_id = version.run_id or version.tags.get("run_id", "")
     return Registered(name, int(version.version), alias, previous, reason, run_id, f"models:/{name}/{version.version}")
 
@@ -165,7 +190,7 @@ def log_exported(model: "nn.Module", submission: Submission, run_id: str, tags: 
         return Schema([TensorSpec(np.dtype("float32"), (-1, channels, -1, -1))])
 
     example = np.random.default_rng(0).random((2, 3, *CHECKED_SIZES[0]), dtype=np.float32)
-    flavor = SealedPyTorch()
+    flavor = SealedPyTorch(submission.beside)
     with torch.no_grad():
         info = Model.log(
             artifact_path=None,
@@ -178,7 +203,10 @@ def log_exported(model: "nn.Module", submission: Submission, run_id: str, tags: 
             serialization_format="pt2",
             pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in ("torch", "numpy")],
             tags=dict(tags),
-            metadata={"classes": list(submission.classes)},  # for who serves it
+            metadata={
+                "classes": list(submission.classes),
+                "segdistill": dict(submission.contract),
+            },  # for who serves it
             validate_serving_input=False,  # check_served does more, and once is enough
         )
     score = Metric("test/miou", submission.test_miou, round(1000 * time.time()), 0, model_id=info.model_id)
@@ -199,6 +227,85 @@ def create_version(client: "MlflowClient", name: str, uri: str, run_id: str, tag
         client.delete_model_version(name, created.version)
         return first
     return created
+
+
+def fetch(uri: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Brings the files of a registered model, looked at but not loaded, and its contract.
+
+    Args:
+        uri: ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
+        folder: where to.
+
+    Raises:
+        UserError: there is no such version, or its files are not those that were registered.
+    """
+    store = default_store(Path())
+    with _as_current(store):
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        parts = _URI.fullmatch(uri)
+        if parts is None:
+            raise UserError(f"{uri}: not a registered model; allowed: models:/NAME@ALIAS, models:/NAME/VERSION")
+        client, (name, alias, number) = store.client(), parts.groups()
+        try:
+            version = (
+                client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+            )
+        except MlflowException as error:
+            raise UserError(f"{uri}: {store.address} has no such version ({one_line(error)})") from None
+        version = client.get_model_version(name, version.version)  # with its tags
+        if CHECKSUMS not in version.tags:
+            raise UserError(f"{uri}: was registered without checksums, so nobody can tell whose files these are")
+        path = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{version.version}", dst_path=str(folder)))
+    check_files(path, version.tags[CHECKSUMS], uri)
+    description = yaml.safe_load(read_text(path / "MLmodel"))
+    return path, dict((description.get("metadata") or {}).get("segdistill") or {})
+
+
+def champions(name: str) -> dict[str, dict[str, str]]:
+    """The versions that have an alias: alias -> ``version`` and its tags.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    store = default_store(Path())
+    with _as_current(store):
+        client = store.client()
+        aliases = _aliases(client, store, name)
+        versions = {alias: client.get_model_version(name, version) for alias, version in aliases.items()}
+    return {alias: {**version.tags, "version": str(version.version)} for alias, version in versions.items()}
+
+
+def roll_back(name: str) -> tuple[int, int]:
+    """Makes the version ``previous`` champion, and the champion ``previous``, so that a second call undoes the first.
+
+    Returns:
+        The versions that is champion now, and that was.
+
+    Raises:
+        UserError: there is no such model, or no version before its champion.
+    """
+    store = default_store(Path())
+    with _as_current(store), store.lock(".registry"):
+        client = store.client()
+        aliases = _aliases(client, store, name)
+        if not {CHAMPION, PREVIOUS} <= set(aliases):
+            raise UserError(f"{name}: has no version '{PREVIOUS}' to go back to: no champion was replaced yet")
+        now, before = aliases[PREVIOUS], aliases[CHAMPION]
+        client.set_registered_model_alias(name, CHAMPION, now)
+        client.set_registered_model_alias(name, PREVIOUS, before)
+        client.set_model_version_tag(name, now, REASON, f"a person went back to it from version {before}")
+    return int(now), int(before)
+
+
+def _aliases(client: "MlflowClient", store: Store, name: str) -> dict[str, str]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
+    except MlflowException as error:
+        raise UserError(f"{name}: {store.address} has no such registered model ({one_line(error)})") from None
 
 
 def check_served(
@@ -272,7 +379,7 @@ def decide(version: "ModelVersion", champion: "ModelVersion | None", min_gain: f
         return True, "there was no champion"
     before = f"the champion, version {champion.version},"
     if champion.version == version.version:
-        return True, "it is the champion already"
+        return True, ALREADY
     difference = ""
     if not _same_test(version, champion):
         difference = "was tested on other data"

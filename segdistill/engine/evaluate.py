@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,9 +14,28 @@ from segdistill.engine.distributed import Processes
 from segdistill.engine.settings import InferenceConfig
 from segdistill.errors import UserError
 from segdistill.metrics.confusion import confusion_matrix_per_image, mean_iou, pixel_accuracy
-from segdistill.models.segmenter import Segmenter, logits_at
+from segdistill.models.segmenter import logits_at
 
 Key = TypeVar("Key")
+
+
+class Network(Protocol):
+    """What is evaluated: a segmenter, or a network from a file (models/portable.py)."""
+
+    training: bool
+
+    @property
+    def info(self) -> Any:
+        """Has ``logits_stride``: image pixels per cell of the logits."""
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in 0..1 to logits [B, K, h, w]."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Sets the mode, as a module does."""
+
+    def eval(self) -> Any:
+        """Sets the mode of use."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +59,7 @@ class Evaluation:
 
 
 def predict(
-    network: Segmenter,
+    network: Network,
     images: Tensor,
     size: tuple[int, int],
     settings: InferenceConfig,
@@ -64,7 +83,7 @@ def predict(
 
 
 def _view(
-    network: Segmenter, images: Tensor, size: tuple[int, int], settings: InferenceConfig, scale: float, mirrored: bool
+    network: Network, images: Tensor, size: tuple[int, int], settings: InferenceConfig, scale: float, mirrored: bool
 ) -> Tensor:
     if scale != 1.0:
         # By size, as the logits come back: by factor, the image's edge would be cut off where sizes are rounded.
@@ -80,12 +99,12 @@ def _view(
     return logits
 
 
-def _full_size(network: Segmenter, images: Tensor) -> Tensor:
+def _full_size(network: Network, images: Tensor) -> Tensor:
     """Logits at the size of the images."""
     return logits_at(network.logits(images), images.shape[-2:], network.info.logits_stride)
 
 
-def _slide(network: Segmenter, images: Tensor, settings: InferenceConfig) -> Tensor:
+def _slide(network: Network, images: Tensor, settings: InferenceConfig) -> Tensor:
     """Logits of overlapping windows, averaged by how often a pixel was seen."""
     assert settings.window is not None
     height, width = images.shape[-2:]
@@ -110,7 +129,7 @@ def _starts(length: int, window: int, stride: float) -> list[int]:
 
 
 def evaluate(
-    network: Segmenter,
+    network: Network,
     dataset: ShardDataset,
     settings: InferenceConfig,
     *,
@@ -140,7 +159,7 @@ def evaluate(
 
 @torch.inference_mode()
 def evaluate_together(
-    networks: Mapping[Key, Segmenter],
+    networks: Mapping[Key, Network],
     dataset: ShardDataset,
     settings: InferenceConfig,
     *,

@@ -6,6 +6,7 @@ champion on the same test data by more than ``min_gain`` points (the rule stands
 
 import json
 import shutil
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,18 +14,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from segdistill import environment
 from segdistill.config import config as config_class
+from segdistill.config import parse, to_dict
+from segdistill.engine.settings import InferenceConfig
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError, nearest
-from segdistill.files import new_folder
+from segdistill.files import new_folder, read_json, read_sealed_json
 from segdistill.identity import facts_of
 from segdistill.plan import Job, jobs
 from segdistill.report.highlights import Highlights
 from segdistill.stages._cohort import folders_of
 
 if TYPE_CHECKING:
+    from segdistill.models.segmenter import Segmenter
     from segdistill.report.results import Comparison
 
+INFERENCE = "inference.json"  # beside the registered model: how images were shown to it when it was scored
 COMPARE = "run the stage 'compare' again"
 
 
@@ -46,6 +52,9 @@ class Config:
 
     min_gain: Annotated[float, Field(ge=0, le=100)]
     """Points of test mIoU (0..100) by which a student must beat the champion to replace it."""
+
+    onnx: bool = False
+    """Whether the version has its network as ONNX, too, which needs the extra ``export``."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +112,29 @@ def run(
     best = choose(candidates(results, folders, comparison), config, diverged)
 
     from segdistill.models.export import ExportedSegmenter, load_model
+    from segdistill.models.portable import contract
 
     classes = class_names(prepared)
     segmenter, document = load_model(best.folder, best.student, classes=classes)
     if document["sha256"] != best.weights_sha256:
         raise UserError(f"{best.folder}: '{best.student}' has other weights than were compared; {COMPARE}")
+    from segdistill.adapters.mlflow_artifact import CARD, ONNX
     from segdistill.adapters.mlflow_registry import Submission, register
+    from segdistill.report import card
 
+    inference = inference_of(best.folder)
+    said = contract(document, segmenter, inference)
+    row, scores_of_seed = card.find(results, best.experiment, best.student, best.seed)
+    beside = overlays(segmenter, prepared, parse(InferenceConfig, inference, "inference"))
+    described = dict.fromkeys(beside, "test images, their labels and what the network sees")
+    if config.onnx:
+        beside[ONNX] = onnx_file(segmenter, said)
+        described[ONNX] = "the same network for onnxruntime and Triton"
+    model_card = card.model_card(
+        results, row, scores_of_seed, contract=said, model=document["model"], name=config.model_name, files=described,
+        data_md5=environment.data_md5(),
+    )  # fmt: skip
+    beside[CARD] = model_card.encode()
     submission = Submission(
         experiment=best.experiment,
         seed=best.seed,
@@ -119,6 +144,9 @@ def run(
         test_data=identity_of_test_data(prepared),
         weights_sha256=best.weights_sha256,
         classes=classes,
+        contract=said,
+        beside=beside,
+        describe=lambda alias, reason: card.description(card.decided(model_card, alias, reason), CARD),
         facts={"params": str(best.params), "macs": str(best.macs), **facts_of(document)},
     )
     registered = register(
@@ -129,12 +157,65 @@ def run(
         tracker=tracker,
     )
     scores = {name: getattr(best, name) for name in ("experiment", "seed", "student", "val_miou", "test_miou")}
-    result = {**asdict(registered), **scores}
+    result = {**asdict(registered), **scores, "distilled": row.distilled}
     with new_folder(registration) as partial:
         (partial / "model").mkdir()
         for suffix in (".safetensors", ".json"):
             shutil.copy2(best.folder / f"{best.student}{suffix}", partial / "model" / f"{best.student}{suffix}")
+        (partial / "model" / INFERENCE).write_text(json.dumps(inference, indent=2) + "\n")
+        for name, content in beside.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_bytes(content)
+        (partial / CARD).write_text(card.decided(model_card, registered.alias, registered.reason))
         _write(partial, result)
+
+
+def onnx_file(segmenter: "Segmenter", said: Mapping[str, Any]) -> bytes:
+    """The network as ONNX, whose logits are those of torch."""
+    import torch
+
+    from segdistill.models import portable
+    from segdistill.models.export import ExportedSegmenter
+
+    with tempfile.TemporaryDirectory(prefix="segdistill-onnx-") as scratch:
+        path = Path(scratch) / "model.onnx"
+        portable.save_onnx(portable.to_program(segmenter), path, said)
+        network, _ = portable.load_portable(path, torch.device("cpu"))
+        portable.check_same(ExportedSegmenter(segmenter).eval(), network, "the ONNX file")
+        return path.read_bytes()
+
+
+def overlays(segmenter: "Segmenter", prepared: Path, inference: InferenceConfig, number: int = 4) -> dict[str, bytes]:
+    """Evenly spread test images with labels and prediction, as PNG files by their names in the version's artefact."""
+    import numpy as np
+    import torch
+
+    from segdistill.data.decoding import encode_png
+    from segdistill.data.shards import ShardDataset, read_dataset_info
+    from segdistill.engine.evaluate import predict
+    from segdistill.report.pictures import overlay
+
+    test_set, colors = ShardDataset(prepared, "test"), [entry.color for entry in read_dataset_info(prepared).classes]
+    pictures = {}
+    for place, index in enumerate(np.unique(np.linspace(0, len(test_set) - 1, number).round().astype(int)).tolist()):
+        image, label = test_set[index]
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+        with torch.inference_mode():
+            scores = predict(segmenter, pixels, (label.shape[0], label.shape[1]), inference)
+        mask = scores.argmax(1)[0].to(torch.uint8).numpy()
+        pictures[f"card/overlay-{place}.png"] = encode_png(overlay(image, label, mask, colors))
+    return pictures
+
+
+def inference_of(folder: Path) -> dict[str, Any]:
+    """How images were shown to the networks of a folder when they were scored; where it does not say, as they are."""
+    settings = InferenceConfig(batch_size=8, input_scale=1.0, window=None, window_stride=0.67)
+    if (folder / "metrics.json").is_file():
+        metrics = read_sealed_json(folder, "metrics.json", mend="train it again")
+        settings = parse(InferenceConfig, metrics["config"]["inference"], f"{folder / 'metrics.json'}: inference")
+    elif (folder / INFERENCE).is_file():
+        settings = parse(InferenceConfig, read_json(folder / INFERENCE), str(folder / INFERENCE))
+    return dict(to_dict(settings))
 
 
 def _write(folder: Path, result: Mapping[str, Any]) -> None:
@@ -223,9 +304,10 @@ def sentence(result: Mapping[str, Any]) -> str:
     """``registration.json`` in words."""
     if result["version"] is None:
         return f"Not registered: {result['reason']} (compare.min_test_miou)"
+    kind = "" if result.get("distilled", True) else "undistilled "
     return (
         f"Registered: {result['name']} version {result['version']} as {result['alias'] or 'no alias'} "
-        f"({result['reason']}): the '{result['student']}' of {result['experiment']}, seed {result['seed']}, "
+        f"({result['reason']}): the {kind}'{result['student']}' of {result['experiment']}, seed {result['seed']}, "
         "the best by validation"
     )
 

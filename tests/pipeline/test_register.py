@@ -1,5 +1,6 @@
 """Registration against a real SQLite registry: the choice, the served model, the alias, and many at once."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from segdistill.__main__ import main
 from segdistill.adapters.mlflow_artifact import FILES
 from segdistill.adapters.mlflow_registry import (
     CHAMPION,
@@ -85,7 +87,7 @@ def submission(
     test_data: str = "t",
     classes: tuple[str, ...] = ("road", "sky"),
 ) -> Submission:
-    return Submission("kd", 0, "cnn", 0.5, test_miou, test_data, weights, classes, {"identity": identity})
+    return Submission("kd", 0, "cnn", 0.5, test_miou, test_data, weights, classes, {}, {"identity": identity})
 
 
 # --- the choice
@@ -193,11 +195,37 @@ def test_the_same_weights_are_one_version_and_the_alias_follows_the_rule(root: P
     raised = register(Scaled(2), submission("b", 0.403), name=NAME, min_gain=0.0, tracker=one)
     assert (raised.version, raised.alias, raised.previous_champion) == (2, "champion", 1)
     client = default_store(root).client()
-    assert {key: int(value) for key, value in client.get_registered_model(NAME).aliases.items()} == {"champion": 2}
+    assert {key: int(value) for key, value in client.get_registered_model(NAME).aliases.items()} == {
+        "champion": 2,
+        "previous": 1,
+    }
     tags = client.get_model_version(NAME, "2").tags
     assert (tags["data_md5"], tags["git_commit"], tags["experiment"], tags["seed"]) == ("d", "c", "kd", "0")
     assert (tags["student"], tags["weights_sha256"], float(tags["test_miou"])) == ("cnn", "b", 0.403)
     assert tags["run_id"] == raised.run_id
+    assert "+0.30 points" in tags["decision"]
+
+
+def test_a_rollback_restores_the_previous_champion_and_a_second_one_undoes_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(root)
+    client = default_store(root).client()
+    client.create_registered_model(NAME)
+    for score in (0.3, 0.6):
+        client.create_model_version(NAME, source=str(root), tags={"test_miou": repr(score), "student": "cnn"})
+    client.set_registered_model_alias(NAME, CHAMPION, "2")
+    assert main(["champion", "rollback", "--name", NAME]) == 2
+    assert "has no version 'previous' to go back to" in capsys.readouterr().err
+    client.set_registered_model_alias(NAME, "previous", "1")
+    for now, before in ((1, 2), (2, 1)):
+        assert main(["champion", "rollback", "--name", NAME]) == 0
+        assert f"version {now} is champion again; version {before} is now 'previous'" in capsys.readouterr().out
+        assert int(client.get_model_version_by_alias(NAME, CHAMPION).version) == now
+    assert main(["champion", "--name", NAME]) == 0
+    assert "60.00" in capsys.readouterr().out
+    assert main(["champion", "--name", "other"]) == 2
+    assert "has no such registered model" in capsys.readouterr().err
 
 
 def test_the_same_weights_for_other_classes_are_another_version(root: Path) -> None:
@@ -564,9 +592,22 @@ def test_the_stage_registers_a_student_that_serves_any_image_size(root: Path, pr
     logged = [path for path in (root / "mlartifacts").rglob("*") if path.is_file()]
     assert not [path for path in logged if path.suffix in (".pth", ".pkl")]
     folder = next(path.parent for path in logged if path.name == "MLmodel")
-    assert {path.relative_to(folder).as_posix() for path in logged} == FILES | {SEAL}
+    beside = {"card/card.md", *(f"card/overlay-{number}.png" for number in range(3))}
+    assert {path.relative_to(folder).as_posix() for path in logged} == FILES | {SEAL} | beside
+    text = mlflow.MlflowClient().get_model_version(NAME, "1").description
+    for words in ("**Champion**: there was no champion.", "| road | ", "41.0 %", "**This student was not distilled**"):
+        assert words in text
+    assert (registration / "card/card.md").read_text() == text
+    assert Image.open(folder / "card/overlay-0.png").height >= 240
     assert sealed_hashes(folder, mend="")["data/model.pt2"] == file_hash(folder / "data/model.pt2")
-    assert mlflow.models.get_model_info(f"models:/{NAME}/1").metadata == {"classes": ["road", "sky"]}
+    assert mlflow.models.get_model_info(f"models:/{NAME}/1").metadata["classes"] == ["road", "sky"]
+    out, image = root / "out", next((prepared.parent / "data/images/test").iterdir())
+    with contextlib.chdir(root):
+        assert main(["predict", f"models:/{NAME}@champion", str(image), "--out", str(out)]) == 0
+        assert main(["predict", str(registration), str(image), "--out", f"{out}2"]) == 0
+    masks = [np.array(Image.open(folder / "masks" / image.name)) for folder in (out, Path(f"{out}2"))]
+    assert masks[0].shape == (24, 32) and (masks[0] == masks[1]).all()
+    assert json.loads((out / "classes.json").read_text())["classes"][1] == {"name": "sky", "color": [9, 9, 9]}
     served = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
     images = np.random.default_rng(1).random((1, 3, 51, 83), dtype=np.float32)
     with torch.no_grad():

@@ -1,0 +1,80 @@
+"""The MODEL of ``predict`` and ``export``, a folder, a registered model or a file, as a network that scores."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segdistill.config import parse
+from segdistill.engine.settings import InferenceConfig
+from segdistill.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from torch.export import ExportedProgram
+
+    from segdistill.engine.evaluate import Network
+
+REGISTRY = "models:/"
+HELP = "a folder of ours, a registered model (models:/segdistill-student@champion), or a .pt2 or .onnx file"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network, and what its file says of it (:func:`segdistill.models.portable.contract`)."""
+
+    network: "Network"
+    contract: dict[str, Any]
+    program: "ExportedProgram | None"  # where it came as one
+
+    @property
+    def inference(self) -> InferenceConfig:
+        """How images were shown to it when it was scored; where it does not say, whole and as they are."""
+        known = self.contract.get("inference") or {"input_scale": 1.0, "window": None, "window_stride": 0.67}
+        return parse(InferenceConfig, {"batch_size": 8, **known}, "inference")
+
+
+def open_model(text: str, student: str | None, device: "torch.device") -> Model:
+    """The network that a MODEL of the command line names.
+
+    Raises:
+        UserError: there is none, or what is there is damaged or not ours.
+    """
+    from segdistill.models.portable import ProgramNetwork, load_portable, load_program, require_contract
+
+    path = Path(text)
+    if text.startswith(REGISTRY):
+        from segdistill.adapters.mlflow_registry import fetch
+
+        with tempfile.TemporaryDirectory(prefix="segdistill-model-") as scratch:
+            files, contract = fetch(text, Path(scratch))
+            program, _ = load_program(files / "data" / "model.pt2")
+        contract = require_contract(contract, text)
+        return Model(ProgramNetwork(program, device), contract, program)
+    if path.is_dir():
+        return _of_folder(path, student, device)
+    if path.suffix not in (".pt2", ".onnx"):
+        raise UserError(f"{text}: no such model; allowed: {HELP}")
+    if path.suffix == ".pt2":
+        program, document = load_program(path)
+        return Model(ProgramNetwork(program, device), require_contract(document, path), program)
+    return Model(*load_portable(path, device), None)
+
+
+def _of_folder(folder: Path, student: str | None, device: "torch.device") -> Model:
+    """A network as training or the stage ``register`` left it."""
+    from segdistill.models.export import load_model, model_names
+    from segdistill.models.portable import contract, require_contract
+    from segdistill.stages.register import inference_of
+
+    if not model_names(folder) and (folder / "model").is_dir():  # that of a registration
+        folder = folder / "model"
+    names = model_names(folder)
+    if student is None and len(names) > 1:
+        raise UserError(f"{folder}: has several networks; choose one with --student{nearest('', names)}")
+    if not names:
+        raise UserError(f"{folder}: no model in it, which is a NAME.safetensors with its NAME.json")
+    name = student or names[0]
+    segmenter, document = load_model(folder, name, device)
+    require_contract(document, folder / f"{name}.json")
+    return Model(segmenter, contract(document, segmenter, inference_of(folder)), None)
