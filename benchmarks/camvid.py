@@ -253,7 +253,6 @@ class Arm:
         machines = {read_json(folder / DONE)["machine"] for folder in folders}
         return {
             "seeds": complete, "wanted": self.params["seeds"], "machines": sorted(machines),
-            "splits": read_json(self.folder / PREPARED / "dataset.json")["splits"],
             "text": (report / "report.md").read_text().partition("\n")[2].strip(),
         }  # fmt: skip
 
@@ -343,9 +342,8 @@ def result(given: argparse.Namespace, arms: Mapping[str, Mapping[str, Any]]) -> 
     lines = []
     for name, arm in arms.items():
         title = {"all": "All labels", "eighth": "An eighth of the labels, the other images without"}[name]
-        counts = ", ".join(f"{count} {split}" for split, count in arm["splits"].items())
         seeds = f"{len(arm['seeds'])} of {len(arm['wanted'])} seeds are done"
-        lines += [f"## {title}", "", f"Images: {counts}. {seeds}. {'; '.join(arm['machines'])}.", ""]
+        lines += [f"## {title}", "", f"{seeds}. {'; '.join(arm['machines'])}.", ""]
         # A heading of the comparison's page is one below ours.
         lines += [f"#{line}" if line.startswith("#") else line for line in arm["text"].splitlines()]
         lines += [""]
