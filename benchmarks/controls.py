@@ -45,8 +45,8 @@ c2vkd visual, patch no    yes   features; no gradient reaches the decoder
 c2vkd linguistic    no    part  one vector an image: what is in it, not where
 fitnet, at, ifvd,   no    yes   features; no gradient reaches the classifier
 mgd
-skd                 part  yes   its pixel term names, its pairs and critic do not
-cirkd               part  part  its kd term names, its relations do not
+skd, cirkd          no    part  relations and a critic; their papers' pixel-wise term is here a kd beside them (the
+                                first version of this table counted it in, and was refuted: alone they are at chance)
 hfd                 no    part  the other network's first stage: edges and colours, no classes
 region BSD          no    yes   last features; no gradient reaches the classifier
 pixel BSD           yes   yes   distributions, where the peer is the better one
