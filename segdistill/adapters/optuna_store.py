@@ -177,7 +177,7 @@ def opened(storage: str | None, folder: Path) -> Iterator[RDBStorage]:
             url = url.set(password=password)
     try:
         store = _connected(url.render_as_string(hide_password=False), options)
-    except (SQLAlchemyError, StorageInternalError, ImportError) as error:
+    except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError) as error:
         raise UserError(f"tune.storage: the store cannot be opened: {_reason(error)}") from None
     try:
         yield store
@@ -195,17 +195,20 @@ def _reason(error: Exception) -> str:
 
 
 def _connected(url: str, options: dict[str, Any]) -> RDBStorage:
-    """The store, its tables made; several processes may make them at once, of which one succeeds."""
+    """The store, its tables made; several processes may make them at once, of which one succeeds.
+
+    Before the one has written the version of the tables, the others take them for those of another Optuna.
+    """
     from sqlalchemy.exc import SQLAlchemyError
 
-    for pause in (0.5, 1.0, None):
+    for pause in (0.5, 1.0, 2.0, None):
         try:
             with _without_warnings():
                 return RDBStorage(
                     url, options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
                     heartbeat_stale_trial_callback=_take_back,
                 )  # fmt: skip
-        except (SQLAlchemyError, StorageInternalError):
+        except (SQLAlchemyError, StorageInternalError, RuntimeError):
             if pause is None:
                 raise
             time.sleep(pause)

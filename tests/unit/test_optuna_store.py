@@ -170,3 +170,18 @@ def test_a_store_that_cannot_be_used_is_one_sentence_without_secrets(
     with pytest.raises(UserError) as caught, optuna_store.opened(url, tmp_path):
         pass
     assert str(caught.value).startswith(sentence) and "hunter" not in str(caught.value)
+
+
+def test_tables_that_another_process_is_making_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, pauses = optuna_store.RDBStorage, list[float]()
+
+    def half_made(*given: Any, **more: Any) -> Any:
+        if len(pauses) < 2:
+            raise RuntimeError("The runtime optuna version 5.0.0 is no longer compatible with the table schema")
+        return made(*given, **more)
+
+    monkeypatch.setattr(optuna_store, "RDBStorage", half_made)
+    monkeypatch.setattr(optuna_store.time, "sleep", pauses.append)
+    with optuna_store.opened(None, tmp_path) as store:
+        assert store.get_all_studies() == []
+    assert len(pauses) == 2
