@@ -194,11 +194,13 @@ def parameters(name: str, settings: ExperimentConfig, search: SearchConfig) -> l
 
 def _may_vary(name: str, settings: ExperimentConfig, parameter: Parameter) -> bool:
     """Whether another setting of the method does without the value: no little change of it is then allowed."""
-    try:
-        with_values(name, settings, {parameter.path: parameter.present * 1.01})
-    except UserError:
-        return False
-    return True
+    for factor in (0.99, 1.01):  # the present value may be the least or the greatest that is allowed
+        try:
+            with_values(name, settings, {parameter.path: parameter.present * factor})
+        except UserError:
+            continue
+        return True
+    return False
 
 
 def with_values(name: str, settings: ExperimentConfig, values: Mapping[str, float]) -> ExperimentConfig:

@@ -79,6 +79,11 @@ def test_a_value_that_another_setting_does_without_is_not_searched(params: dict[
     assert "methods.0.temperature" in searched(params, "c2vkd_ce")
 
 
+def test_a_value_at_its_greatest_is_searched_all_the_same(params: dict[str, Any]) -> None:
+    params["experiments"]["kd"]["methods"] = [{"name": "kd", "ramp": 1.0}]
+    assert "methods.0.ramp" in searched(params, "kd")
+
+
 def test_a_range_that_reaches_beyond_what_is_allowed_is_named(params: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"^tune\.search\.learning_rate: reaches too far: .*lr: .*less than or equal"):
         searched(params, "none", learning_rate=[0.1, 1e5])
