@@ -161,7 +161,9 @@ def calibration(dataset: "ShardDataset", images: int, scale: float) -> Iterator[
     import torch
     from torch.nn import functional
 
-    for index in np.unique(np.linspace(0, len(dataset) - 1, images).round().astype(int)).tolist():
+    from segdistill.report.pictures import evenly_spread
+
+    for index in evenly_spread(len(dataset), images):
         pixels = torch.from_numpy(dataset[index][0]).permute(2, 0, 1)[None].float() / 255
         if scale != 1.0:
             size = [max(1, round(length * scale)) for length in pixels.shape[-2:]]

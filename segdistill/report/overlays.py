@@ -14,6 +14,7 @@ from segdistill.data.shards import ShardDataset
 from segdistill.errors import UserError
 from segdistill.files import read_sealed
 from segdistill.report.inputs import EVALUATE, Measured
+from segdistill.report.pictures import evenly_spread
 
 IGNORED = 255
 MAX_WIDTH = 512  # pixels; a street scene of 2048 columns says as much at a quarter of them
@@ -60,7 +61,7 @@ def read(
     available = [index for index, sample in enumerate(samples) if sample in kept]
     if not number or not available:
         return []
-    positions = np.unique(np.linspace(0, len(available) - 1, number).round().astype(int))
+    positions = evenly_spread(len(available), number)
     test_set = ShardDataset(prepared, "test")
     first: dict[tuple[str, str], Measured] = {}
     for network in networks:

@@ -7,6 +7,12 @@ import numpy as np
 from PIL import Image
 
 
+def evenly_spread(length: int, number: int) -> list[int]:
+    """At most so many of ``length`` positions, the first and the last among them, in order."""
+    positions: list[int] = np.unique(np.linspace(0, length - 1, number).round().astype(int)).tolist()
+    return positions
+
+
 def colorize(labels: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> np.ndarray:
     """Class ids as colours; what has no class is black.
 

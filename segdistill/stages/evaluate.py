@@ -211,12 +211,11 @@ def _pictures(
 
     ``overlays/<name>/<id>.png`` holds class ids, for the comparison; ``pictures/<name>`` is what people look at.
     """
-    import numpy as np
     import torch
     from PIL import Image
 
     from segdistill.engine.evaluate import predict
-    from segdistill.report.pictures import confusion_map, overlay
+    from segdistill.report.pictures import confusion_map, evenly_spread, overlay
 
     out, pictures = folder / "overlays" / name, folder / "pictures" / name
     out.mkdir(parents=True)
@@ -225,8 +224,7 @@ def _pictures(
         return
     confusion_map(found.confusion, [item.name for item in info.classes], pictures / "confusion.png")
     colors = [item.color for item in info.classes]
-    chosen: list[int] = np.unique(np.linspace(0, len(test_set) - 1, config.overlays).round().astype(int)).tolist()
-    for index in chosen:
+    for index in evenly_spread(len(test_set), config.overlays):
         image, label = test_set[index]
         pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(processes.device).float() / 255
         with torch.inference_mode():

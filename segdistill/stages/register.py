@@ -187,17 +187,16 @@ def onnx_file(segmenter: "Segmenter", said: Mapping[str, Any]) -> bytes:
 
 def overlays(segmenter: "Segmenter", prepared: Path, inference: InferenceConfig, number: int = 4) -> dict[str, bytes]:
     """Evenly spread test images with labels and prediction, as PNG files by their names in the version's artefact."""
-    import numpy as np
     import torch
 
     from segdistill.data.decoding import encode_png
     from segdistill.data.shards import ShardDataset, read_dataset_info
     from segdistill.engine.evaluate import predict
-    from segdistill.report.pictures import overlay
+    from segdistill.report.pictures import evenly_spread, overlay
 
     test_set, colors = ShardDataset(prepared, "test"), [entry.color for entry in read_dataset_info(prepared).classes]
     pictures = {}
-    for place, index in enumerate(np.unique(np.linspace(0, len(test_set) - 1, number).round().astype(int)).tolist()):
+    for place, index in enumerate(evenly_spread(len(test_set), number)):
         image, label = test_set[index]
         pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
         with torch.inference_mode():
