@@ -197,18 +197,31 @@ def _reason(error: Exception) -> str:
 def _connected(url: str, options: dict[str, Any]) -> RDBStorage:
     """The store, its tables made; several processes may make them at once, of which one succeeds.
 
-    Before the one has written the version of the tables, the others take them for those of another Optuna.
+    Raises:
+        UserError: the database has the tables of another program.
     """
+    from sqlalchemy import create_engine, inspect
     from sqlalchemy.exc import SQLAlchemyError
 
     for pause in (0.5, 1.0, 2.0, None):
+        engine = create_engine(url, **options)
+        try:
+            tables = set(inspect(engine).get_table_names())  # what cannot be mended fails here, at once
+        finally:
+            engine.dispose()
+        # MLflow and Optuna both keep their tables' version in one of this name; Optuna makes it last.
+        if "alembic_version" in tables and "version_info" not in tables:
+            raise UserError(
+                "tune.storage: the database has the tables of another program, such as MLflow; the trials need one of "
+                "their own (CREATE DATABASE trials)"
+            )
         try:
             with _without_warnings():
                 return RDBStorage(
                     url, options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
                     heartbeat_stale_trial_callback=_take_back,
                 )  # fmt: skip
-        except (SQLAlchemyError, StorageInternalError, RuntimeError):
+        except (SQLAlchemyError, StorageInternalError):
             if pause is None:
                 raise
             time.sleep(pause)

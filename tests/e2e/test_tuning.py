@@ -41,8 +41,13 @@ def trials(project: Path) -> dict[str, list[tuple[Any, ...]]]:
 
 @pytest.fixture
 def storage(database: Postgres) -> str:
-    pytest.importorskip("psycopg")
-    return f"postgresql+psycopg://mlflow@127.0.0.1:{database.port}/postgres"
+    """A database of its own beside MLflow's."""
+    psycopg = pytest.importorskip("psycopg")
+    server = {"host": "127.0.0.1", "port": database.port, "user": "mlflow", "password": database.password}
+    with psycopg.connect(**server, dbname="postgres", autocommit=True) as connection:
+        if not connection.execute("SELECT 1 FROM pg_database WHERE datname = 'trials'").fetchone():
+            connection.execute("CREATE DATABASE trials")
+    return f"postgresql+psycopg://mlflow@127.0.0.1:{database.port}/trials"
 
 
 def test_of_two_processes_that_share_trials_in_postgresql_one_is_killed_and_nothing_is_lost(

@@ -1,5 +1,7 @@
 """Trials in their store: how many there are, who works on them, and what becomes of those whose process ends."""
 
+import contextlib
+import sqlite3
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from segdistill.errors import UserError
 
 optuna_store = pytest.importorskip("segdistill.adapters.optuna_store")
+sqlalchemy_exc = pytest.importorskip("sqlalchemy.exc")
 Range, Search, Session = optuna_store.Range, optuna_store.Search, optuna_store.Session
 
 RANGES = {"lr": Range(0.01, 1.0, True), "ramp": Range(0.0, 1.0, False)}
@@ -177,7 +180,7 @@ def test_tables_that_another_process_is_making_are_waited_for(tmp_path: Path, mo
 
     def half_made(*given: Any, **more: Any) -> Any:
         if len(pauses) < 2:
-            raise RuntimeError("The runtime optuna version 5.0.0 is no longer compatible with the table schema")
+            raise sqlalchemy_exc.IntegrityError("CREATE TABLE studies", {}, Exception("it is there already"))
         return made(*given, **more)
 
     monkeypatch.setattr(optuna_store, "RDBStorage", half_made)
@@ -185,3 +188,19 @@ def test_tables_that_another_process_is_making_are_waited_for(tmp_path: Path, mo
     with optuna_store.opened(None, tmp_path) as store:
         assert store.get_all_studies() == []
     assert len(pauses) == 2
+
+
+def test_a_database_of_another_program_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "trials.db")) as mlflow:
+        mlflow.execute("CREATE TABLE alembic_version (version_num VARCHAR(32))")
+        mlflow.commit()
+        refusal = pytest.raises(UserError, match="tables of another program, such as MLflow")
+        with refusal, optuna_store.opened(None, tmp_path):
+            pass
+        assert mlflow.execute("SELECT name FROM sqlite_master").fetchall() == [("alembic_version",)]
+
+
+def test_what_waiting_does_not_mend_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optuna_store.time, "sleep", lambda pause: pytest.fail("waited"))
+    with pytest.raises(UserError), optuna_store.opened("postgresql+pg8000://me@127.0.0.1/trials", tmp_path):
+        pass
