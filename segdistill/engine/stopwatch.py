@@ -24,7 +24,7 @@ class Stopwatch:
         return seconds
 
     def take_cpu(self) -> float:
-        """The CPU seconds of all threads since they were last taken, which other programs add nothing to; none on a GPU."""
+        """The CPU seconds of all threads since they were last taken: other programs add nothing. None on a GPU."""
         seconds, self._cpu_seconds = self._cpu_seconds, 0.0
         return seconds
 

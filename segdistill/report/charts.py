@@ -157,8 +157,8 @@ CURVES = (("losses", "cross-entropy of training batches", 1.0), ("curve", "valid
 
 
 def few_validations(networks: Sequence[Measured]) -> int:
-    """How many validations there were, if too few for curves to be drawn of them; else 0."""
-    most = max((len(network.curve) for network in networks), default=0)
+    """How many validations students had, if too few for curves to be drawn of them; else 0."""
+    most = max((len(network.curve) for network in networks if network.seed is not None), default=0)
     return most if most < CURVE_FROM else 0
 
 
@@ -188,7 +188,9 @@ def _curves(comparison: Comparison, networks: Sequence[Measured], narrow: bool) 
         for experiment, seeds in experiments.items():
             color = palette.color(experiment)
             for curve in seeds:
-                axes.plot(curve.keys(), [scale * value for value in curve.values()], color=color, linewidth=1, alpha=0.3)
+                axes.plot(
+                    curve.keys(), [scale * value for value in curve.values()], color=color, linewidth=1, alpha=0.3
+                )
             steps = sorted(set.intersection(*(set(curve) for curve in seeds)))
             if not steps:
                 continue
@@ -220,12 +222,21 @@ def svg(figure: Any, title: str, shape: str) -> Markup:
     text = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(
-            text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
-            bbox_inches="tight", pad_inches=0.06,  # a label that is longer than its room makes room
+            text,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+            bbox_inches="tight",
+            pad_inches=0.06,  # a label that is longer than its room makes room
         )
     body = text.getvalue()
     body = body[body.index("<svg") :]
-    body = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 class="{shape}" role="img" aria-label="{title}">', body, count=1)
+    body = re.sub(
+        r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>",
+        rf'<svg \1 class="{shape}" role="img" aria-label="{title}">',
+        body,
+        count=1,
+    )
     body = re.sub(r'(font: [^;"]*?px) [^;"]*', r"\1 var(--font)", body)
     # Ids of one drawing must not meet those of another in the same page.
     prefix = re.sub(r"\W+", "-", f"{shape} {title}".lower())

@@ -1,7 +1,7 @@
 """The comparison as Markdown and as one self-contained HTML page: no request, light and dark.
 
-Its short script sorts tables, moves the border between two pictures and folds tables that are too wide; without it all is
-there to be read.
+Its short script sorts tables, moves the border between two pictures and folds tables that are too wide; without it all
+is there to be read.
 """
 
 from collections.abc import Mapping, Sequence

@@ -118,9 +118,7 @@ def run(
         teacher=teacher_row,
         rows=tuple(rows),
         best=best_row(rows),
-        protocol=replace(
-            _protocol(config, seeds, info, taught, measured), data_md5=data_md5, git_commit=git_commit
-        ),
+        protocol=replace(_protocol(config, seeds, info, taught, measured), data_md5=data_md5, git_commit=git_commit),
         warnings=tuple(warnings(rows, experiments)),
         passed=100 * max(row.test_miou.mean for row in rows if row.test_miou) >= config.min_test_miou,
     )

@@ -70,7 +70,9 @@ class Browser:
         event, facts = message.get("method"), message.get("params", {})
         if event in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
             self.complaints.append(json.dumps(facts))
-        if event == "Network.requestWillBeSent" and not facts["request"]["url"].startswith(("data:", "file:", "about:")):
+        if event == "Network.requestWillBeSent" and not facts["request"]["url"].startswith(
+            ("data:", "file:", "about:")
+        ):
             self.requests.append(facts["request"]["url"])
         return message
 
