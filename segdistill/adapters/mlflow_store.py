@@ -364,17 +364,19 @@ def ensure_run(
     dataset: DatasetFacts | None = None,
     *,
     fresh: bool = False,
+    reopen: bool = True,
 ) -> str:
     """The id of the run ``name`` in a pipeline execution: the one that is there, set to RUNNING again, or a new one.
 
-    Tags that the run has already stay as they are. ``fresh`` makes a new one in any case.
+    Tags that the run has already stay as they are. ``fresh`` makes a new one in any case. Without ``reopen`` a run that
+    is there keeps its status and its end.
     """
     with store.lock():
         parent = ensure_parent(client, store, pipeline_run, tags)
         runs = [] if fresh else _search(client, parent.info.experiment_id, pipeline_run, "run", name)
         if runs:
             run = runs[-1]
-            if run.info.status != "RUNNING":
+            if reopen and run.info.status != "RUNNING":
                 client.update_run(run.info.run_id, status="RUNNING")
             for key, value in tags.items():
                 if key not in run.data.tags:
