@@ -138,7 +138,8 @@ def _tell(pipeline: Tracker, comparison: "Comparison") -> None:
 
     best = next(row for row in comparison.rows if (row.experiment, row.student) == comparison.best)
     protocol, teacher = comparison.protocol, comparison.teacher
-    summary = page.markdown(comparison).partition("\n## ")[0].strip()
+    # MLflow shows the first lines only until one asks for more, so it begins with the finding, without a title.
+    summary = page.markdown(comparison).partition("\n## ")[0].removeprefix("# Comparison").strip()
     pipeline.describe(
         f"{summary}\n\nThe whole of it: `comparison/report.html` among the artifacts of the run `compare`."
     )

@@ -91,6 +91,8 @@ def test_all_that_is_logged_arrives_below_one_parent_with_the_dataset(root: Path
     assert "matrix.csv" in artifacts(root, run, "")
     dataset = run.inputs.dataset_inputs[0].dataset
     assert (dataset.digest, json.loads(dataset.profile)) == (MD5, {"train": 7})
+    assert parent.inputs.dataset_inputs[0].dataset.digest == MD5, "the list of runs shows the parent first"
+    assert parent.data.tags["mlflow.source.name"] == "segdistill"
     assert not list((root / "spool").rglob("*.files/*")), "copies of sent artifacts are removed"
 
 
