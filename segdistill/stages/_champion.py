@@ -1,7 +1,7 @@
 """A champion on other test data than it was registered with: tested there, beside the student that would replace it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from segdistill.engine.settings import InferenceConfig
 from segdistill.errors import UserError
@@ -39,7 +39,7 @@ def evaluate_champion(
     from segdistill.adapters.mlflow_registry import ChampionScore
     from segdistill.data.shards import ShardDataset
     from segdistill.engine.distributed import processes as join
-    from segdistill.engine.evaluate import evaluate_together
+    from segdistill.engine.evaluate import Network, evaluate_together
     from segdistill.metrics import iou_counts
     from segdistill.models.portable import ProgramNetwork, load_program
     from segdistill.report.intervals import differences
@@ -47,7 +47,10 @@ def evaluate_champion(
     protocol, test_set = results.protocol, ShardDataset(prepared, "test")
     program, _ = load_program(champion)
     with join(device) as processes:
-        networks = {"student": segmenter.to(processes.device), "champion": ProgramNetwork(program, processes.device)}
+        networks: dict[str, Network] = {
+            "student": segmenter.to(processes.device),
+            "champion": ProgramNetwork(program, processes.device),
+        }
         evaluations = evaluate_together(
             networks, test_set, protocol.inference or inference, num_classes=segmenter.info.num_classes,
             processes=processes,
@@ -55,7 +58,9 @@ def evaluate_champion(
         segmenter.cpu()
     if not evaluations["champion"].finite:
         raise UserError("its scores are not finite")
-    counts = {name: {0: iou_counts(evaluation.per_image)} for name, evaluation in evaluations.items()}
+    counts: dict[str, dict[int | None, Any]] = {
+        name: {None: iou_counts(evaluation.per_image)} for name, evaluation in evaluations.items()
+    }
     paired = ""
     if len(test_set) > protocol.block:
         difference = differences(

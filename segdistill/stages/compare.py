@@ -143,7 +143,7 @@ def _tell(pipeline: Tracker, comparison: "Comparison") -> None:
     pipeline.describe(
         f"{summary}\n\nThe whole of it: `comparison/report.html` among the artifacts of the run `compare`."
     )
-    numbers = {
+    numbers: dict[str, Any] = {
         "test/miou": best.test_miou and best.test_miou.mean,
         "test/ece": best.ece and best.ece.mean,
         "val/miou": best.val_miou and best.val_miou.mean,
