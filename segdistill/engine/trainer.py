@@ -321,7 +321,7 @@ class Trainer:
             entry = {f"train/loss/{term}": value for term, value in terms.items()} | {"train/loss/total": loss}
             entry |= {f"train/weighted/{term}": value for term, value in weighted.items()}
             rate = self.optimizers[name].param_groups[0]["lr"]
-            entry |= {"train/lr": rate, "perf/images_per_second": self.speed}
+            entry |= {"train/lr": rate, "perf/training_images_per_second": self.speed}
             # The cross-entropy is what all experiments have: totals of different methods do not compare.
             losses = {"train/loss/total": loss, "train/loss/ce": terms["ce"]}
             self.progress.curves[name].append({"step": self.progress.iteration, **losses})

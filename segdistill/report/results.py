@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from segdistill.config import parse
+from segdistill.engine.settings import InferenceConfig
 from segdistill.errors import UserError
 from segdistill.files import read_sealed_json
 from segdistill.metrics import iou, mean_over_present
@@ -53,6 +54,7 @@ class SeedResult:
     identity: str | None
     code: str | None
     weights_sha256: str
+    ece: float | None = None
     cpu_seconds: float | None = None  # of all threads while it trained
 
 
@@ -93,6 +95,8 @@ class Row:
     gain: Gain | None
     equal_time_gain: Difference | None
     cpu_seconds: float | None = None  # mean over seeds; None where one has none
+    ece: Spread | None = None  # expected calibration error on test
+    latency_median_ms: float | None = None
 
     @property
     def busy_seconds(self) -> float | None:
@@ -128,6 +132,8 @@ class Protocol:
     data_content: str
     # Of the teacher's weights.
     teacher_sha256: str
+    # How an image of the test split was shown to every network.
+    inference: InferenceConfig | None = None
     # What ``busy_seconds`` are of: "CPU", "GPU", or "wall" where a training does not say.
     clock: str = "wall"
     # Where this comparison was made: the data's version and the code's commit, where they are known.
@@ -337,6 +343,7 @@ def _row(
             identity=network.training.get("identity"),
             code=network.training.get("code"),
             weights_sha256=network.test["weights_sha256"],
+            ece=network.test.get("test/ece"),
             cpu_seconds=network.training.get("cpu_seconds"),
         )
         for network in networks
@@ -349,6 +356,8 @@ def _row(
     # The fastest pass of all seeds: the network is the same, and slower passes tell what else the machine was doing.
     latencies = [network.test["latency_ms"] for network in networks if network.test.get("latency_ms")]
     latency = min(latencies, default=None)
+    medians = [network.test["latency_median_ms"] for network in networks if network.test.get("latency_median_ms")]
+    errors = [seed.ece for seed in seeds if seed.ece is not None]
     durations = [seed.training_seconds for seed in seeds if seed.training_seconds is not None]
     worked = [seed.cpu_seconds for seed in seeds if seed.cpu_seconds is not None]
     cpu_seconds = float(np.mean(worked)) if worked and len(worked) == len(seeds) else None
@@ -377,6 +386,8 @@ def _row(
         step_seconds=float(np.mean(steps)) if steps else None,
         gain=None,
         equal_time_gain=None,
+        ece=Spread.of(errors),
+        latency_median_ms=float(np.median(medians)) if medians else None,
         cpu_seconds=cpu_seconds,
     )
 
