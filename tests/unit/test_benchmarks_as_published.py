@@ -1,8 +1,10 @@
 """Published data sets as their archives unpack, in miniature: validate -> prepare."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,10 +42,10 @@ def photo(path: Path) -> None:
     save(path, pixels)
 
 
-def halves(left: Any, right: Any) -> np.ndarray:
-    """A mask of two values, or colours."""
+def stripes(left: Any, middle: Any, right: Any) -> np.ndarray:
+    """A mask of three values, or colours."""
     pixels = np.empty((*SIZE, *np.shape(left)), dtype=np.uint8)
-    pixels[:, :3], pixels[:, 3:] = left, right
+    pixels[:, :2], pixels[:, 2:4], pixels[:, 4:] = left, middle, right
     return pixels
 
 
@@ -53,8 +55,9 @@ def cityscapes(root: Path, form: str = "labelIds") -> Path:
             name = f"{city}_000003_{frame}"
             photo(root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png")
             labels = "gtCoarse" if split == "train_extra" else "gtFine"
-            masks = {"labelIds": halves(7, 18), "labelTrainIds": halves(0, 255), "instanceIds": halves(7, 26),
-                     "color": halves((128, 64, 128, 255), (81, 0, 81, 255))}  # fmt: skip
+            masks = {"labelIds": stripes(7, 33, 6), "labelTrainIds": stripes(0, 18, 255),
+                     "instanceIds": stripes(7, 33, 6),
+                     "color": stripes((128, 64, 128, 255), (119, 11, 32, 255), (81, 0, 81, 255))}  # fmt: skip
             for ending, mask in masks.items():
                 if ending in (form, "instanceIds") or labels == "gtCoarse":
                     save(root / labels / split / city / f"{name}_{labels}_{ending}.png", mask)
@@ -65,7 +68,7 @@ def cityscapes(root: Path, form: str = "labelIds") -> Path:
 def ade20k(root: Path) -> Path:
     for split in ("training", "validation"):
         photo(root / "ADEChallengeData2016/images" / split / "ADE_1.jpg")
-        save(root / "ADEChallengeData2016/annotations" / split / "ADE_1.png", halves(1, 0))
+        save(root / "ADEChallengeData2016/annotations" / split / "ADE_1.png", stripes(1, 150, 0))
     return root
 
 
@@ -73,13 +76,13 @@ def voc(root: Path, trainaug: str | None = None) -> Path:
     top = root / "VOCdevkit/VOC2012"
     for number, name in enumerate(("2007_000001", "2007_000002", "2007_000003", "2007_000004")):
         photo(top / "JPEGImages" / f"{name}.jpg")
-        mask = Image.fromarray(halves(1, 255))
-        mask.putpalette([0, 0, 0, 128, 0, 0, *[0] * 252 * 3, *[0] * 3, 224, 224, 192])
+        mask = Image.fromarray(stripes(1, 20, 255))
+        mask.putpalette([0, 0, 0, 128, 0, 0, *[0] * 18 * 3, 0, 64, 128, *[0] * 234 * 3, 224, 224, 192])
         for folder in ("SegmentationClass",) if number < 2 else ():
             (top / folder).mkdir(exist_ok=True)
             mask.save(top / folder / f"{name}.png")
         if number < 3:
-            save(top / "SegmentationClassAug" / f"{name}.png", halves(1, 255))
+            save(top / "SegmentationClassAug" / f"{name}.png", stripes(1, 20, 255))
     lists = top / "ImageSets/Segmentation"
     lists.mkdir(parents=True)
     (lists / "train.txt").write_text("2007_000001\n")
@@ -97,25 +100,24 @@ def pascal_context(root: Path) -> Path:
         photo(top / "JPEGImages" / f"{name}.jpg")
         (top / "ImageSets/Main" / f"{split}.txt").write_text(f"{name}\n")
         labels = np.full(SIZE, 2, dtype=np.uint16)  # aeroplane
-        labels[:, 3:5], labels[:, 5] = 458, 459  # wood, and one of the others
+        labels[:, 2:4], labels[:, 4:] = 458, 459  # wood, and one of the others
         scipy.io.savemat(root / "trainval" / f"{name}.mat", {"LabelMap": labels}, do_compression=True)
     return root
 
 
 def camvid_original(root: Path) -> Path:
     colours = {entry.name: entry.color for entry in COLORS}
+    mask = stripes(*(colours[one] for one in ("LaneMkgsDriv", "SUVPickupTruck", "Void")))
     for name in ("0001TP_008520", "0001TP_008550", "0016E5_08160", "0016E5_08159", "Seq05VD_f00000"):
         photo(root / "701_StillsRaw_full" / f"{name}.png")
-        save(
-            root / "LabeledApproved_full" / f"{name}_L.png", halves(colours["LaneMkgsDriv"], colours["SUVPickupTruck"])
-        )
+        save(root / "LabeledApproved_full" / f"{name}_L.png", mask)
     return root
 
 
 def coco_stuff(root: Path) -> Path:
     for split in ("train2017", "val2017"):
         photo(root / "images" / split / "000000000001.jpg")
-        save(root / "annotations" / split / "000000000001.png", halves(12, 181))
+        save(root / "annotations" / split / "000000000001.png", stripes(12, 181, 255))
     photo(root / "images/unlabeled2017/000000000002.jpg")
     return root
 
@@ -156,35 +158,45 @@ def test_tables_of_labels_are_those_published() -> None:
 
 
 CASES: dict[str, tuple[Callable[[Path], Path], dict[str, int], list[int]]] = {
-    # layout: how it is written, samples of the splits, train ids left and right in a training mask
-    "cityscapes": (cityscapes, {"train": 2, "val": 2, "test": 2, WITHOUT_MASKS: 2}, [0, 255]),
-    "cityscapes_coarse": (cityscapes, {"train": 4, "val": 2, "test": 2}, [0, 255]),
-    "ade20k": (ade20k, {"train": 1, "val": 1, "test": 1}, [0, 255]),
-    "voc": (voc, {"train": 1, "val": 1, "test": 1, WITHOUT_MASKS: 2}, [1, 255]),
-    "voc_aug": (voc, {"train": 2, "val": 1, "test": 1, WITHOUT_MASKS: 1}, [1, 255]),
-    "pascal_context_59": (pascal_context, {"train": 1, "val": 1, "test": 1}, [0, 255]),
-    "pascal_context_60": (pascal_context, {"train": 1, "val": 1, "test": 1}, [1, 0]),
-    "camvid_original": (camvid_original, {"train": 2, "val": 1, "test": 2}, [3, 8]),
-    "coco_stuff": (coco_stuff, {"train": 1, "val": 1, "test": 1, WITHOUT_MASKS: 1}, [11, 170]),
+    # layout: how it is written, samples of the splits, train ids from left to right in a training mask
+    "cityscapes": (cityscapes, {"train": 2, "val": 2, "test": 2, WITHOUT_MASKS: 2}, [0, 18, 255]),
+    "cityscapes_coarse": (cityscapes, {"train": 4, "val": 2, "test": 2}, [0, 18, 255]),
+    "ade20k": (ade20k, {"train": 1, "val": 1, "test": 1}, [0, 149, 255]),
+    "voc": (voc, {"train": 1, "val": 1, "test": 1, WITHOUT_MASKS: 2}, [1, 20, 255]),
+    "voc_aug": (voc, {"train": 2, "val": 1, "test": 1, WITHOUT_MASKS: 1}, [1, 20, 255]),
+    "pascal_context_59": (pascal_context, {"train": 1, "val": 1, "test": 1}, [0, 58, 255]),
+    "pascal_context_60": (pascal_context, {"train": 1, "val": 1, "test": 1}, [1, 59, 0]),
+    "camvid_original": (camvid_original, {"train": 2, "val": 1, "test": 2}, [3, 8, 255]),
+    "coco_stuff": (coco_stuff, {"train": 1, "val": 1, "test": 1, WITHOUT_MASKS: 1}, [11, 170, 255]),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_official_archive_is_read_and_prepared_as_it_unpacks(tmp_path: Path, name: str) -> None:
+def test_an_official_archive_is_validated_and_prepared_as_it_unpacks(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files: list[dict[str, Any]] = []
+
+    def note(tables: dict[str, Any], expectations: list[Any], folder: Path) -> list[SimpleNamespace]:
+        files.extend(tables["files"])  # judged below, since Great Expectations takes a second for each
+        return [SimpleNamespace(success=True, rows=[]) for _ in expectations]
+
+    monkeypatch.setattr("segdistill.adapters.gx.validate", note)
     write, samples, expected = CASES[name]
     data = write(tmp_path / "data")
     layout = open_layout(name, data)
     counts = {split: len(list(layout.samples(split))) for split in layout.splits}
     assert counts == samples
-    assert recognised_layout(data) in name  # the plain variant of it
-    settings = prepare.Config(layout=name, shard_samples=8, max_side=None, workers=1)
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report/summary.json").write_text(json.dumps({"success": True, "layout": name}))
-    prepare.run(settings, data=data, report=tmp_path / "report", prepared=tmp_path / "out", tracker=NullTracker())
+    assert recognised_layout(data) in name.replace("60", "59")  # the plain variant of it
+    summary, prepared = check(name, data, tmp_path)
+    assert summary["samples"] == samples == dict(Counter(row["split"] for row in files))
+    problems = ("image_problem", "mask_problem", "size_problem", "palette_problem", "label_problem", "same_as")
+    assert not [row for row in files if any(row[problem] for problem in problems)]
+    assert {row["mask_kind"] for row in files} <= {*layout.legend.mask_kinds, None}
     for split, count in samples.items():
-        assert len(ShardDataset(tmp_path / "out", split)) == count
-    _, labels = ShardDataset(tmp_path / "out", "train")[0]
-    assert [int(labels[1, 0]), int(labels[1, -1])] == expected
+        assert len(ShardDataset(prepared, split)) == count
+    _, labels = ShardDataset(prepared, "train")[0]
+    assert labels[1, ::2].tolist() == expected
 
 
 def test_validate_says_what_is_missing_and_that_val_is_the_test_split_too(tmp_path: Path) -> None:
@@ -218,7 +230,7 @@ def test_cityscapes_reads_label_ids_train_ids_and_colours_alike(tmp_path: Path, 
     from segdistill.data.checks import load_sample
 
     _, _, labels = load_sample(sample, layout.legend)
-    assert np.array_equal(labels, halves(0, 255))
+    assert np.array_equal(labels, stripes(0, 18, 255))
 
 
 @pytest.mark.parametrize(
@@ -275,10 +287,10 @@ def test_a_colour_that_the_data_set_does_not_have_is_a_fault_of_its_mask(tmp_pat
     from segdistill.data.checks import inspect
 
     data = camvid_original(tmp_path)
-    save(data / "LabeledApproved_full/0016E5_08159_L.png", halves((1, 2, 3), (0, 0, 0)))
+    save(data / "LabeledApproved_full/0016E5_08159_L.png", stripes((1, 2, 3), (0, 0, 0), (0, 0, 0)))
     layout = open_layout("camvid_original", data)
     (facts,) = inspect(layout, list(layout.samples("val")), workers=1)
-    assert facts.mask_problem == "12 pixels of a colour that no class has, such as #010203"
+    assert facts.mask_problem == "8 pixels of a colour that no class has, such as #010203"
 
 
 def test_masks_of_camvid_may_lie_loose_since_their_archive_has_no_folder(tmp_path: Path) -> None:

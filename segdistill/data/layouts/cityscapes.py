@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from segdistill.data.decoding import COLOUR_MASKS, INDEX_MASKS
 from segdistill.data.layouts.benchmark import Benchmark, class_table
@@ -46,7 +47,7 @@ class Cityscapes(Benchmark):
     name = "cityscapes"
     published_classes = CLASSES
     archives = "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip"
-    required = ("leftImg8bit/train", "gtFine/train")
+    required: ClassVar[tuple[str, ...]] = ("leftImg8bit/train", "gtFine/train")
     official_samples = OFFICIAL_SAMPLES
     tested_on = "val"
     shared_folders = True  # polygons, instances and other forms of the same labels
