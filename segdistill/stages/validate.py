@@ -4,6 +4,7 @@ import html
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +43,7 @@ class Config:
     """Section ``validate`` of params.yaml."""
 
     layout: str
-    """How the data set is laid out: folder or camvid."""
+    """How the data set is laid out: folder, or a published data set's own layout, such as cityscapes."""
 
     min_samples: MinSamples
     """Fewer samples than this in a split stop the pipeline."""
@@ -76,11 +77,13 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
     from segdistill.stages import _rules
 
     layout = open_layout(config.layout, data)
-    samples = [sample for split in layout.splits for sample in layout.samples(split)]
+    samples = [sample for split in layout.own_splits for sample in layout.samples(split)]
     if not samples:
         raise layout.without_samples()
     facts = list(progress(inspect(layout, samples, workers=config.workers), "validate", len(samples)))
-    tables, rules = _rules.tables(layout, facts, config), _rules.rules(config)
+    if "test" not in layout.own_splits:
+        facts += [replace(fact, split="test") for fact in facts if fact.split == layout.tested_on]
+    tables, rules = _rules.tables(layout, facts, config), _rules.rules(config, layout.legend.mask_kinds)
     with new_folder(report) as partial:
         verdicts = gx.validate(tables, [rule.expectation for rule in rules], partial / "data_docs")
         judged = zip(rules, verdicts, strict=True)
