@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 from segdistill import __version__
-from segdistill.errors import exit_codes
+from segdistill.errors import BEGINS_ANEW, GOES_ON, exit_codes
+
+RESUMED = ("prepare", "train_teacher", "distill", "tune")  # what has checkpoints, or keeps what is done
 
 
 def parser() -> argparse.ArgumentParser:
@@ -166,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 for a user's mistake, 75 for stopped, 130 for Ctrl-C."""
     arguments = parser().parse_args(argv)
     try:
-        with exit_codes(f"segdistill {arguments.command}"):
+        with exit_codes(f"segdistill {arguments.command}", GOES_ON if arguments.command in RESUMED else BEGINS_ANEW):
             from segdistill import execution
 
             execution.quiet_libraries()

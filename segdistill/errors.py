@@ -13,6 +13,9 @@ from types import FrameType
 # A scheduler may run the same command again after this code (sysexits.h, EX_TEMPFAIL): nothing is lost.
 EXIT_RETRY = 75
 EXIT_USER = 2
+EXIT_CTRL_C = 130
+GOES_ON = "the same command goes on"
+BEGINS_ANEW = "nothing half-written is left; the same command begins anew"
 
 
 class UserError(Exception):
@@ -26,9 +29,12 @@ class UserError(Exception):
 class Interrupted(BaseException):
     """The run was asked to stop: the same command goes on, from a checkpoint where there is one.
 
-    The command line ends with exit code 75, after which a scheduler may run the command again. Like KeyboardInterrupt
-    it is no Exception, since it may come out of any line, and no library's ``except Exception`` shall swallow it.
+    The command line ends with exit code 75, after which a scheduler may run the command again, or with 130 after
+    Ctrl-C. Like KeyboardInterrupt it is no Exception, since it may come out of any line, and no library's ``except
+    Exception`` shall swallow it.
     """
+
+    code = EXIT_RETRY
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
@@ -45,14 +51,15 @@ def brief(value: object) -> str:
 
 
 @contextlib.contextmanager
-def exit_codes(command: str) -> Iterator[None]:
+def exit_codes(command: str, again: str = GOES_ON) -> Iterator[None]:
     """Ends a command as its user and a scheduler expect; every command and task is run in it.
 
     SIGTERM ends what is inside by :class:`Interrupted`, wherever it is: importing, reading, waiting for workers.
-    Code that can do better, such as the training loop, listens for itself with :func:`stop_on_sigterm`.
+    Code that can do better, such as the training loop, listens for itself with :func:`stop_on_signal`, to Ctrl-C too.
 
     Args:
         command: begins the sentence on standard error.
+        again: what the same command will do after Ctrl-C.
 
     Raises:
         SystemExit: 2 after a user's mistake or a lack of disk or memory, 75 after SIGTERM, 130 after Ctrl-C; each with
@@ -60,17 +67,17 @@ def exit_codes(command: str) -> Iterator[None]:
     """
 
     def interrupt() -> None:
-        raise Interrupted("stopped; the same command goes on")
+        raise Interrupted(f"stopped; {GOES_ON}")
 
     try:
-        with _at_sigterm(interrupt):
+        with _at_signal(interrupt, signal.SIGTERM):
             yield
     except UserError as error:
         code, said = EXIT_USER, str(error)
     except Interrupted as error:
-        code, said = EXIT_RETRY, str(error)
+        code, said = error.code, str(error)
     except KeyboardInterrupt:
-        code, said = 130, "interrupted"
+        code, said = EXIT_CTRL_C, f"stopped; {again}"
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -88,38 +95,50 @@ def exit_codes(command: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stop_on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; the former handler comes back afterwards, and hears of a wish that nobody heeded."""
+def stop_on_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM and Ctrl-C set; a second Ctrl-C is a KeyboardInterrupt.
+
+    The former handlers come back afterwards, and hear of a wish that nobody heeded.
+    """
     stop = threading.Event()
-    former = signal.getsignal(signal.SIGTERM)
-    with _at_sigterm(stop.set):
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with _at_signal(stop.set, *former) as told:
         yield stop
-    if stop.is_set() and callable(former):
-        signal.raise_signal(signal.SIGTERM)
+    for number in told:
+        if callable(former[number]):
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager
-def _at_sigterm(act: Callable[[], None]) -> Iterator[None]:
-    """Calls ``act`` at the first SIGTERM; whatever fails after that is its consequence.
+def _at_signal(act: Callable[[], None], *numbers: signal.Signals) -> Iterator[list[signal.Signals]]:
+    """Calls ``act`` at the first of these signals; whatever fails after that is its consequence.
 
-    Workers may get the signal before us, and peers that have stopped already break our connections to them.
+    Workers may get the signal before us, and peers that have stopped already break our connections to them. Gives a
+    list that has the signal when it has come.
     """
+    told: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield told
         return
-    told = threading.Event()
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if not told.is_set():  # once: a second one must not break off the tidying up
-            told.set()
+        if not told:  # once: a second SIGTERM must not break off the tidying up
+            told.append(signal.Signals(number))
             act()
+        elif number == told[0] == signal.SIGINT:  # but who presses Ctrl-C again does not want to wait
+            raise KeyboardInterrupt
 
-    former = signal.signal(signal.SIGTERM, handler)
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as in a background job
+    former = {number: signal.signal(number, handler) for number in heard}
     try:
-        yield
-    except Exception as error:
-        if told.is_set():
-            raise Interrupted("stopped; the same command goes on") from error
-        raise
+        yield told
+    except (Exception, Interrupted) as error:
+        if not told:
+            raise
+        ended = error if isinstance(error, Interrupted) else Interrupted(f"stopped; {GOES_ON}")
+        if told[0] == signal.SIGINT:
+            ended.code = EXIT_CTRL_C
+        raise ended from (None if ended is error else error)
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handling in former.items():
+            signal.signal(number, handling)

@@ -10,6 +10,7 @@ import logging
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -287,11 +288,22 @@ def stage_module(stage: Stage) -> Any:
     return importlib.import_module(f"segdistill.stages.{stage.module}")
 
 
+class _StandardError(logging.Handler):
+    """Writes to what ``sys.stderr`` is at the time: while there is a progress bar, that is the place above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one line."""
+        try:
+            sys.stderr.write(f"{self.format(record)}\n")
+        except OSError:
+            self.handleError(record)
+
+
 def quiet_libraries() -> None:
     """Our own news at INFO, other libraries' only from WARNING on."""
     logger = logging.getLogger("segdistill")
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = _StandardError()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -1,9 +1,10 @@
 """The model registry: a version for a student, a check that it serves what was trained, and who is champion.
 
-The rule of the alias ``champion``: without a champion the new version takes it; against a champion that was tested on
-the same test data it takes it only if its test mIoU is higher by more than ``min_gain`` points; scores on different
-test data do not compare, nor do networks whose logits stand for other classes, so then it stays ``challenger`` and a
-person decides.
+The rule of the alias ``champion``: without a champion the new version takes it; against a champion it takes it only if
+its test mIoU on the same test data is higher by more than ``min_gain`` points. A champion that was tested on other data
+is tested on the present ones first (:attr:`Submission.evaluate_champion`); where that cannot be, they do not compare.
+Nor do networks whose logits stand for other classes: who serves the champion relies on its channels. In both cases the
+champion stays, the new version is ``challenger``, and a person decides.
 """
 
 import contextlib
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 ALREADY = "it is the champion already"
 REASON = "decision"  # the tag that says why a version has the alias that it got
+CHOICE = "choice"  # the tag that says why it was registered
 WEIGHTS, TEST_MIOU, TEST_DATA, CLAIM = "weights_sha256", "test_miou", "test_data", "segdistill.claim"
 CLASSES, CHECKSUMS = "classes", "checksums_sha256"  # of the logits, as JSON; of the files, all together
 _URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
@@ -69,6 +71,14 @@ class Registered:
 
 
 @dataclass(frozen=True)
+class ChampionScore:
+    """What a champion did on the present test data."""
+
+    test_miou: float  # 0..1
+    paired: str  # its difference to the student that asks, image by image, in words; empty where there is none
+
+
+@dataclass(frozen=True)
 class Submission:
     """A student that asks for registration."""
 
@@ -85,6 +95,9 @@ class Submission:
     program: "ExportedProgram | None" = None  # the graph of the network, where it was traced already
     describe: Callable[[str, str], str] | None = None  # alias and reason to the version's description, in Markdown
     beside: Mapping[str, bytes] = field(default_factory=dict)  # further files of its artefact
+    evaluate_champion: Callable[[Path], ChampionScore] | None = (
+        None  # tests a champion's exported program on the data of test_data
+    )
 
 
 def register(model: "nn.Module", submission: Submission, *, name: str, min_gain: float, tracker: Tracker) -> Registered:
@@ -135,20 +148,62 @@ def _register(
         if is_new:
             client.delete_model_version(name, version.version)
         raise
-    for key in (TEST_MIOU, TEST_DATA):  # the same weights may have been tested on other data since
+    # The same weights may have been tested on other data since, and chosen among others.
+    for key in {TEST_MIOU, TEST_DATA, CHOICE, "ece", "latency_ms"} & set(tags):
         client.set_model_version_tag(name, version.version, key, tags[key])
     version = client.get_model_version(name, version.version)
+    evaluated_again = _evaluate_champion(client, name, version, submission)
     with store.lock(".registry"):
         alias, previous, reason = award(client, name, version, min_gain, pause=0.0 if store.database else 1.0)
     if alias == CHAMPION and previous is not None:
         client.set_registered_model_alias(name, PREVIOUS, str(previous))
     if reason == ALREADY:  # what was decided when it became champion still holds
         reason = version.tags.get(REASON, reason)
+    reason = "; ".join(filter(None, (reason, evaluated_again)))
     client.set_model_version_tag(name, version.version, REASON, reason)
     if submission.describe is not None:
         client.update_model_version(name, version.version, submission.describe(alias, reason))
     run_id = version.run_id or version.tags.get("run_id", "")
     return Registered(name, int(version.version), alias, previous, reason, run_id, f"models:/{name}/{version.version}")
+
+
+def _evaluate_champion(client: "MlflowClient", name: str, version: "ModelVersion", submission: Submission) -> str:
+    """Tests a champion that was tested on other data on the present ones; says what came of it, or why not."""
+    from mlflow.exceptions import MlflowException
+
+    champion = holder(client, name, CHAMPION)
+    if champion is None or champion.version == version.version or submission.evaluate_champion is None:
+        return ""
+    if _same_test(version, champion) or CLASSES not in champion.tags or not _same_classes(version, champion):
+        return ""
+    uri = f"models:/{name}/{champion.version}"
+    try:
+        with tempfile.TemporaryDirectory(prefix="segdistill-model-") as scratch:
+            test = submission.evaluate_champion(_download(uri, champion, scratch) / "data" / "model.pt2")
+    except (UserError, MlflowException, OSError) as error:
+        reason = str(error) if isinstance(error, UserError) else one_line(error)
+        return f"the champion could not be evaluated on the present test data: {reason}"
+    before = f"it had {100 * _score(champion):.2f} % on others"
+    tested = f"evaluated again on the present test data, the champion has {100 * test.test_miou:.2f} % mIoU; {before}"
+    tags = {TEST_MIOU: repr(test.test_miou), TEST_DATA: submission.test_data, "evaluated_again": tested}
+    for key, value in tags.items():
+        client.set_model_version_tag(name, champion.version, key, value)
+    return "; ".join(filter(None, (tested, test.paired)))
+
+
+def _download(uri: str, version: "ModelVersion", scratch: str) -> Path:
+    """The files of a version, looked at but not loaded.
+
+    Raises:
+        UserError: they are not those that were registered.
+    """
+    import mlflow
+
+    if CHECKSUMS not in version.tags:
+        raise UserError(f"{uri}: was registered without checksums, so nobody can tell whose files these are")
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=scratch))
+    check_files(folder, version.tags[CHECKSUMS], uri)
+    return folder
 
 
 def find_version(client: "MlflowClient", name: str, tags: Mapping[str, str]) -> "ModelVersion | None":
@@ -229,7 +284,6 @@ def fetch(uri: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     """
     store = default_store(Path())
     with _as_current(store):
-        import mlflow
         from mlflow.exceptions import MlflowException
 
         parts = _URI.fullmatch(uri)
@@ -243,10 +297,7 @@ def fetch(uri: str, folder: Path) -> tuple[Path, dict[str, Any]]:
         except MlflowException as error:
             raise UserError(f"{uri}: {store.address} has no such version ({one_line(error)})") from None
         version = client.get_model_version(name, version.version)  # with its tags
-        if CHECKSUMS not in version.tags:
-            raise UserError(f"{uri}: was registered without checksums, so nobody can tell whose files these are")
-        path = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{version.version}", dst_path=str(folder)))
-    check_files(path, version.tags[CHECKSUMS], uri)
+        path = _download(uri, version, str(folder))
     description = yaml.safe_load(read_text(path / "MLmodel"))
     return path, dict((description.get("metadata") or {}).get("segdistill") or {})
 
@@ -369,22 +420,23 @@ def decide(version: "ModelVersion", champion: "ModelVersion | None", min_gain: f
     if champion.version == version.version:
         return True, ALREADY
     difference = ""
-    if not _same_test(version, champion):
-        difference = "was tested on other data"
-    elif not _same_classes(version, champion):
+    if not _same_classes(version, champion):
         given, asked = champion.tags[CLASSES], version.tags[CLASSES]
-        difference = f"tells other classes apart, or in another order ({given}, not {asked})"
-    if difference:
-        return False, (
-            f"{before} {difference}, and such scores do not compare: move the alias by hand if version "
-            f"{version.version} is to replace it"
+        difference = (
+            f"tells other classes apart, or in another order ({given}, not {asked}): it stays, since who serves it"
+            " relies on its channels"
         )
+    elif not _same_test(version, champion):
+        difference = "was tested on other data, and such scores do not compare: it stays"
+    if difference:
+        return False, f"{before} {difference}; move the alias by hand if version {version.version} is to replace it"
     if champion.tags.get(WEIGHTS, "") == version.tags.get(WEIGHTS) and CHECKSUMS not in champion.tags:
         return True, f"{before} has the same weights, and files without checksums"
     gain = 100 * (_score(version) - _score(champion))
     wins = gain > min_gain
     word = "more than" if wins else "not more than"
-    return wins, f"its test mIoU differs by {gain:+.2f} points from {before} {word} the asked {min_gain:g}"
+    scores = f"{100 * _score(version):.2f} % and {100 * _score(champion):.2f} %"
+    return wins, f"its test mIoU differs by {gain:+.2f} points from {before} {word} the asked {min_gain:g} ({scores})"
 
 
 def holder(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | None":

@@ -11,11 +11,11 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
 from segdistill import environment
 from segdistill.adapters.mlflow_names import file_name, metric_name, shortened
-from segdistill.adapters.mlflow_store import DatasetFacts, Store, check_name, default_store, ensure_run
+from segdistill.adapters.mlflow_store import DatasetFacts, Store, check_name, default_store, ensure_parent, ensure_run
 from segdistill.config import config, parse, to_dict
 from segdistill.engine.tracker import JsonLinesTracker
 from segdistill.errors import UserError
@@ -37,6 +37,11 @@ _REFUSALS = {400, 413, 414, 415, 422, 431}
 _S3_REFUSALS = {"EntityTooLarge", "KeyTooLongError"}
 
 
+Kind = Literal["run", "ended", "parent"]
+"""Of which run: one that is open until it is closed; one whose training has ended, which is added to and stays ended
+when it did; or the pipeline's own, which who runs the pipeline ends."""
+
+
 @config
 class Meta:
     """Which run a spool is of, and where that run is kept."""
@@ -51,6 +56,7 @@ class Meta:
     dataset: DatasetFacts | None = None
     # A new run in any case, whatever others of this name there are.
     fresh: bool
+    kind: Kind = "run"
     run_id: str | None = None
 
 
@@ -69,7 +75,7 @@ class Spool:
     @classmethod
     def create(
         cls, folder: Path, pipeline_run: str, name: str, store: Store, tags: Mapping[str, str],
-        dataset: DatasetFacts | None, *, resume: bool,
+        dataset: DatasetFacts | None, *, resume: bool, kind: Kind = "run",
     ) -> "Spool":  # fmt: skip
         """The spool of this run, to go on in it; a new one if another process has it or ``resume`` is off."""
         below, safe = folder / file_name(pipeline_run), file_name(name)
@@ -81,7 +87,8 @@ class Spool:
                 continue
             if not spool.meta.exists():
                 meta = Meta(name=name, pipeline_run=pipeline_run, uri=store.address, tags=dict(tags), fresh=not resume)
-                spool.write_meta(replace(meta, database=database, injected=store.injected, dataset=dataset))
+                meta = replace(meta, database=database, injected=store.injected, dataset=dataset, kind=kind)
+                spool.write_meta(meta)
                 return spool
             # A damaged one is left as it is, for `sync` to tell of.
             known = None
@@ -92,7 +99,8 @@ class Spool:
                 and known
                 and (known.name, known.pipeline_run, spool.uri()) == (name, pipeline_run, store.address)
             ):
-                spool.write_meta(replace(known, tags={**known.tags, **tags}, database=database, uri=store.address))
+                known = replace(known, tags={**known.tags, **tags}, database=database, uri=store.address, kind=kind)
+                spool.write_meta(known)
                 spool.lines._write("resume", {})  # another process goes on, perhaps from an earlier iteration
                 return spool
             spool.release()
@@ -308,7 +316,9 @@ class Sender:
                 path.parent.rmdir()
         elif group[0]["kind"] == "close":
             status, moment = group[0]["values"]["status"], round(1000 * group[0]["time"])
-            client.set_terminated(run_id, status, moment)
+            kind = self.spool.read_meta().kind
+            if kind == "run" or (kind == "ended" and client.get_run(run_id).info.status == "RUNNING"):
+                client.set_terminated(run_id, status, moment)
             self._run_id = None  # whoever goes on sets it to RUNNING again
         else:
             self._send_numbers(client, run_id, group)
@@ -319,13 +329,18 @@ class Sender:
             self._client = self.store.client()
         if self._run_id is None:
             meta = self.spool.read_meta()
-            if meta.run_id and meta.fresh:
+            if meta.kind == "parent":
+                with self.store.lock():
+                    parent = ensure_parent(self._client, self.store, meta.pipeline_run, meta.tags)
+                self._run_id = str(parent.info.run_id)
+            elif meta.run_id and meta.fresh:
                 self._client.update_run(meta.run_id, status="RUNNING")
                 self._run_id = meta.run_id
             else:
                 self._run_id = ensure_run(
-                    self._client, self.store, meta.pipeline_run, meta.name, meta.tags, meta.dataset, fresh=meta.fresh
-                )
+                    self._client, self.store, meta.pipeline_run, meta.name, meta.tags, meta.dataset,
+                    fresh=meta.fresh, reopen=meta.kind == "run",
+                )  # fmt: skip
             self.spool.write_meta(replace(meta, run_id=self._run_id))
         return self._client, self._run_id
 

@@ -337,7 +337,7 @@ def ensure_parent(client: "MlflowClient", store: Store, pipeline_run: str, tags:
     the run at the top of the task's own, which hangs below that of the loop that the task is in.
     """
     shared = {key: value for key, value in tags.items() if key in ("data_md5", "git_commit", "pipeline_run")}
-    own = {PIPELINE_TAG: pipeline_run, ROLE_TAG: "parent", **_git(tags), **shared}
+    own = {PIPELINE_TAG: pipeline_run, ROLE_TAG: "parent", **_source(shared), **shared}
     if store.injected is not None:
         run = client.get_run(store.injected)
         while run.data.tags.get(PARENT_TAG):
@@ -364,26 +364,30 @@ def ensure_run(
     dataset: DatasetFacts | None = None,
     *,
     fresh: bool = False,
+    reopen: bool = True,
 ) -> str:
     """The id of the run ``name`` in a pipeline execution: the one that is there, set to RUNNING again, or a new one.
 
-    Tags that the run has already stay as they are. ``fresh`` makes a new one in any case.
+    Tags that the run has already stay as they are. ``fresh`` makes a new one in any case. Without ``reopen`` a run that
+    is there keeps its status and its end.
     """
     with store.lock():
         parent = ensure_parent(client, store, pipeline_run, tags)
         runs = [] if fresh else _search(client, parent.info.experiment_id, pipeline_run, "run", name)
         if runs:
             run = runs[-1]
-            if run.info.status != "RUNNING":
+            if reopen and run.info.status != "RUNNING":
                 client.update_run(run.info.run_id, status="RUNNING")
             for key, value in tags.items():
                 if key not in run.data.tags:
                     client.set_tag(run.info.run_id, key, value)
         else:
             own = {PIPELINE_TAG: pipeline_run, ROLE_TAG: "run", PARENT_TAG: parent.info.run_id}
-            run = client.create_run(parent.info.experiment_id, run_name=name, tags={**tags, **_git(tags), **own})
-    if dataset is not None and not any(item.dataset.digest == dataset.md5[:36] for item in run.inputs.dataset_inputs):
-        client.log_inputs(run.info.run_id, [_dataset_input(dataset)])
+            run = client.create_run(parent.info.experiment_id, run_name=name, tags={**tags, **_source(tags), **own})
+    if dataset is not None:
+        for one in (run, parent):
+            if not any(item.dataset.digest == dataset.md5[:36] for item in one.inputs.dataset_inputs):
+                client.log_inputs(one.info.run_id, [_dataset_input(dataset)])
     return str(run.info.run_id)
 
 
@@ -441,9 +445,10 @@ def _search(
     return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
 
-def _git(tags: Mapping[str, str]) -> dict[str, str]:
-    """The commit once more under the name that MLflow's own pages show."""
-    return {"mlflow.source.git.commit": tags["git_commit"]} if tags.get("git_commit") else {}
+def _source(tags: Mapping[str, str]) -> dict[str, str]:
+    """Command and commit once more under the names that MLflow's own pages show."""
+    source = {"mlflow.source.name": f"segdistill {tags.get('stage', '')}".strip(), "mlflow.source.type": "LOCAL"}
+    return source | ({"mlflow.source.git.commit": tags["git_commit"]} if tags.get("git_commit") else {})
 
 
 def _dataset_input(dataset: DatasetFacts) -> Any:

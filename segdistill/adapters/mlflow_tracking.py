@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from segdistill.adapters.mlflow_names import file_name
-from segdistill.adapters.mlflow_spool import Sender, Spool
+from segdistill.adapters.mlflow_spool import Kind, Sender, Spool
 from segdistill.adapters.mlflow_store import (
     DatasetFacts,
     Store,
@@ -110,8 +110,8 @@ def open_pipeline_run(
 class MlflowTracker:
     """A run in MLflow behind a spool; see the module."""
 
-    def __init__(self, name: str, settings: Settings) -> None:
-        self.name, self.settings = check_name("run name", name), settings
+    def __init__(self, name: str, settings: Settings, kind: Kind = "run") -> None:
+        self.name, self.settings, self.kind = check_name("run name", name), settings, kind
         self._spool: Spool | None = None  # opened by the first record: a run without records does not exist
         self._thread: threading.Thread | None = None
         self._closing, self._given_up = threading.Event(), threading.Event()
@@ -142,9 +142,17 @@ class MlflowTracker:
         spool.lines.artifact(spool.keep(path), folder)
         self._start()
 
-    def child(self, name: str) -> "MlflowTracker":
+    def describe(self, text: str) -> None:
+        self.tags({"mlflow.note.content": text})
+
+    def child(self, name: str, *, ended: bool = False) -> "MlflowTracker":
         """Another run under the same parent; :meth:`close` ends it too if nobody did."""
-        tracker = MlflowTracker(name, self.settings)
+        return self._beside(MlflowTracker(name, self.settings, "ended" if ended else "run"))
+
+    def parent(self) -> "MlflowTracker":
+        return self._beside(MlflowTracker(self.settings.pipeline_run, self.settings, "parent"))
+
+    def _beside(self, tracker: "MlflowTracker") -> "MlflowTracker":
         self._children.append(tracker)
         return tracker
 
@@ -184,7 +192,7 @@ class MlflowTracker:
         if self._spool is None:
             of = self.settings
             self._spool = Spool.create(
-                of.spool, of.pipeline_run, self.name, of.store, of.tags, of.dataset, resume=of.resume
+                of.spool, of.pipeline_run, self.name, of.store, of.tags, of.dataset, resume=of.resume, kind=self.kind
             )
             # Else the thread waits for the first number, when the caller has finished his own imports.
             if "mlflow" in sys.modules:

@@ -82,6 +82,7 @@ def run(
     from segdistill.engine.building import build_learner
     from segdistill.engine.cohort import Cohort
     from segdistill.engine.distributed import processes as join
+    from segdistill.engine.progress import TrainingBar
     from segdistill.engine.trainer import Diverged, Training
     from segdistill.models.export import load_model
     from segdistill.models.teacher import Teacher
@@ -110,11 +111,13 @@ def run(
         memory = Memory(train.cache_gib)
         train_set = ShardDataset(prepared, "train", memory)
         training = Training(experiment, learner, optimizers, "calibration", Path(work), recorders)
-        cohort = Cohort(
-            [training], train_set, None, train, inference=config.inference, seed=seed, teacher=frozen,
-            processes=processes, unlabelled_set=unlabelled_set(prepared, train.unlabelled, memory),
-        )  # fmt: skip
-        outcome = cohort.run()[experiment]
+        with TrainingBar("calibration", [[experiment]], [1], enabled=processes.is_main) as bar:
+            cohort = Cohort(
+                [training], train_set, None, train, inference=config.inference, seed=seed, teacher=frozen,
+                processes=processes, unlabelled_set=unlabelled_set(prepared, train.unlabelled, memory),
+                advanced=bar.update,
+            )  # fmt: skip
+            outcome = cohort.run()[experiment]
         if isinstance(outcome, Diverged):
             raise outcome
     calibrations = []

@@ -8,9 +8,18 @@ from rich.table import Table
 from segdistill.config import read_yaml
 from segdistill.errors import UserError
 
+# Tags of a version that are numbers: title, factor and decimals.
+NUMBERS = (
+    ("test_miou", "test mIoU", 100.0, 2),
+    ("val_miou", "val mIoU", 100.0, 2),
+    ("ece", "ECE", 100.0, 1),
+    ("params", "params (M)", 1e-6, 2),
+    ("latency_ms", "ms an image", 1.0, 1),
+)
+
 
 def command(arguments: argparse.Namespace) -> None:
-    """Shows the versions with an alias, or makes the previous one champion again."""
+    """Shows the versions with an alias and why they have it, or makes the previous one champion again."""
     from segdistill.adapters.mlflow_registry import champions, roll_back
 
     name = arguments.name or _name_of(arguments)
@@ -22,14 +31,18 @@ def command(arguments: argparse.Namespace) -> None:
     if not versions:
         raise UserError(f"{name}: no version has an alias; the stage 'register' gives them")
     table = Table(title=name, title_justify="left")
-    for column in ("alias", "version", "student", "test mIoU", "val mIoU", "data", "decision"):
+    for column in ("alias", "version", "student", "data", *(title for _, title, _, _ in NUMBERS)):
         table.add_column(column, overflow="fold")
     for alias, tags in sorted(versions.items()):
-        scores = (f"{100 * float(tags[key]):.2f}" if key in tags else "" for key in ("test_miou", "val_miou"))
         student = f"{tags.get('student', '')} of {tags.get('experiment', '')}, seed {tags.get('seed', '')}"
-        data = tags.get("data_content", "")[:12]
-        table.add_row(alias, tags["version"], student, *scores, data, tags.get("decision", ""))
+        numbers = (f"{scale * float(tags[key]):.{digits}f}" if key in tags else "" for key, _, scale, digits in NUMBERS)
+        table.add_row(alias, tags["version"], student, tags.get("data_content", "")[:8], *numbers)
     console.print(table)
+    for alias, tags in sorted(versions.items()):
+        sentences = (tags.get(key) for key in ("decision", "choice", "evaluated_again"))
+        why = ". ".join(f"{text[0].upper()}{text[1:]}" for text in sentences if text)
+        console.print(f"{alias}, version {tags['version']}: {why or 'nothing is recorded of why'}.", highlight=False,
+                      markup=False)  # fmt: skip
 
 
 def _name_of(arguments: argparse.Namespace) -> str:

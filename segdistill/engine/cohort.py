@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,11 +20,11 @@ from segdistill.data.loader import Share, training_batches
 from segdistill.data.shards import ShardDataset
 from segdistill.engine.distributed import Processes
 from segdistill.engine.evaluate import Evaluation, evaluate_together
-from segdistill.engine.progress import TrainingBar
+from segdistill.engine.progress import Advance
 from segdistill.engine.settings import InferenceConfig, TrainConfig
 from segdistill.engine.stopwatch import timed
 from segdistill.engine.trainer import AGREE_EVERY, Diverged, Ended, Result, Trainer, Training, autocast
-from segdistill.errors import Interrupted, UserError, stop_on_sigterm
+from segdistill.errors import GOES_ON, Interrupted, UserError, stop_on_signal
 from segdistill.losses import labelled_mask
 from segdistill.models.segmenter import Segmenter
 from segdistill.models.teacher import Teacher
@@ -49,6 +49,7 @@ class Cohort:
         processes: this process and its peers.
         unlabelled_set: where the images beside each batch come from, if the loop asks for some; a member without
             methods takes none of them.
+        advanced: is told after each step how far these are; None where nobody looks.
 
     Raises:
         ValueError: two members of one name, a method without its teacher, or a budget in seconds for several members.
@@ -67,6 +68,7 @@ class Cohort:
         teacher: Teacher | None,
         processes: Processes,
         unlabelled_set: ShardDataset | None = None,
+        advanced: Callable[[Advance], None] | None = None,
     ) -> None:
         names = [training.name for training in trainings]
         if len(set(names)) < len(names):
@@ -82,7 +84,7 @@ class Cohort:
         if config.unlabelled and not unlabelled_set:
             raise ValueError(f"unlabelled: {config.unlabelled}, and there are no images without labels")
         self.train_set, self.val_set, self.config = train_set, val_set, config
-        self.unlabelled_set = unlabelled_set
+        self.unlabelled_set, self.advanced = unlabelled_set, advanced
         self.inference, self.seed, self.processes = inference, seed, processes
         self.members = {
             training.name: Trainer(training, config, seed=seed, processes=processes) for training in trainings
@@ -107,7 +109,7 @@ class Cohort:
         """Trains to the end of the budget, from the checkpoints that are there; what became of each member, by name.
 
         Raises:
-            Interrupted: SIGTERM came; the state is saved.
+            Interrupted: SIGTERM or Ctrl-C came; the state is saved.
         """
         names = list(self.members)
         for member in self.members.values():
@@ -128,11 +130,8 @@ class Cohort:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def _train(self) -> None:
-        config, number = self.config, -1
-        with (
-            stop_on_sigterm() as stop,
-            self._bar() as bar,
-        ):
+        config, number, images = self.config, -1, 0
+        with stop_on_signal() as stop:
             while active := {name: member for name, member in self.members.items() if not member.finished}:
                 iteration = min(member.progress.iteration for member in active.values())
                 takers = {name: member for name, member in active.items() if member.progress.iteration == iteration}
@@ -144,9 +143,10 @@ class Cohort:
                 if number < 0:  # the first step is start-up
                     self.seconds |= {"data": 0.0, "training": 0.0}
                 number = iteration + 1
-                fraction = min(member.fraction for member in active.values())
-                images = sum(member.images_per_step for member in takers.values())
-                bar.update(number, fraction, self.seconds["data"] + self.seconds["training"], images)
+                if self.advanced:
+                    seconds = self.seconds["data"] + self.seconds["training"]
+                    images += sum(member.images_per_step for member in takers.values()) if seconds else 0
+                    self.advanced(self._advance(number, active, images / max(seconds, 1e-9)))
                 stopping = self._agree(stop, number, takers)  # once: a later signal is heard the next time, by all
                 for name, member in takers.items():
                     if number % config.log_every == 0 or member.finished:
@@ -160,12 +160,12 @@ class Cohort:
                         with self._ending_alone(name):
                             takers[name].save()
                 if stopping and self.members:
-                    raise Interrupted(f"stopped at iteration {number}; the same command continues from there")
+                    raise Interrupted(f"stopped and saved at iteration {number}; {GOES_ON} from there")
 
-    def _bar(self) -> TrainingBar:
-        ends = [member.iterations for member in self.members.values() if member.iterations is not None]
-        shown = self.processes.is_main and not self.processes.part
-        return TrainingBar(list(self.members), max(ends, default=None), enabled=shown)
+    def _advance(self, number: int, active: Mapping[str, Trainer], images_per_second: float) -> Advance:
+        longest = max((member.iterations or 0 for member in active.values()), default=0) or None
+        fraction = min(member.fraction for member in active.values())
+        return Advance(number, longest, fraction, images_per_second)
 
     def _share(self) -> Share:
         config, processes = self.config, self.processes

@@ -20,8 +20,6 @@ class Processes:
     rank: int
     world_size: int
     device: torch.device
-    # Of the parts that train on this CPU at once (engine/parts.py), which this is: part 0 shows its progress.
-    part: int = 0
 
     @property
     def is_main(self) -> bool:

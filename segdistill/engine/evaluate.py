@@ -13,6 +13,8 @@ from segdistill.data.shards import ShardDataset
 from segdistill.engine.distributed import Processes
 from segdistill.engine.settings import InferenceConfig
 from segdistill.errors import UserError
+from segdistill.losses import valid_mask
+from segdistill.metrics.calibration_error import BINS, calibration_gaps, expected_calibration_error
 from segdistill.metrics.confusion import confusion_matrix_per_image, mean_iou, pixel_accuracy
 from segdistill.models.segmenter import logits_at
 
@@ -46,6 +48,7 @@ class Evaluation:
     per_image: np.ndarray  # [N, K, K] int64
     ids: list[str]
     finite: bool = True  # whether all scores were; if not, the counts say nothing
+    calibration: np.ndarray | None = None  # [15] int64, see metrics/calibration_error.py; None where nobody asked
 
     @property
     def miou(self) -> float:
@@ -56,6 +59,13 @@ class Evaluation:
     def accuracy(self) -> float:
         """Correct pixels among the labelled ones."""
         return pixel_accuracy(self.confusion)
+
+    @property
+    def ece(self) -> float | None:
+        """Expected calibration error (0..1); None where nobody asked for it."""
+        if self.calibration is None:
+            return None
+        return expected_calibration_error(self.calibration, int(self.confusion.sum()))
 
 
 def predict(
@@ -153,12 +163,14 @@ def evaluate(
     processes: Processes,
     flip: bool = False,
     scales: Sequence[float] = (1.0,),
+    calibration: bool = False,
     progress: Any = None,
 ) -> Evaluation:
     """Confusion counts of a segmenter on a split.
 
     Args:
         network: its mode is restored afterwards.
+        calibration: whether to look at its probabilities, too.
         progress: called with the number of images done.
 
     Raises:
@@ -166,7 +178,7 @@ def evaluate(
     """
     (evaluation,) = evaluate_together(
         {"": network}, dataset, settings, num_classes=num_classes, processes=processes, flip=flip, scales=scales,
-        progress=progress,
+        calibration=calibration, progress=progress,
     ).values()  # fmt: skip
     if not evaluation.finite:
         raise UserError("the network's scores are not finite: it diverged, and a mIoU would say nothing of it")
@@ -183,6 +195,7 @@ def evaluate_together(
     processes: Processes,
     flip: bool = False,
     scales: Sequence[float] = (1.0,),
+    calibration: bool = False,
     progress: Any = None,
 ) -> dict[Key, Evaluation]:
     """Confusion counts of several segmenters on a split that is read once, as :func:`evaluate` would give each.
@@ -198,6 +211,8 @@ def evaluate_together(
         key: torch.zeros((len(dataset), num_classes, num_classes), dtype=torch.int64, device=device) for key in networks
     }
     broken = {key: torch.zeros((), dtype=torch.bool, device=device) for key in networks}
+    gaps = {key: torch.zeros(BINS, dtype=torch.int64, device=device) for key in networks}
+    several_views = flip or len(scales) > 1
     share = list(range(processes.rank, len(dataset), processes.world_size))
     for numbers, images, labels in _batches(dataset, share, settings.batch_size):
         images, labels = images.to(device).float() / 255, labels.to(device).long()
@@ -208,6 +223,9 @@ def evaluate_together(
             highest, prediction = scores.max(1)
             broken[key] |= ~highest.isfinite().all()  # a NaN among the scores comes out as the highest
             counts[key][places] = confusion_matrix_per_image(prediction, labels, num_classes)
+            if calibration:  # the scores of one view are logits, those of several are probabilities
+                probability = highest if several_views else (highest - scores.logsumexp(1)).exp()
+                gaps[key] += calibration_gaps(probability, prediction == labels, valid_mask(labels))
         if progress is not None:
             progress(len(numbers))
     evaluations, ids = {}, [dataset.sample_id(index) for index in range(len(dataset))]
@@ -217,7 +235,8 @@ def evaluate_together(
         if len(dataset) and not per_image.any():
             raise UserError(f"the split of {len(dataset)} images has no pixel with a label; it cannot be scored")
         finite = not processes.sum(broken[key].long()).item()
-        evaluations[key] = Evaluation(per_image.sum(0), per_image, ids, finite)
+        calibrated = processes.sum(gaps[key]).cpu().numpy() if calibration else None
+        evaluations[key] = Evaluation(per_image.sum(0), per_image, ids, finite, calibrated)
     return evaluations
 
 

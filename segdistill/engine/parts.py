@@ -4,12 +4,15 @@ The operations of a small network on small images are too small to be shared out
 """
 
 import logging
+import logging.handlers
 import multiprocessing
 import os
+import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
@@ -17,7 +20,8 @@ from typing import TypeVar
 import torch
 
 from segdistill.engine.distributed import Processes
-from segdistill.errors import Interrupted, UserError, stop_on_sigterm
+from segdistill.engine.progress import TrainingBar
+from segdistill.errors import Interrupted, UserError, stop_on_signal
 
 T = TypeVar("T")
 
@@ -45,35 +49,49 @@ def _may_fork(processes: Processes) -> bool:
     return processes.world_size == 1 and processes.device.type == "cpu" and torch.get_num_threads() > 1
 
 
-def run_parts(tasks: Sequence[Callable[[], T]], processes: Processes) -> list[T]:
+def run_parts(tasks: Sequence[Callable[[], T]], processes: Processes, bar: TrainingBar | None = None) -> list[T]:
     """What the tasks return, each from a process of its own, which has its share of this one's threads.
 
     Processes are forked, so that they share what is loaded and start at once; nothing may have been computed with
     several threads before, and no thread of ours may run. So a single task has a process, too: this one may fork again
     after it. With one thread, on a GPU and under torchrun tasks run here. SIGTERM is passed on to the processes, and
-    what one raises is raised here when all have ended.
+    what one raises is raised here when all have ended. What they log, and the bar that they move, is shown by this one.
     """
     if not _may_fork(processes):
         return [task() for task in tasks]
     context, threads = multiprocessing.get_context("fork"), max(1, torch.get_num_threads() // len(tasks))
     children: list[tuple[BaseProcess, Connection]] = []
-    with stop_on_sigterm() as stop, _no_orphans(children):
+    with stop_on_signal() as stop, _no_orphans(children):
         for task in tasks:
             reader, writer = context.Pipe(duplex=False)
-            child = context.Process(target=_run, args=(task, threads, writer))
+            child = context.Process(target=_run, args=(task, threads, writer, bar))
             child.start()
             writer.close()
             children.append((child, reader))
-        answers = _answers(children, stop)
-    failures = [answer for answer in answers if isinstance(answer, BaseException)]
-    for failure in sorted(failures, key=lambda error: isinstance(error, Interrupted)):
-        raise failure  # a mistake rather than the wish to stop
+        answers = _answers(children, stop, bar)
+        failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        for failure in sorted(failures, key=lambda error: not isinstance(error, Exception)):
+            raise failure  # a mistake rather than the wish to stop
     return answers  # type: ignore[return-value]
 
 
-def _run(task: Callable[[], T], threads: int, writer: Connection) -> None:
+class _Relay(logging.handlers.QueueHandler):
+    """Hands over what a child logs, and how far it is: two processes that write to one terminal mix their lines."""
+
+    def enqueue(self, record: object) -> None:
+        """Sends it; threads of the child wait for each other."""
+        with self.lock:  # type: ignore[union-attr]
+            self.queue.send(record)  # type: ignore[attr-defined]
+
+
+def _run(task: Callable[[], T], threads: int, writer: Connection, bar: TrainingBar | None) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork has its parent's
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    relay = _Relay(writer)  # type: ignore[arg-type]
+    logging.getLogger("segdistill").handlers = [relay]
+    if bar is not None:
+        bar.relay = relay.enqueue
     answer: T | BaseException
     try:
         answer = task()
@@ -81,7 +99,7 @@ def _run(task: Callable[[], T], threads: int, writer: Connection) -> None:
         if not isinstance(error, UserError | Interrupted | KeyboardInterrupt):
             error.add_note(traceback.format_exc())
         answer = error
-    writer.send(answer)
+    relay.enqueue(_Answer(answer))
 
 
 def _end_with_parent() -> None:
@@ -91,7 +109,14 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _answers(children: Sequence[tuple[BaseProcess, Connection]], stop: threading.Event) -> list[object]:
+@dataclass(frozen=True)
+class _Answer:
+    value: object
+
+
+def _answers(
+    children: Sequence[tuple[BaseProcess, Connection]], stop: threading.Event, bar: TrainingBar | None
+) -> list[object]:
     """What each child sent; where it died without a word, an error that says so."""
     answers: dict[Connection, object] = {}
     told = False
@@ -100,7 +125,13 @@ def _answers(children: Sequence[tuple[BaseProcess, Connection]], stop: threading
         for reader in wait(waiting, timeout=0.5):
             assert isinstance(reader, Connection)
             try:
-                answers[reader] = reader.recv()
+                news = reader.recv()
+                if isinstance(news, _Answer):
+                    answers[reader] = news.value
+                elif isinstance(news, logging.LogRecord):
+                    logging.getLogger(news.name).handle(news)
+                elif bar is not None:
+                    bar.update(*news)
             except EOFError:
                 answers[reader] = UserError(
                     "one of the training processes was killed, probably for want of memory; set"

@@ -1,42 +1,76 @@
 """Progress bars with the time left: on a terminal only, by the main process only."""
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN = 0.2  # two sights of a bar
 
 
 def progress_bar(enabled: bool = True, *columns: str) -> Progress:
-    """A rich progress bar on standard error, silent where that is not a terminal."""
+    """A rich progress bar on standard error, silent where that is not a terminal.
+
+    While it is there, what is written to ``sys.stderr`` comes above it.
+    """
     console = Console(stderr=True)
     texts = [TextColumn(column) for column in columns]
     return Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.percentage:>3.0f}%"), *texts,
+        TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.percentage:>3.0f}%"), *texts,
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False),
-        console=console, disable=not (enabled and sys.stderr.isatty()), transient=True,
+        console=console, disable=not (enabled and sys.stderr.isatty()), transient=True, speed_estimate_period=300,
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Advance:
+    """How far trainings are that train together."""
+
+    iteration: int
+    iterations: int | None  # how many the longest takes; None where time is the budget
+    fraction: float  # of the budget, 0..1
+    images_per_second: float
+
+
 class TrainingBar:
-    """What trains, its iteration, images per second and time left.
+    """The trainings of a stage: which of how many train now, their iteration, images per second, time left of all.
 
     Args:
-        names: of what trains.
-        iterations: how many the longest takes; None where time is the budget.
+        kind: what is trained: teacher, student, trial.
+        groups: the names of those that train together, one group after another or several at once.
+        costs: how long each group takes, compared with the others.
+        before: the part of the whole that was done before, 0..1.
+        share: the part of the whole that these groups are.
         enabled: whether it is to be seen at all.
     """
 
-    def __init__(self, names: Sequence[str], iterations: int | None, *, enabled: bool) -> None:
-        self.iterations, self.images = iterations, 0
-        self.title = names[0] if len(names) == 1 else f"{len(names)} trainings"
-        self.bar = progress_bar(enabled, "{task.fields[text]}")
-        self.task = self.bar.add_task(self.title, total=1.0, text="")
+    def __init__(
+        self,
+        kind: str,
+        groups: Sequence[Sequence[str]],
+        costs: Sequence[float],
+        *,
+        before: float = 0.0,
+        share: float = 1.0,
+        enabled: bool,
+    ) -> None:
+        self.kind, self.groups, self.costs = kind, groups, costs
+        self.before, self.share = before, share
+        self.advances: dict[int, Advance] = {}
+        self.relay: Callable[[tuple[Advance, int]], None] | None = (
+            None  # to the process that draws, where that is another
+        )
+        self.relayed = 0.0
+        self.bar = progress_bar(enabled, "{task.fields[speed]}")
+        self.task = self.bar.add_task("", total=1.0, completed=before, speed="")  # type: ignore[arg-type]
 
     def __enter__(self) -> Self:
-        self.bar.start()
         return self
 
     def __exit__(
@@ -44,20 +78,42 @@ class TrainingBar:
     ) -> None:
         self.bar.stop()
 
-    def update(self, iteration: int, fraction: float, seconds: float, images: int) -> None:
-        """Moves the bar.
-
-        Args:
-            iteration: how many are done.
-            fraction: the part of the budget that is used, 0..1.
-            seconds: what training has taken up to now, without its first step.
-            images: how many the last step was of, for each training that took them.
-        """
+    def update(self, advance: Advance, group: int = 0) -> None:
+        """Moves the bar, which begins with the first call: its thread must not be there when processes fork."""
         if self.bar.disable:
             return
-        self.images += images if seconds else 0
-        of = f" of {self.iterations}" if self.iterations else ""
-        speed = f"{self.images / max(seconds, 1e-9):.1f} img/s "
+        if self.relay is not None:
+            now = time.monotonic()
+            if advance.fraction >= 1 or now - self.relayed >= SECONDS_BETWEEN:
+                self.relayed = now
+                self.relay((advance, group))
+            return
+        self.advances[group] = advance
+        self.bar.start()
+        speed = sum(one.images_per_second for one in self._active().values())
+        done = sum(self.costs[key] * one.fraction for key, one in self.advances.items()) / sum(self.costs)
         self.bar.update(
-            self.task, completed=fraction, description=f"{self.title}: iteration {iteration}{of}", text=speed
+            self.task,
+            completed=self.before + self.share * done,
+            description=escape(self.title()),
+            speed=f"{speed:.1f} img/s",
         )
+
+    def title(self) -> str:
+        """What trains now, which of how many, and the iteration of who is the least far."""
+        active = self._active()
+        total = sum(map(len, self.groups))
+        names = [name for group in active for name in self.groups[group]]
+        if len(names) == 1:
+            number = 1 + sum(map(len, self.groups[: next(iter(active))]))
+            what = f"{names[0]}, {self.kind} {number} of {total}" if total > 1 else names[0]
+        else:
+            what = f"{len(names)} of {total} {self.kind}s: {', '.join(names[:2])}{', ...' if len(names) > 2 else ''}"
+        last = min(active.values(), key=lambda one: one.fraction)
+        of = f" of {last.iterations}" if last.iterations else ""
+        return f"{what}: iteration {last.iteration}{of}"
+
+    def _active(self) -> dict[int, Advance]:
+        """Those that train now, by group; the last one where all are done."""
+        active = {group: one for group, one in self.advances.items() if one.fraction < 1}
+        return active or dict(list(self.advances.items())[-1:])

@@ -24,8 +24,19 @@ class Tracker(Protocol):
     def artifact(self, path: Path, folder: str = "") -> None:
         """A file or a folder to keep with the run, below ``folder``."""
 
-    def child(self, name: str) -> "Tracker":
-        """A tracker for one of several students that train in one run."""
+    def describe(self, text: str) -> None:
+        """What people read first of the run, in Markdown."""
+
+    def child(self, name: str, *, ended: bool = False) -> "Tracker":
+        """A tracker for one of several students that train in one run.
+
+        Args:
+            name: the run's.
+            ended: whether its training has ended, so that what is added neither opens it again nor moves its end.
+        """
+
+    def parent(self) -> "Tracker":
+        """A tracker for the pipeline run itself, which goes on when this tracker is closed."""
 
     def close(self, status: str = "FINISHED") -> None:
         """Ends the run: FINISHED, FAILED or KILLED."""
@@ -41,7 +52,11 @@ class NullTracker:
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None: ...
     def tags(self, values: Mapping[str, str]) -> None: ...
     def artifact(self, path: Path, folder: str = "") -> None: ...
-    def child(self, name: str) -> "NullTracker":
+    def describe(self, text: str) -> None: ...
+    def child(self, name: str, *, ended: bool = False) -> "NullTracker":
+        return self
+
+    def parent(self) -> "NullTracker":
         return self
 
     def close(self, status: str = "FINISHED") -> None: ...
@@ -76,8 +91,14 @@ class JsonLinesTracker:
     def artifact(self, path: Path, folder: str = "") -> None:
         self._write("artifact", {"path": path, "folder": folder})
 
-    def child(self, name: str) -> "JsonLinesTracker":
+    def describe(self, text: str) -> None:
+        self.tags({"description": text})
+
+    def child(self, name: str, *, ended: bool = False) -> "JsonLinesTracker":
         return JsonLinesTracker(self.path, prefix=f"{self.prefix}/{name}".strip("/"))
+
+    def parent(self) -> "JsonLinesTracker":
+        return JsonLinesTracker(self.path, prefix="pipeline")
 
     def close(self, status: str = "FINISHED") -> None:
         self._write("close", {"status": status})

@@ -317,7 +317,7 @@ class Trainer:
             entry = {f"train/loss/{term}": value for term, value in terms.items()} | {"train/loss/total": loss}
             entry |= {f"train/weighted/{term}": value for term, value in weighted.items()}
             rate = self.optimizers[name].param_groups[0]["lr"]
-            entry |= {"train/lr": rate, "perf/images_per_second": self.speed}
+            entry |= {"train/lr": rate, "perf/training_images_per_second": self.speed}
             self.progress.curves[name].append({"step": self.progress.iteration, "train/loss/total": loss})
             if self.processes.is_main:
                 tracker.metrics(entry, self.progress.iteration)

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from segdistill.errors import Interrupted, UserError, stop_on_sigterm
+from segdistill.errors import Interrupted, UserError, stop_on_signal
 from segdistill.kubeflow.trainjob import NODE, TrainJob, manifest
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def run(
     """
     from segdistill.adapters.kubernetes_api import TrainJobs
 
-    with stop_on_sigterm() as stop:
+    with stop_on_signal() as stop:
         attempt = _Attempt(TrainJobs(job.namespace, configuration, stop=stop, patience=patience), job, poll)
         uid = attempt.begin()
         try:

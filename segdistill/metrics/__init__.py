@@ -1,5 +1,6 @@
 """Segmentation scores from integer counts."""
 
+from segdistill.metrics.calibration_error import calibration_gaps, expected_calibration_error
 from segdistill.metrics.confusion import (
     confusion_matrix,
     confusion_matrix_per_image,
@@ -13,8 +14,10 @@ from segdistill.metrics.confusion import (
 )
 
 __all__ = [
+    "calibration_gaps",
     "confusion_matrix",
     "confusion_matrix_per_image",
+    "expected_calibration_error",
     "iou",
     "iou_counts",
     "iou_from_counts",

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from segdistill.config import parse
+from segdistill.engine.settings import InferenceConfig
 from segdistill.errors import UserError
 from segdistill.files import read_sealed_json
 from segdistill.metrics import iou, mean_over_present
@@ -53,6 +54,7 @@ class SeedResult:
     identity: str | None
     code: str | None
     weights_sha256: str
+    ece: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Row:
     step_seconds: float | None  # of training, by iteration
     gain: Gain | None
     equal_time_gain: Difference | None
+    ece: Spread | None = None  # expected calibration error on test
+    latency_median_ms: float | None = None
 
     @property
     def divergence(self) -> str:
@@ -121,6 +125,8 @@ class Protocol:
     data_content: str
     # Of the teacher's weights.
     teacher_sha256: str
+    # How an image of the test split was shown to every network.
+    inference: InferenceConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -325,6 +331,7 @@ def _row(
             identity=network.training.get("identity"),
             code=network.training.get("code"),
             weights_sha256=network.test["weights_sha256"],
+            ece=network.test.get("test/ece"),
         )
         for network in networks
     )
@@ -336,6 +343,8 @@ def _row(
     # The fastest pass of all seeds: the network is the same, and slower passes tell what else the machine was doing.
     latencies = [network.test["latency_ms"] for network in networks if network.test.get("latency_ms")]
     latency = min(latencies, default=None)
+    medians = [network.test["latency_median_ms"] for network in networks if network.test.get("latency_median_ms")]
+    errors = [seed.ece for seed in seeds if seed.ece is not None]
     durations = [seed.training_seconds for seed in seeds if seed.training_seconds is not None]
     steps = [seed.training_seconds / seed.iterations for seed in seeds if seed.training_seconds and seed.iterations]
     first = networks[0].test if networks else {}
@@ -361,6 +370,8 @@ def _row(
         step_seconds=float(np.mean(steps)) if steps else None,
         gain=None,
         equal_time_gain=None,
+        ece=Spread.of(errors),
+        latency_median_ms=float(np.median(medians)) if medians else None,
     )
 
 

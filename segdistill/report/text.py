@@ -209,6 +209,10 @@ def protocol(comparison: Comparison) -> list[tuple[str, str]]:
         ("Score", "mIoU from one confusion matrix over the whole test split, at the resolution of the labels"),
         ("Interval", _interval(comparison)),
     ]
+    if comparison.teacher.ece:
+        stated.append(
+            ("ECE", "expected calibration error of the top probability over all labelled test pixels, 15 equal bins")
+        )
     if weights:
         stated.insert(2, ("Weights", weights))
     if facts.input_size:

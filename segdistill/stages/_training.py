@@ -55,7 +55,7 @@ def write(
     with new_folder(output) as partial:
         _fill(partial, learner, result, info, identity, facts)
     for name, student in learner.students.items():
-        trackers[name].metrics({"perf/params": count_parameters(student)})
+        trackers[name].metrics({"perf/params": count_parameters(student), "perf/training_wall_seconds": result.seconds})
 
 
 def forget(work: Path) -> None:

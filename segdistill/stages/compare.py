@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from segdistill.config import config as config_class
-from segdistill.config import flatten, to_dict
+from segdistill.config import flatten, parse, to_dict
+from segdistill.engine.settings import InferenceConfig
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.files import disk_errors, new_folder, read_sealed, seal, write_file
@@ -124,7 +125,44 @@ def run(
         _write_text(metrics, json.dumps(summary, indent=2) + "\n")
     tracker.metrics({"compare/" + "/".join(name.rsplit(".", 1)): value for name, value in flatten(summary).items()})
     tracker.artifact(report, "comparison")
+    _tell(tracker.parent(), comparison)
     return {"evaluation": time.monotonic() - started}
+
+
+def _tell(pipeline: Tracker, comparison: "Comparison") -> None:
+    """What opens first in the tracker: the table as the pipeline run's description, and the best student's numbers.
+
+    They have the names that the students' runs give them, so that they stand in the same columns.
+    """
+    from segdistill.report import page, text
+
+    best = next(row for row in comparison.rows if (row.experiment, row.student) == comparison.best)
+    protocol, teacher = comparison.protocol, comparison.teacher
+    # MLflow shows the first lines only until one asks for more, so it begins with the finding, without a title.
+    summary = page.markdown(comparison).partition("\n## ")[0].removeprefix("# Comparison").strip()
+    pipeline.describe(
+        f"{summary}\n\nThe whole of it: `comparison/report.html` among the artifacts of the run `compare`."
+    )
+    numbers: dict[str, Any] = {
+        "test/miou": best.test_miou and best.test_miou.mean,
+        "test/ece": best.ece and best.ece.mean,
+        "val/miou": best.val_miou and best.val_miou.mean,
+        "perf/params": best.params,
+        "perf/latency_ms": best.latency_ms,
+        "compare/gain": best.gain and best.gain.mean,
+        "compare/gain_low": best.gain and best.gain.low,
+        "compare/gain_high": best.gain and best.gain.high,
+        "compare/teacher_test_miou": teacher.test_miou and teacher.test_miou.mean,
+    }
+    pipeline.metrics({name: value for name, value in numbers.items() if value is not None})
+    pipeline.params({
+        "best_student": text.name(best),
+        "experiments": ", ".join(dict.fromkeys(row.experiment for row in comparison.rows)),
+        "seeds": ", ".join(map(str, protocol.seeds)),
+        "iterations": ", ".join(map(str, protocol.iterations)),
+        "data_content": protocol.data_content[:16],
+        "teacher_sha256": protocol.teacher_sha256[:16],
+    })  # fmt: skip
 
 
 def metrics_of(comparison: "Comparison") -> dict[str, Any]:
@@ -134,6 +172,8 @@ def metrics_of(comparison: "Comparison") -> dict[str, Any]:
         entry: dict[str, float] = {}
         if row.test_miou is not None:
             entry["test_miou"] = round(row.test_miou.mean, 4)
+        if row.ece is not None:
+            entry["test_ece"] = round(row.ece.mean, 4)
         if row.diverged:
             entry["diverged"] = len(row.diverged)
         for prefix, gain in (("", row.gain), ("equal_time_", row.equal_time_gain)):
@@ -199,6 +239,9 @@ def _protocol(
         block=config.block,
         data_content=info.content_hash,
         teacher_sha256=taught.test["weights_sha256"],
+        inference=parse(InferenceConfig, inference, "inference")
+        if (inference := taught.test.get("inference"))
+        else None,
     )
 
 

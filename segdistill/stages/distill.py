@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from segdistill.data.shards import DatasetInfo, ShardDataset
     from segdistill.engine.distributed import Processes
     from segdistill.engine.evaluate import Evaluation
+    from segdistill.engine.progress import Advance
     from segdistill.engine.trainer import Ended, Result, Training
     from segdistill.models.teacher import Teacher
 
@@ -104,6 +105,7 @@ class Common:
     teacher: "Teacher | None"
     processes: "Processes"
     work: Path  # for checkpoints, a folder a member
+    advanced: "Callable[[Advance], None]"  # is told how far they are
 
 
 def run(
@@ -161,14 +163,21 @@ def in_parts(
     work: Path,
     processes: "Processes",
     act: Callable[[Sequence[Member], Common], T],
+    *,
+    kind: str = "student",
+    before: float = 0.0,
+    share: float = 1.0,
 ) -> list[list[T]]:
     """Calls ``act`` with members that train together, in as many processes as pay; what it gave, by process.
+
+    ``kind``, ``before`` and ``share`` are those of the :class:`TrainingBar`.
 
     Raises:
         UserError: the teacher is not what was trained; see :func:`_verified_teacher`.
     """
     from segdistill.data.memory import Memory
     from segdistill.engine.parts import divided, run_parts
+    from segdistill.engine.progress import TrainingBar
     from segdistill.stages._training import dataset, unlabelled_set
 
     # Those that the teacher teaches first, so that few parts need it. A clock that several trainings share is not
@@ -184,15 +193,27 @@ def in_parts(
     info, train_set, val_set = dataset(prepared, memory)
     beside = unlabelled_set(prepared, protocol.train.unlabelled, memory)
 
+    together = [group for groups in parts for group in groups]
+    bar = TrainingBar(
+        kind, [[member.name for member in group] for group in together],
+        [sum(member.cost for member in group) for group in together], before=before, share=share,
+        enabled=processes.is_main,
+    )  # fmt: skip
+
     def run_part(number: int, groups: Sequence[Sequence[Member]]) -> list[T]:
-        here, frozen = replace(processes, part=number), None
+        frozen = None
         if any(member.needs_teacher for group in groups for member in group):
-            frozen = _verified_teacher(teacher, info, val_set, protocol, here)
-        common = Common(protocol, info, train_set, val_set, beside, frozen, here, work)
-        return [act(group, common) for group in groups]
+            frozen = _verified_teacher(teacher, info, val_set, protocol, processes)
+        first = sum(map(len, parts[:number]))
+        common = Common(protocol, info, train_set, val_set, beside, frozen, processes, work, bar.update)
+        return [
+            act(group, replace(common, advanced=functools.partial(bar.update, group=first + index)))
+            for index, group in enumerate(groups)
+        ]
 
     tasks = [functools.partial(run_part, number, groups) for number, groups in enumerate(parts)]
-    return run_parts(tasks, processes)
+    with bar:
+        return run_parts(tasks, processes, bar)
 
 
 def teacher_hash(teacher: Path) -> str | None:
@@ -255,7 +276,7 @@ def train_together(
     cohort = Cohort(
         trainings, common.train_set, common.val_set, common.protocol.train, inference=common.protocol.inference,
         seed=group[0].planned.seed, teacher=common.teacher, processes=common.processes,
-        unlabelled_set=common.unlabelled_set,
+        unlabelled_set=common.unlabelled_set, advanced=common.advanced,
     )  # fmt: skip
     with _ended(trackers.values()):
         outcomes = cohort.run()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from pydantic import Field
 
 from segdistill import environment
 from segdistill.config import config as config_class
+from segdistill.config import to_dict
 from segdistill.data.settings import Scale
 from segdistill.engine.progress import progress_bar
 from segdistill.engine.settings import InferenceConfig
@@ -51,7 +53,7 @@ class Config:
     """Test images, evenly spread, whose predictions are kept as pictures."""
 
     latency_repeats: Annotated[int, Field(ge=1, le=100_000)]
-    """Forward passes of one image, of which the fastest is the latency."""
+    """Forward passes of one image; the fastest is the latency, and their median is what a budget looks at."""
 
 
 def run(
@@ -142,7 +144,7 @@ def _evaluate(
         seal(folder)
     if processes.is_main:
         for name, run_of_training in names.items():
-            _track(tracker.child(run_of_training), name, models[name], evaluation)
+            _track(tracker.child(run_of_training, ended=True), name, models[name], evaluation)
 
 
 def _measure(
@@ -155,39 +157,46 @@ def _measure(
     from segdistill.metrics.confusion import iou
     from segdistill.models.export import count_macs, count_parameters
 
+    def evaluated(**options: Any) -> "Evaluation":
+        return evaluate(
+            network, test_set, config.inference, num_classes=info.num_classes, processes=processes, **options
+        )
+
     def score(**views: Any) -> dict[str, float]:
-        found = evaluate(
-            network, test_set, config.inference, num_classes=info.num_classes, processes=processes, **views
-        )  # fmt: skip
-        return {"test/miou": found.miou, "test/pixel_accuracy": found.accuracy}
+        averaged = evaluated(**views)
+        return {"test/miou": averaged.miou, "test/pixel_accuracy": averaged.accuracy}
 
     network.eval()
-    found = evaluate(network, test_set, config.inference, num_classes=info.num_classes, processes=processes)
+    headline = evaluated(calibration=True)
     np.savez_compressed(
-        folder / f"{name}.npz", confusion=found.confusion, per_image=found.per_image, ids=np.array(found.ids)
+        folder / f"{name}.npz", confusion=headline.confusion, per_image=headline.per_image, ids=np.array(headline.ids)
     )
-    _pictures(network, name, test_set, info, found, config, folder, processes)
+    _pictures(network, name, test_set, info, headline, config, folder, processes)
     height, width = test_set[0][1].shape
     scale = config.inference.input_scale
     size = (round(height * scale), round(width * scale))
-    latency = _latency(network, size, config.latency_repeats, processes)
-    per_class = [None if np.isnan(value) else float(value) for value in iou(found.confusion)]
+    seconds = _pass_seconds(network, size, config.latency_repeats, processes)
+    latency = min(seconds)  # slower ones tell what else the machine was doing
+    per_class = [None if np.isnan(value) else float(value) for value in iou(headline.confusion)]
     return {
-        "test/miou": found.miou,
-        "test/pixel_accuracy": found.accuracy,
+        "test/miou": headline.miou,
+        "test/pixel_accuracy": headline.accuracy,
+        "test/ece": headline.ece,
         "per_class_iou": dict(zip([item.name for item in info.classes], per_class, strict=True)),
         "params": count_parameters(network),
         "macs": count_macs(network, size),
         "latency_ms": 1000 * latency,
+        "latency_median_ms": 1000 * statistics.median(seconds),
         "images_per_second": 1 / latency,
         "input_size": list(size),
+        "inference": to_dict(config.inference),
         "flip": score(flip=True) if config.flip else None,
         "multi_scale": score(flip=True, scales=config.scales) if config.scales else None,
     }
 
 
-def _latency(network: "Segmenter", size: tuple[int, int], repeats: int, processes: "Processes") -> float:
-    """Seconds of one image's fastest forward pass: slower ones tell what else the machine was doing."""
+def _pass_seconds(network: "Segmenter", size: tuple[int, int], repeats: int, processes: "Processes") -> list[float]:
+    """Seconds of each of some forward passes of one image, when warm."""
     import torch
 
     image = torch.rand((1, 3, *size), device=processes.device)
@@ -200,11 +209,11 @@ def _latency(network: "Segmenter", size: tuple[int, int], repeats: int, processe
             network(image)
             wait()
             times.append(time.perf_counter() - started)
-    return min(times[3:])
+    return times[3:]
 
 
 def _pictures(
-    network: "Segmenter", name: str, test_set: "ShardDataset", info: "DatasetInfo", found: "Evaluation",
+    network: "Segmenter", name: str, test_set: "ShardDataset", info: "DatasetInfo", evaluation: "Evaluation",
     config: Config, folder: Path, processes: "Processes",
 ) -> None:  # fmt: skip
     """The confusion map, and predictions on evenly spread test images: the same ones for every network.
@@ -221,7 +230,7 @@ def _pictures(
     pictures.mkdir(parents=True)
     if not processes.is_main:
         return
-    confusion_map(found.confusion, [item.name for item in info.classes], pictures / "confusion.png")
+    confusion_map(evaluation.confusion, [item.name for item in info.classes], pictures / "confusion.png")
     colors = [item.color for item in info.classes]
     indices = evenly_spread(len(test_set), config.overlays)
     predictions = masks(network, test_set, indices, config.inference, processes.device)
@@ -238,7 +247,10 @@ def _track(tracker: Tracker, name: str, result: dict[str, Any], folder: Path) ->
             "test/pixel_accuracy": result["test/pixel_accuracy"],
             "perf/params": result["params"],
             "perf/macs": result["macs"],
+            "test/ece": result["test/ece"],
             "perf/latency_ms": result["latency_ms"],
+            "perf/latency_median_ms": result["latency_median_ms"],
+            "perf/inference_images_per_second": result["images_per_second"],
             **{f"test/iou/{key}": value for key, value in result["per_class_iou"].items() if value is not None},
         }
     )
@@ -271,5 +283,5 @@ def highlights_of(folders: Sequence[Path]) -> Highlights:
     folder, file = places[best]
     with np.load(io.BytesIO(read_sealed(folder, file, mend=AGAIN, limit=COUNTS_LIMIT))) as counted:
         confusion = counted["confusion"].tolist()
-    names = ("test/miou", "test/pixel_accuracy", "params", "images_per_second")
+    names = ("test/miou", "test/pixel_accuracy", "test/ece", "params", "images_per_second")
     return Highlights(scores_of(networks, names), (list(networks[best]["per_class_iou"]), confusion))

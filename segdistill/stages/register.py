@@ -1,9 +1,12 @@
 """The best student by validation score within the budget goes to the model registry.
 
+One beyond a limit is not registered, however good; where none is within them, nothing is, and the reason says so.
+
 Chosen on validation, promoted on test: the alias ``champion`` moves only if the student's test mIoU beats that of the
 champion on the same test data by more than ``min_gain`` points (the rule stands in adapters/mlflow_registry.py).
 """
 
+import functools
 import json
 import shutil
 import tempfile
@@ -55,6 +58,13 @@ class Config:
     min_gain: Annotated[float, Field(ge=0, le=100)]
     """Points of test mIoU (0..100) by which a student must beat the champion to replace it."""
 
+    max_latency_ms: Annotated[float, Field(gt=0, le=10**9)] | None = None
+    """The budget: most milliseconds of a forward pass for one test image, the median that evaluate measured; null is no
+    bound."""
+
+    max_ece: Annotated[float, Field(ge=0, le=100)] | None = None
+    """The budget: most points of expected calibration error (0..100) on the test split; null is no bound."""
+
     onnx: bool = False
     """Whether the version has its network as ONNX, too, which needs the extra ``export``."""
 
@@ -72,6 +82,11 @@ class Candidate:
     params: int
     macs: int
     weights_sha256: str
+    latency_ms: float | None = None  # median
+    ece: float | None = None  # share
+
+    def __str__(self) -> str:
+        return f"'{self.student}' of {self.experiment}, seed {self.seed} ({100 * self.val_miou:.2f} %)"
 
 
 def run(
@@ -84,10 +99,11 @@ def run(
     students: list[Path],
     registration: Path,
     tracker: Tracker,
+    device: str = "auto",
 ) -> None:
     """Writes ``registration``: the model as files and ``registration.json``; registers it and moves the alias.
 
-    Where no student passed the gate, nothing is registered, and ``registration.json`` says so.
+    Where no student passed the gate or is within the budget, nothing is registered, and ``registration.json`` says so.
 
     Args:
         config: the stage's parameters.
@@ -98,20 +114,28 @@ def run(
         students: the folder of every cohort.
         registration: the folder to write.
         tracker: says which MLflow store and pipeline run.
+        device: where a champion that was tested on other data is tested on these; see
+            :func:`segdistill.engine.distributed.processes`.
 
     Raises:
-        UserError: no student is within the budget, a file is missing, or the registered model serves other logits.
+        UserError: a file is missing, or the registered model serves other logits.
     """
     from segdistill.report.results import read_results
 
+    def register_nothing(reason: str) -> None:
+        with new_folder(registration) as partial:
+            _write(partial, {"name": config.model_name, "version": None, "reason": reason})
+
     results = read_results(comparison)
     if not results.passed:
-        with new_folder(registration) as partial:
-            _write(partial, {"name": config.model_name, "version": None, "reason": "no student passed the gate"})
+        register_nothing("no student passed the gate (compare.min_test_miou)")
         return
     folders = folders_of(jobs(run, seeds), students, "run the stage 'distill' again")
     diverged = {row.student for row in results.rows if row.diverged}
-    best = choose(candidates(results, folders, comparison), config, diverged)
+    best, choice = choose(candidates(results, folders, comparison), config, diverged)
+    if best is None:
+        register_nothing(choice)
+        return
 
     from segdistill.models.export import ExportedSegmenter, load_model
     from segdistill.models.portable import contract, to_program
@@ -121,8 +145,9 @@ def run(
     if document["sha256"] != best.weights_sha256:
         raise UserError(f"{best.folder}: '{best.student}' has other weights than were compared; {COMPARE}")
     from segdistill.adapters.mlflow_artifact import CARD, ONNX
-    from segdistill.adapters.mlflow_registry import Submission, register
+    from segdistill.adapters.mlflow_registry import CHOICE, Submission, register
     from segdistill.report import card
+    from segdistill.stages._champion import evaluate_champion
 
     inference = inference_of(best.folder)
     network = ExportedSegmenter(segmenter).eval()
@@ -151,9 +176,13 @@ def run(
         contract=document_of_files,
         program=program,
         beside=beside,
-        describe=lambda alias, reason: card.description(card.decided(model_card, alias, reason), CARD),
-        facts={"params": str(best.params), "macs": str(best.macs), **facts_of(document)},
-    )
+        describe=lambda alias, reason: card.description(card.decided(model_card, alias, f"{reason}; {choice}"), CARD),
+        facts={CHOICE: choice, **numbers_of(best), **facts_of(document)},
+        evaluate_champion=functools.partial(
+            evaluate_champion, segmenter=segmenter, results=results, prepared=prepared, device=device,
+            inference=parse(InferenceConfig, inference, "inference"),
+        ),
+    )  # fmt: skip
     registered = register(
         network,
         submission,
@@ -162,7 +191,7 @@ def run(
         tracker=tracker,
     )
     scores = {name: getattr(best, name) for name in ("experiment", "seed", "student", "val_miou", "test_miou")}
-    result = {**asdict(registered), **scores, "distilled": row.distilled}
+    result = {**asdict(registered), **scores, "distilled": row.distilled, "choice": choice}
     with new_folder(registration) as partial:
         (partial / "model").mkdir()
         for suffix in (".safetensors", ".json"):
@@ -171,7 +200,7 @@ def run(
         for name, content in beside.items():
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
-        (partial / CARD).write_text(card.decided(model_card, registered.alias, registered.reason))
+        (partial / CARD).write_text(card.decided(model_card, registered.alias, f"{registered.reason}; {choice}"))
         _write(partial, result)
 
 
@@ -234,13 +263,17 @@ def candidates(results: "Comparison", folders: Mapping[Job, Path], comparison: P
                 params=row.params,
                 macs=row.macs,
                 weights_sha256=scores.weights_sha256,
+                latency_ms=row.latency_median_ms,
+                ece=scores.ece,
             )
             trained.append(candidate)
     return trained
 
 
-def choose(candidates: Sequence[Candidate], config: Config, diverged: Collection[str] = ()) -> Candidate:
-    """The best by validation score among those that the config allows; of equals the first.
+def choose(
+    candidates: Sequence[Candidate], config: Config, diverged: Collection[str] = ()
+) -> tuple[Candidate | None, str]:
+    """The best by validation score within the limits, of equals the first, and why; None where none is within them.
 
     Args:
         candidates: those to choose from.
@@ -248,7 +281,7 @@ def choose(candidates: Sequence[Candidate], config: Config, diverged: Collection
         diverged: names of students that diverged, with some seed at least, and are no candidates there.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none of the name that the config asks for.
     """
     names = sorted({candidate.student for candidate in candidates})
     if config.student in diverged and config.student not in names:
@@ -258,14 +291,45 @@ def choose(candidates: Sequence[Candidate], config: Config, diverged: Collection
         )
     if config.student is not None and config.student not in names:
         raise UserError(f"register.student: no student is called '{config.student}'{nearest(config.student, names)}")
-    fitting = [one for one in candidates if config.student in (None, one.student)]
-    for key, bound in (("params", config.max_params), ("macs", config.max_macs)):
-        within = [one for one in fitting if bound is None or getattr(one, key) <= bound]
-        if not within:
-            least = min(getattr(one, key) for one in fitting)
-            raise UserError(f"register.max_{key}: {bound} is below every student left, of which the least has {least}")
-        fitting = within
-    return max(fitting, key=lambda one: one.val_miou)
+    named = [one for one in candidates if config.student in (None, one.student)]
+    ranked = sorted(named, key=lambda one: -one.val_miou)  # stable: of equals the first
+    best = next((one for one in ranked if not beyond_limits(one, config)), None)
+    passed_over = ranked if best is None else ranked[: ranked.index(best)]
+    excesses = [f"{one} has {beyond_limits(one, config)}" for one in passed_over[:3]]
+    if len(passed_over) > 3:
+        excesses.append(f"and {len(passed_over) - 3} more")
+    if best is None:
+        return None, f"no student is within the limits: {'; '.join(excesses)}"
+    choice = f"the best by validation ({100 * best.val_miou:.2f} %) of {len(ranked)}"
+    return best, f"{choice} within the limits: {'; '.join(excesses)}" if excesses else choice
+
+
+def beyond_limits(candidate: Candidate, config: Config) -> str:
+    """Which limits a student exceeds, in words and numbers; empty if none."""
+    ece = None if candidate.ece is None else 100 * candidate.ece
+    measured = (
+        ("max_params", candidate.params, "parameters"),
+        ("max_macs", candidate.macs, "multiply-accumulates"),
+        ("max_latency_ms", candidate.latency_ms, "ms an image"),
+        ("max_ece", ece, "points of ECE"),
+    )
+    excesses = []
+    for key, value, unit in measured:
+        limit = getattr(config, key)
+        if limit is not None and (value is None or not value <= limit):
+            has = f"an unknown number of {unit}" if value is None else f"{_number(value)} {unit}"
+            excesses.append(f"{has}, more than register.{key}, {_number(limit)}")
+    return " and ".join(excesses)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def numbers_of(candidate: Candidate) -> dict[str, str]:
+    """What a student costs and how well it is calibrated, as tags."""
+    numbers = {key: getattr(candidate, key) for key in ("params", "macs", "latency_ms", "ece")}
+    return {key: str(value) for key, value in numbers.items() if value is not None}
 
 
 def identity_of_test_data(prepared: Path) -> str:
@@ -285,12 +349,12 @@ def class_names(prepared: Path) -> tuple[str, ...]:
 def sentence(result: Mapping[str, Any]) -> str:
     """``registration.json`` in words."""
     if result["version"] is None:
-        return f"Not registered: {result['reason']} (compare.min_test_miou)"
+        return f"Not registered: {result['reason']}"
     kind = "" if result.get("distilled", True) else "undistilled "
     return (
         f"Registered: {result['name']} version {result['version']} as {result['alias'] or 'no alias'} "
         f"({result['reason']}): the {kind}'{result['student']}' of {result['experiment']}, seed {result['seed']}, "
-        "the best by validation"
+        f"{result['choice']}"
     )
 
 

@@ -64,6 +64,7 @@ def _train(
     from segdistill.data.memory import Memory
     from segdistill.engine.building import build_learner
     from segdistill.engine.cohort import Cohort
+    from segdistill.engine.progress import TrainingBar
     from segdistill.engine.trainer import Ended, Training
     from segdistill.stages._training import dataset, forget, write
 
@@ -73,11 +74,12 @@ def _train(
         name=TEACHER, learner=build_learner({TEACHER: config.model}, seed=config.seed, num_classes=info.num_classes),
         optimizers={TEACHER: config.optimizer}, fingerprint=identity.key, work=work, trackers={TEACHER: tracker},
     )  # fmt: skip
-    cohort = Cohort(
-        [training], train_set, val_set, config.train, inference=config.inference, seed=config.seed, teacher=None,
-        processes=processes,
-    )  # fmt: skip
-    outcome = cohort.run()[TEACHER]
+    with TrainingBar(TEACHER, [[TEACHER]], [1], enabled=processes.is_main) as bar:
+        cohort = Cohort(
+            [training], train_set, val_set, config.train, inference=config.inference, seed=config.seed, teacher=None,
+            processes=processes, advanced=bar.update,
+        )  # fmt: skip
+        outcome = cohort.run()[TEACHER]
     if isinstance(outcome, Ended):
         if processes.is_main:
             forget(work)

@@ -199,12 +199,14 @@ class Tuning:
         from segdistill.engine.distributed import processes as join
 
         ended: set[str] = set()  # with an earlier seed
+        before = self.settled() / self.trials
+        share = sum(map(len, claimed.values())) / self.trials / len(self.config.seeds)
         with join(self.device) as processes:
             if processes.world_size > 1:
                 raise UserError(
                     "tune trains in one process, on one GPU; start it several times instead: they share the trials"
                 )
-            for seed in self.config.seeds:
+            for number, seed in enumerate(self.config.seeds):
                 # That of the last seed settles the trial: at once, from its checkpoint, if it came to its end before.
                 pairs = [
                     (self._member(name, trial, seed), trial)
@@ -215,7 +217,10 @@ class Tuning:
                 members = [member for member, _ in pairs if member.name not in ended]
                 act = functools.partial(self._train_group, trials={member.name: trial for member, trial in pairs})
                 work = self.work / f"s{seed}"
-                parts = in_parts(members, self.protocol, self.prepared, self.teacher, work, processes, act)
+                parts = in_parts(
+                    members, self.protocol, self.prepared, self.teacher, work, processes, act, kind="trial",
+                    before=before + number * share, share=share,
+                )  # fmt: skip
                 ended |= {name for part in parts for group in part for name in group}
 
     def _member(self, name: str, trial: "Trial", seed: int) -> Member:

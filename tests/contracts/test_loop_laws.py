@@ -20,7 +20,7 @@ import tiny
 from segdistill.engine import checkpoint
 from segdistill.engine.distributed import Processes
 from segdistill.engine.stopwatch import Stopwatch
-from segdistill.errors import UserError
+from segdistill.errors import Interrupted, UserError
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -163,6 +163,22 @@ def test_sigterm_saves_and_exits_with_the_code_for_retry(tmp_path: Path) -> None
     assert finished(start(tmp_path / "work", tmp_path / "out", *options)) == 0
     assert finished(start(tmp_path / "whole", tmp_path / "whole.out", *options)) == 0
     assert_equal(result(tmp_path / "out"), result(tmp_path / "whole.out"))
+
+
+def test_ctrl_c_saves_says_so_and_ends_with_130(tmp_path: Path) -> None:
+    trainer = tiny.make_trainer(tmp_path / "work", ALONE, iterations=6, checkpoint_every=1000)
+    step = trainer.step
+
+    def pressed() -> None:
+        step()
+        if trainer.progress.iteration == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    trainer.step = pressed
+    with pytest.raises(Interrupted, match="stopped and saved at iteration 2; the same command goes on") as ended:
+        trainer.run()
+    assert ended.value.code == 130
+    assert result(tmp_path / "work" / "resume.safetensors")["progress"]["iteration"] == 2
 
 
 def test_sigterm_to_a_whole_group_saves_all_the_same(tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def test_the_compiled_pipeline_runs_from_fetch_to_register_and_registers_nothing
     found = registration(above)
     assert (found["version"], found["alias"]) == (1, "champion") and found["summary"].startswith("Registered: ")
     found = registration(below)
-    assert (found["version"], found["reason"]) == (None, "no student passed the gate")
+    assert (found["version"], found["reason"]) == (None, "no student passed the gate (compare.min_test_miou)")
     assert found["summary"] == "Not registered: no student passed the gate (compare.min_test_miou)"
     client = mlflow.MlflowClient()
     assert len(client.search_model_versions("name = 'segdistill-student'")) == 1

@@ -30,7 +30,7 @@ class Names(NullTracker):
         self.told: dict[str, str] = {}
         self.status = ""
 
-    def child(self, name: str) -> "Names":
+    def child(self, name: str, *, ended: bool = False) -> "Names":
         return self.runs.setdefault(name, Names())
 
     def tags(self, values: Any) -> None:

@@ -91,6 +91,8 @@ def test_all_that_is_logged_arrives_below_one_parent_with_the_dataset(root: Path
     assert "matrix.csv" in artifacts(root, run, "")
     dataset = run.inputs.dataset_inputs[0].dataset
     assert (dataset.digest, json.loads(dataset.profile)) == (MD5, {"train": 7})
+    assert parent.inputs.dataset_inputs[0].dataset.digest == MD5, "the list of runs shows the parent first"
+    assert parent.data.tags["mlflow.source.name"] == "segdistill"
     assert not list((root / "spool").rglob("*.files/*")), "copies of sent artifacts are removed"
 
 
@@ -112,6 +114,54 @@ def test_a_later_process_goes_on_in_the_run_of_the_same_name(root: Path) -> None
     assert run.data.metrics == {"val/miou": 0.4, "test/miou": 0.3}
     assert (run.info.status, run.data.tags["stage"], run.data.tags["reviewer"]) == ("FINISHED", "distill", "b")
     assert len(runs(root)[PIPELINE]) == 1
+
+
+def test_what_is_added_to_a_training_that_ended_leaves_its_end_where_it_was(root: Path) -> None:
+    training = tracker(root, "distill", tags={"stage": "distill"})
+    training.child("kd-s0").metrics({"val/miou": 0.4}, 10)
+    training.close()
+    (ended,) = runs(root)["kd-s0"]
+    evaluation = tracker(root, "evaluate", tags={"stage": "evaluate"}, spool=root / "of-another-pod")
+    added = evaluation.child("kd-s0", ended=True)
+    added.metrics({"test/miou": 0.5})
+    lonely = evaluation.child("cwd-s0", ended=True)  # its training was of another pipeline run
+    lonely.metrics({"test/miou": 0.3})
+    evaluation.close()
+    (run,), (other,) = runs(root)["kd-s0"], runs(root)["cwd-s0"]
+    assert run.data.metrics == {"val/miou": 0.4, "test/miou": 0.5}
+    assert (run.info.status, run.info.end_time) == ("FINISHED", ended.info.end_time)
+    assert run.data.tags["stage"] == "distill"
+    assert other.info.status == "FINISHED"
+
+
+def test_a_training_whose_end_waits_in_the_spool_ends_when_it_ended(root: Path) -> None:
+    away = {"uri": "http://127.0.0.1:9", "flush_seconds": 0.0}
+    training = tracker(root, "kd-s0", **away)
+    training.metrics({"val/miou": 0.4}, 10)
+    training.close()
+    ended = json.loads((root / "spool" / PIPELINE / "kd-s0.jsonl").read_text().splitlines()[-1])["time"]
+    evaluation = tracker(root, "evaluate", **away).child("kd-s0", ended=True)
+    evaluation.metrics({"test/miou": 0.5})
+    evaluation.close()
+    sync(root / "spool", default_store(root).uri)
+    (run,) = runs(root)["kd-s0"]
+    assert run.data.metrics == {"val/miou": 0.4, "test/miou": 0.5}
+    assert (run.info.status, run.info.end_time) == ("FINISHED", round(1000 * ended))
+
+
+def test_the_pipeline_run_is_described_and_goes_on_when_the_stage_is_closed(root: Path) -> None:
+    stage = tracker(root, "compare")
+    pipeline = stage.parent()
+    pipeline.describe("| experiment | test mIoU |")
+    pipeline.metrics({"test/miou": 0.5})
+    pipeline.params({"seeds": "0, 1"})
+    stage.close()
+    (run,) = runs(root)[PIPELINE]
+    assert run.data.tags["mlflow.note.content"] == "| experiment | test mIoU |"
+    assert (run.data.metrics, run.data.params) == ({"test/miou": 0.5}, {"seeds": "0, 1"})
+    assert run.info.status == "RUNNING" and run.data.tags["segdistill.role"] == "parent"
+    stage.finish_pipeline("FINISHED")
+    assert [run.info.status for run in runs(root)[PIPELINE]] == ["FINISHED"]
 
 
 def test_without_resume_the_same_name_is_another_run(root: Path) -> None:

@@ -21,6 +21,7 @@ from segdistill.adapters.mlflow_artifact import FILES
 from segdistill.adapters.mlflow_registry import (
     CHAMPION,
     CLAIM,
+    ChampionScore,
     Submission,
     award,
     check_served,
@@ -32,6 +33,7 @@ from segdistill.adapters.mlflow_store import default_store, import_mlflow
 from segdistill.adapters.mlflow_tracking import MlflowTracker, open_run
 from segdistill.config import to_dict
 from segdistill.data.shards import read_dataset_info
+from segdistill.engine.settings import InferenceConfig
 from segdistill.engine.tracker import NullTracker
 from segdistill.errors import UserError
 from segdistill.files import SEAL, file_hash, seal, sealed_hashes
@@ -43,6 +45,7 @@ from segdistill.report.inputs import Diverged
 from segdistill.report.results import Comparison, Protocol, Row, SeedResult, read_results
 from segdistill.stages import prepare
 from segdistill.stages import register as stage
+from segdistill.stages._champion import evaluate_champion
 from segdistill.stages._cohort import write_record
 from segdistill.stages.register import Candidate, Config, choose, identity_of_test_data
 
@@ -93,20 +96,23 @@ def submission(
 # --- the choice
 
 
-def candidate(experiment: str, val_miou: float, *, student: str = "cnn", params: int = 10, macs: int = 10) -> Candidate:
-    return Candidate(experiment, 0, student, Path("none"), val_miou, 1 - val_miou, params, macs, "weights")
+def candidate(experiment: str, val_miou: float, *, student: str = "cnn", **numbers: float) -> Candidate:
+    cost = {"params": 10, "macs": 10, "latency_ms": 4.0, "ece": 0.02, **numbers}
+    return Candidate(experiment, 0, student, Path("none"), val_miou, 1 - val_miou, weights_sha256="weights", **cost)
 
 
 def test_the_choice_is_by_validation_and_never_by_test() -> None:
-    best = choose([candidate("none", 0.4), candidate("kd", 0.6), candidate("apd", 0.5)], ANY)
-    assert (best.experiment, best.test_miou) == ("kd", 0.4)
+    best, why = choose([candidate("none", 0.4), candidate("kd", 0.6), candidate("apd", 0.5)], ANY)
+    assert best is not None and (best.experiment, best.test_miou) == ("kd", 0.4)
+    assert why == "the best by validation (60.00 %) of 3"
 
 
 def test_a_student_that_diverged_with_every_seed_is_said_to_have() -> None:
     config = replace(ANY, student="vit")
     with pytest.raises(UserError, match=r"^register.student: 'vit' diverged with every seed, so that none can be"):
         choose([candidate("none", 0.4)], config, diverged={"vit"})
-    assert choose([candidate("none", 0.4, student="vit")], config, diverged={"vit"}).student == "vit", "another seed"
+    best, _ = choose([candidate("none", 0.4, student="vit")], config, diverged={"vit"})
+    assert best is not None and best.student == "vit", "another seed"
 
 
 def test_the_choice_stays_within_the_budget_and_the_name() -> None:
@@ -117,15 +123,42 @@ def test_the_choice_stays_within_the_budget_and_the_name() -> None:
         candidate("fits", 0.6),
     ]
     config = Config(model_name=NAME, student="cnn", max_params=50, max_macs=50, min_gain=0)
-    assert choose(all_of_them, config).experiment == "fits"
+    best, why = choose(all_of_them, config)
+    assert best is not None and best.experiment == "fits"
+    assert why == (
+        "the best by validation (60.00 %) of 3 within the limits: 'cnn' of big, seed 0 (90.00 %) has 99 parameters, "
+        "more than register.max_params, 50; 'cnn' of slow, seed 0 (80.00 %) has 99 multiply-accumulates, more than "
+        "register.max_macs, 50"
+    )
+
+
+@pytest.mark.parametrize(
+    ("limit", "excess"),
+    [
+        ({"max_params": 9}, "10 parameters, more than register.max_params, 9"),
+        ({"max_macs": 9}, "10 multiply-accumulates, more than register.max_macs, 9"),
+        ({"max_latency_ms": 3.5}, "4 ms an image, more than register.max_latency_ms, 3.5"),
+        ({"max_ece": 1.5}, "2 points of ECE, more than register.max_ece, 1.5"),
+    ],
+)
+def test_a_student_beyond_a_limit_is_not_registered_and_the_decision_says_which(
+    limit: dict[str, float], excess: str
+) -> None:
+    best, why = choose([candidate("kd", 0.5)], replace(ANY, **limit))
+    assert best is None
+    assert why == f"no student is within the limits: 'cnn' of kd, seed 0 (50.00 %) has {excess}"
+    assert choose([candidate("kd", 0.5)], replace(ANY, **dict.fromkeys(limit, 11)))[0], "a limit that holds"
+
+
+def test_what_was_not_measured_is_not_within_a_limit() -> None:
+    best, why = choose([candidate("kd", 0.5, ece=None)], replace(ANY, max_ece=5.0))
+    assert best is None and "an unknown number of points of ECE" in why
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"student": "cmn"}, "register.student: no student is called 'cmn'; did you mean 'cnn'?"),
-        ({"max_params": 5}, "register.max_params: 5 is below every student left, of which the least has 10"),
-        ({"max_macs": 5}, "register.max_macs: 5 is below every student left, of which the least has 10"),
     ],
 )
 def test_a_choice_that_leaves_nobody_says_why(change: dict, sentence: str) -> None:
@@ -167,6 +200,16 @@ def test_a_champion_of_other_classes_or_in_another_order_is_not_compared() -> No
     assert not won
     assert champion in reason and challenger in reason and "by hand" in reason
     assert decide(version(2, 0.9, classes=champion), version(1, 0.1, classes=champion), min_gain=0.5)[0]
+
+
+def test_a_champion_of_other_classes_and_other_data_stays_and_the_classes_are_why() -> None:
+    champion, challenger = ('["road", "sky"]', '["road", "car"]')
+    won, reason = decide(
+        version(2, 0.9, "new", classes=challenger), version(1, 0.1, "old", classes=champion), min_gain=0.5
+    )
+    assert not won
+    assert reason.startswith("the champion, version 1, tells other classes apart")
+    assert "it stays, since who serves it relies on its channels" in reason
 
 
 def test_a_version_with_checksums_replaces_one_of_the_same_weights_without() -> None:
@@ -223,7 +266,8 @@ def test_a_rollback_restores_the_previous_champion_and_a_second_one_undoes_it(
         assert f"version {now} is champion again; version {before} is now 'previous'" in capsys.readouterr().out
         assert int(client.get_model_version_by_alias(NAME, CHAMPION).version) == now
     assert main(["champion", "--name", NAME]) == 0
-    assert "60.00" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "60.00" in text and "champion, version 2: A person went back to it from version 1." in text
     assert main(["champion", "--name", "other"]) == 2
     assert "has no such registered model" in capsys.readouterr().err
 
@@ -437,6 +481,58 @@ def test_an_old_claim_does_not_undo_what_a_person_decided(root: Path) -> None:
     assert (alias, previous) == ("champion", 1)
 
 
+def rematch(score: float, paired: str = "paired"):
+    """A submission's way to evaluate the champion, whose program it is given."""
+
+    def evaluate_champion(program: Path) -> ChampionScore:
+        assert program.is_file()
+        return ChampionScore(score, paired)
+
+    return evaluate_champion
+
+
+@pytest.mark.parametrize(("score", "alias"), [(0.30, "champion"), (0.60, "challenger")])
+def test_a_champion_of_other_test_data_is_evaluated_on_the_present_ones_before_it_is_compared(
+    score: float, alias: str, root: Path
+) -> None:
+    one = tracker(root)
+    register(Scaled(1), submission("a", 0.40), name=NAME, min_gain=0.5, tracker=one)
+    asking = replace(submission("b", 0.50, test_data="new"), evaluate_champion=rematch(score))
+    second = register(Scaled(2), asking, name=NAME, min_gain=0.5, tracker=one)
+    assert second.alias == alias
+    assert f"{100 * (0.50 - score):+.2f} points" in second.reason
+    assert second.reason.endswith(
+        f"; evaluated again on the present test data, the champion has {100 * score:.2f} % mIoU; it had 40.00 % on "
+        "others; paired"
+    )
+    tags = default_store(root).client().get_model_version(NAME, "1").tags
+    assert (float(tags["test_miou"]), tags["test_data"]) == (score, "new"), "the next student needs no evaluation"
+    assert "it had 40.00 % on others" in tags["evaluated_again"]
+
+
+def test_a_champion_that_cannot_be_evaluated_on_the_present_test_data_stays(root: Path) -> None:
+    one = tracker(root)
+    register(Scaled(1), submission("a", 0.40), name=NAME, min_gain=0.5, tracker=one)
+    asking = replace(submission("b", 0.50, test_data="new"), evaluate_champion=rematch(0.1))
+    for file in (root / "mlartifacts").rglob("model.pt2"):
+        file.write_bytes(b"PK")
+    second = register(Scaled(2), asking, name=NAME, min_gain=0.5, tracker=one)
+    assert second.alias == "challenger"
+    assert "was tested on other data" in second.reason
+    assert "the champion could not be evaluated on the present test data" in second.reason
+    assert "is not the file that was registered" in second.reason
+
+
+def test_a_champion_of_other_classes_is_not_evaluated(root: Path) -> None:
+    def never(program: Path) -> ChampionScore:
+        raise AssertionError("its logits stand for other classes")
+
+    one = tracker(root)
+    register(Scaled(1), submission("a", 0.40), name=NAME, min_gain=0.5, tracker=one)
+    asking = replace(submission("b", 0.9, test_data="new", classes=("sky", "road")), evaluate_champion=never)
+    assert register(Scaled(2), asking, name=NAME, min_gain=0.5, tracker=one).alias == "challenger"
+
+
 # --- the stage
 
 
@@ -528,6 +624,24 @@ def test_nothing_is_registered_if_no_student_passed_the_gate(root: Path, prepare
     assert not (registration / "model").exists()
 
 
+def test_nothing_is_registered_if_no_student_is_within_the_limits(root: Path, prepared: Path) -> None:
+    compared(root, [row("kd", {0: (0.3, 0.3, "w")})])
+    save_student(root / "s0/kd", prepared, seed=0)
+    write_record(root / "s0", [Job("kd", 0)])
+    registration, one = root / "registration", tracker(root)
+    stage.run(
+        replace(ANY, max_params=9), run=["kd"], seeds=[0], comparison=root, prepared=prepared,
+        students=[root / "s0"], registration=registration, tracker=one,
+    )  # fmt: skip
+    one.close()
+    found = json.loads((registration / "registration.json").read_text())
+    assert found["version"] is None
+    assert stage.sentence(found) == (
+        "Not registered: no student is within the limits: 'cnn' of kd, seed 0 (30.00 %) has 10 parameters, more than "
+        "register.max_params, 9"
+    )
+
+
 @pytest.mark.parametrize("verdict", [{}, {"passed": "false"}, {"passed": None}])
 def test_a_comparison_without_a_verdict_registers_nothing(verdict: dict[str, object], root: Path) -> None:
     content = to_dict(compared(root, [row("kd", {0: (0.3, 0.3, "w")})]))
@@ -595,7 +709,12 @@ def test_the_stage_registers_a_student_that_serves_any_image_size(root: Path, pr
     beside = {"card/card.md", *(f"card/overlay-{number}.png" for number in range(3))}
     assert {path.relative_to(folder).as_posix() for path in logged} == FILES | {SEAL} | beside
     text = mlflow.MlflowClient().get_model_version(NAME, "1").description
-    for words in ("**Champion**: there was no champion.", "| road | ", "41.0 %", "**This student was not distilled**"):
+    for words in (
+        "**Champion**: there was no champion; the best by validation (35.00 %) of 4.",
+        "| road | ",
+        "41.0 %",
+        "**This student was not distilled**",
+    ):
         assert words in text
     assert (registration / "card/card.md").read_text() == text
     assert Image.open(folder / "card/overlay-0.png").height >= 240
@@ -608,6 +727,14 @@ def test_the_stage_registers_a_student_that_serves_any_image_size(root: Path, pr
     masks = [np.array(Image.open(folder / "masks" / image.name)) for folder in (out, Path(f"{out}2"))]
     assert masks[0].shape == (24, 32) and (masks[0] == masks[1]).all()
     assert json.loads((out / "classes.json").read_text())["classes"][1] == {"name": "sky", "color": [9, 9, 9]}
+
+    # The program of the registry and the network in its folder are the same: paired, they differ by nothing.
+    score = evaluate_champion(
+        folder / "data/model.pt2", segmenter=segmenter, results=read_results(root), prepared=prepared,
+        inference=InferenceConfig(batch_size=2, input_scale=1.0, window=None, window_stride=0.67), device="cpu",
+    )  # fmt: skip
+    assert 0 < score.test_miou < 1
+    assert score.paired == "over the same 3 images the difference is +0.00 points, [+0.00, +0.00] with 95 %"
     served = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
     images = np.random.default_rng(1).random((1, 3, 51, 83), dtype=np.float32)
     with torch.no_grad():

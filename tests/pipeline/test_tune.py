@@ -152,7 +152,7 @@ def test_a_trial_that_was_scored_but_not_settled_is_taken_up_with_the_last_seed(
 
     rounds: list[list[str]] = []
 
-    def in_parts(members: Any, *_: Any) -> list[list[list[str]]]:
+    def in_parts(members: Any, *_: Any, **__: Any) -> list[list[list[str]]]:
         rounds.append([member.name for member in members])
         return [[["none-t1"]]] if len(rounds) == 1 else []  # pruned with the first seed
 
@@ -160,6 +160,7 @@ def test_a_trial_that_was_scored_but_not_settled_is_taken_up_with_the_last_seed(
     tuning = command.Tuning.__new__(command.Tuning)
     tuning.config, tuning.device, tuning.work = SimpleNamespace(seeds=[0, 1]), "cpu", Path("work")
     tuning.protocol = tuning.prepared = tuning.teacher = None
+    tuning.trials, tuning.settled = 3, lambda: 0
     tuning._member = lambda name, trial, _: SimpleNamespace(name=f"{name}-t{trial.number}")
     notes = [{"miou-s0": {}, "miou-s1": {}}, {}, {"miou-s0": {}}]
     tuning._train({"none": [SimpleNamespace(number=number, notes=each) for number, each in enumerate(notes)]})

@@ -184,12 +184,15 @@ class Inputs:
         return {
             "test/miou": ious.mean(),
             "test/pixel_accuracy": np.trace(confusion) / confusion.sum(),
+            "test/ece": 0.05,
             "per_class_iou": dict(zip(CLASSES, ious.tolist(), strict=True)),
             "params": PARAMS[name],
             "macs": 300 * PARAMS[name],
             "latency_ms": PARAMS[name] / 1e5,
+            "latency_median_ms": PARAMS[name] / 0.9e5,
             "images_per_second": 1e8 / PARAMS[name],
             "input_size": list(self.truth.shape[1:]),
+            "inference": {"batch_size": 4, "input_scale": 0.5, "window": None, "window_stride": 0.67},
             "flip": None,
             "multi_scale": None,
         }
@@ -274,11 +277,12 @@ def test_metrics_file_is_small_and_flat(inputs: Inputs) -> None:
     metrics = json.loads((inputs.root / "reports/metrics.json").read_text())
     gain = row_of(comparison, "kd").gain
     assert metrics == {
-        "teacher": {"test_miou": round(comparison.teacher.test_miou.mean, 4)},
-        "none": {"cnn": {"test_miou": round(row_of(comparison, "none").test_miou.mean, 4)}},
+        "teacher": {"test_miou": round(comparison.teacher.test_miou.mean, 4), "test_ece": 0.05},
+        "none": {"cnn": {"test_miou": round(row_of(comparison, "none").test_miou.mean, 4), "test_ece": 0.05}},
         "kd": {
             "cnn": {
                 "test_miou": round(row_of(comparison, "kd").test_miou.mean, 4),
+                "test_ece": 0.05,
                 "difference": round(gain.mean, 4),
                 "low": round(gain.low, 4),
                 "high": round(gain.high, 4),
@@ -681,6 +685,31 @@ def test_tracker_gets_the_numbers_and_the_report(inputs: Inputs) -> None:
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert set(records[0]["values"]) >= {"compare/teacher/test_miou", "compare/kd.cnn/difference"}
     assert records[1]["kind"] == "artifact"
+
+
+def test_the_pipeline_run_is_described_by_the_table_and_has_the_best_students_numbers(inputs: Inputs) -> None:
+    path = inputs.root / "log.jsonl"
+    comparison = inputs.compare(["none", "kd"], [0, 1], tracker=JsonLinesTracker(path))
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    of_parent = {record["kind"]: record["values"] for record in records if record.get("run") == "pipeline"}
+    best = row_of(comparison, "kd")
+    assert of_parent["metrics"]["test/miou"] == pytest.approx(best.test_miou.mean)
+    assert of_parent["metrics"]["compare/gain_low"] == pytest.approx(best.gain.low)
+    assert of_parent["params"]["best_student"] == "kd (cnn)" and of_parent["params"]["seeds"] == "0, 1"
+    text = of_parent["tags"]["description"]
+    assert "| experiment | student | test mIoU |" in text and "| kd | cnn |" in text
+    assert "## " not in text, "the protocol stands on the page"
+
+
+def test_calibration_latency_and_protocol_of_the_evaluation_reach_the_results(
+    compared: tuple[Inputs, Comparison],
+) -> None:
+    _, comparison = compared
+    row = row_of(comparison, "kd")
+    assert row.ece.mean == pytest.approx(0.05) and [seed.ece for seed in row.seeds] == [0.05, 0.05]
+    assert row.latency_median_ms == pytest.approx(PARAMS["cnn"] / 0.9e5)
+    assert row.latency_ms < row.latency_median_ms
+    assert comparison.protocol.inference.input_scale == 0.5
 
 
 @pytest.mark.parametrize("missing", ["evaluation.json", "cnn.npz", "overlays/cnn/scene-000.png"])

@@ -15,7 +15,7 @@ import yaml
 from segdistill import execution
 from segdistill.__main__ import main
 from segdistill.commands import stage as stage_command
-from segdistill.errors import Interrupted, exit_codes, stop_on_sigterm
+from segdistill.errors import BEGINS_ANEW, Interrupted, exit_codes, stop_on_signal
 from segdistill.files import lock
 from segdistill.stages import STAGES, Stage
 
@@ -107,18 +107,46 @@ def test_the_second_process_in_an_output_is_told_who_has_it_and_runs_nothing(
 
 def test_what_fails_after_sigterm_is_its_consequence() -> None:
     """A worker that got the signal first, a peer that is gone already."""
-    with pytest.raises(Interrupted), stop_on_sigterm():
+    with pytest.raises(Interrupted), stop_on_signal():
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError("DataLoader worker is killed by signal")
 
 
 def test_a_wish_to_stop_that_a_loop_did_not_heed_ends_what_is_around_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end, exit_codes("x"):
-        with stop_on_sigterm() as stop:
+        with stop_on_signal() as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.is_set()
         time.sleep(60)
     assert end.value.code == 75
+
+
+def test_ctrl_c_in_a_loop_that_saves_ends_with_its_sentence_and_130(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end, exit_codes("x"), stop_on_signal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+        raise Interrupted("stopped and saved at iteration 7; the same command goes on from there")
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "x: stopped and saved at iteration 7; the same command goes on from there\n"
+
+
+def test_who_presses_ctrl_c_twice_does_not_wait_for_the_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end, exit_codes("x", BEGINS_ANEW), stop_on_signal():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("must have ended")
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "x: stopped; nothing half-written is left; the same command begins anew\n"
+
+
+def test_a_background_job_that_ignores_ctrl_c_goes_on_ignoring_it() -> None:
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_on_signal() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop.is_set()
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def test_no_library_swallows_the_wish_to_stop() -> None:

@@ -19,6 +19,7 @@ from segdistill.engine.evaluate import evaluate, predict
 from segdistill.engine.optim import build_optimizer, factor, set_learning_rates
 from segdistill.engine.settings import AdamWConfig, InferenceConfig, OptimizerConfig, PolySchedule, SGDConfig
 from segdistill.errors import UserError
+from segdistill.metrics import calibration_gaps, expected_calibration_error
 from segdistill.models.outputs import ModelInfo
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -189,3 +190,36 @@ def test_shares_of_two_processes_sum_to_the_whole(tiny_prepared: Path) -> None:
     ]
     whole = evaluate(network, data, inference(), num_classes=11, processes=ALONE)
     assert np.array_equal(halves[0].per_image + halves[1].per_image, whole.per_image)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_calibration_error_is_of_the_softmax_whatever_the_batch_and_is_not_computed_unasked(
+    flip: bool, tiny_prepared: Path
+) -> None:
+    data = ShardDataset(tiny_prepared, "test")
+
+    class Guess(Bright):
+        info = ModelInfo(11, (3,) * 4, (1,) * 4, 3, 1, 1, "cnn")
+
+        def logits(self, images: Tensor) -> Tensor:
+            return 5 * torch.cat([images, images.flip(1), images * 0.5, images[:, :2] * 0.7], dim=1)
+
+    network: Any = Guess()
+
+    def evaluated(size: int, **asked: bool) -> Any:
+        return evaluate(network, data, inference(batch_size=size), num_classes=11, processes=ALONE, flip=flip, **asked)
+
+    probability, right, labelled = [], [], []
+    for image, label in (data[index] for index in range(len(data))):
+        scores = network.logits(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255)[0].softmax(0)
+        confidence, prediction = scores.max(0)
+        truth = torch.from_numpy(label)
+        probability.append(confidence.flatten())
+        right.append((prediction == truth).flatten())
+        labelled.append((truth != 255).flatten())
+    gaps = calibration_gaps(torch.cat(probability), torch.cat(right), torch.cat(labelled)).numpy()
+    expected = expected_calibration_error(gaps, int(torch.cat(labelled).sum()))
+    one, three = evaluated(1, calibration=True), evaluated(3, calibration=True)
+    assert one.ece == pytest.approx(expected, abs=1e-6)
+    assert one.ece == pytest.approx(three.ece, abs=1e-6)
+    assert evaluated(3).ece is None

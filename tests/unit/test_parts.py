@@ -1,6 +1,7 @@
 """Parts of a stage in processes of their own: what they return, and how they end."""
 
 import functools
+import logging
 import os
 import signal
 import time
@@ -11,7 +12,8 @@ import torch
 
 from segdistill.engine.distributed import Processes
 from segdistill.engine.parts import divided, run_parts
-from segdistill.errors import Interrupted, UserError, stop_on_sigterm
+from segdistill.engine.progress import Advance, TrainingBar
+from segdistill.errors import Interrupted, UserError, stop_on_signal
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -78,7 +80,7 @@ def test_a_part_that_is_killed_says_what_can_be_done() -> None:
 @pytest.mark.usefixtures("two_threads")
 def test_a_wish_to_stop_reaches_every_part(tmp_path: Path) -> None:
     def work(number: int) -> None:
-        with stop_on_sigterm() as stop:
+        with stop_on_signal() as stop:
             (tmp_path / str(number)).touch()
             assert stop.wait(60)
         raise Interrupted("stopped")
@@ -87,7 +89,7 @@ def test_a_wish_to_stop_reaches_every_part(tmp_path: Path) -> None:
         while len(list(tmp_path.iterdir())) < 2:
             time.sleep(0.01)
         os.kill(os.getppid(), signal.SIGTERM)
-        with stop_on_sigterm() as stop:
+        with stop_on_signal() as stop:
             stop.wait(60)
 
     former = signal.signal(signal.SIGTERM, lambda *_: None)
@@ -96,3 +98,44 @@ def test_a_wish_to_stop_reaches_every_part(tmp_path: Path) -> None:
             run_parts([functools.partial(work, 0), functools.partial(work, 1), tell], ALONE)
     finally:
         signal.signal(signal.SIGTERM, former)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_ctrl_c_reaches_every_part_which_saves_and_ends_with_the_code_of_ctrl_c(tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        with stop_on_signal() as stop:
+            (tmp_path / str(number)).touch()
+            assert stop.wait(60)
+            raise Interrupted("stopped and saved")
+
+    def press() -> None:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.01)
+        os.kill(os.getppid(), signal.SIGINT)
+        with stop_on_signal() as stop:
+            stop.wait(60)
+
+    former = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        with pytest.raises(Interrupted, match="stopped and saved") as ended:
+            run_parts([functools.partial(work, 0), functools.partial(work, 1), press], ALONE)
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert ended.value.code == 130
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_what_a_part_logs_and_how_far_it_is_are_shown_by_one_process(caplog: pytest.LogCaptureFixture) -> None:
+    bar = TrainingBar("student", [["none"], ["kd"]], [1, 1], enabled=False)
+    bar.bar.disable = False
+    heard: list[tuple[int, int, Advance]] = []
+
+    def work(group: int) -> None:
+        logging.getLogger("segdistill.engine").warning("from %d", group)
+        bar.update(Advance(5, 10, 0.5, 1.0), group)
+
+    draw, bar.bar.start = bar.update, lambda: None  # type: ignore[method-assign]
+    bar.update = lambda advance, group=0: (heard.append((os.getpid(), group, advance)), draw(advance, group))[1]  # type: ignore[method-assign, func-returns-value, misc, assignment]
+    run_parts([functools.partial(work, group) for group in (0, 1)], ALONE, bar)
+    assert sorted(heard) == [(os.getpid(), 0, Advance(5, 10, 0.5, 1.0)), (os.getpid(), 1, Advance(5, 10, 0.5, 1.0))]
+    assert sorted(caplog.messages) == ["from 0", "from 1"]
