@@ -1,6 +1,6 @@
 """Bytes and time of requests to a server that is sent photographs, as docs/serving.md has them.
 
-    python benchmarks/serving.py photo.jpg --url http://127.0.0.1:5001
+python benchmarks/serving.py photo.jpg --url http://127.0.0.1:5001
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
     print(f"{size}: file {len(content)} bytes, request {len(body)}, answer {len(answer)},", end=" ")
     print(f"of which the mask is {len(base64.b64decode(prediction['mask']))} as PNG")
     warm = seconds[3:]
-    print(f"median of {len(warm)} warm requests {1000 * statistics.median(warm):.1f} ms, fastest {1000 * min(warm):.1f}")
+    print(f"{len(warm)} when warm: median {1000 * statistics.median(warm):.1f} ms, fastest {1000 * min(warm):.1f} ms")
 
 
 if __name__ == "__main__":
