@@ -54,13 +54,13 @@ def image_format(content: bytes) -> str:
     return "png" if content.startswith(_PNG_BEGIN) else "jpeg"
 
 
-def decode_image(content: bytes, *, verified: bool = False, most_pixels: int = MOST_PIXELS) -> Image.Image:
+def decode_image(content: bytes, *, verified: bool = False, most_pixels: int | None = None) -> Image.Image:
     """The upright RGB image in a JPEG or PNG file.
 
     Args:
         content: the file.
         verified: the bytes are known to be whole, so that their checksums need no second look.
-        most_pixels: beyond which it is too large.
+        most_pixels: beyond which it is too large, if not :data:`MOST_PIXELS`.
 
     Raises:
         BadFile: another format, damaged, too large, or pixels that are no 8-bit RGB without a guess.
@@ -139,7 +139,8 @@ def encode_png(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def _decode(content: bytes, formats: tuple[str, ...], verified: bool, most_pixels: int = MOST_PIXELS) -> Image.Image:
+def _decode(content: bytes, formats: tuple[str, ...], verified: bool, most_pixels: int | None = None) -> Image.Image:
+    most_pixels = most_pixels or MOST_PIXELS
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata, which is of no concern here
