@@ -96,11 +96,19 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
     sizes = {f"data/samples/{split}": count for split, count in summary["samples"].items()}
     tracker.metrics({**sizes, **{f"data/{kind}": count for kind, count in counts.items()}})
     tracker.artifact(report / "summary.md", "validation")
+    logger = logging.getLogger(__name__)
     for finding in summary["warnings"]:
         for sentence in finding["sentences"][:SHOWN]:
-            logging.getLogger(__name__).warning("warning: %s", sentence)
+            logger.warning("warning: %s", sentence)
     if not summary["success"]:
         raise UserError(_verdict_sentence(summary["failures"], report))
+    images = ", ".join(f"{split} {count}" for split, count in summary["samples"].items())
+    told = f"{counts['warnings']} warnings" if counts["warnings"] else "no warning"
+    logger.info(
+        "%s is sound: %d images (%s), %d classes; %d checks passed, %s; see %s",
+        data, len(samples), images, len(summary["classes"]), sum(verdict.success for verdict in verdicts), told,
+        report / "summary.md",
+    )  # fmt: skip
 
 
 def _finding(rule: Any, verdict: Any, tables: "Tables", data: Path) -> dict[str, Any]:
