@@ -20,7 +20,16 @@ def compare(
     page: Output[HTML],
     summary: Output[Markdown],
 ) -> None:
-    """Compare every student with its undistilled twin, over all seeds, in one report."""
+    """Compare every student with its undistilled twin, over all seeds, in one report.
+
+    Args:
+        params: This stage's part of params.yaml, as JSON.
+        prepared: The data as Arrow shards.
+        teacher: The trained teacher.
+        teacher_evaluation: The teacher's test scores.
+        students: The trained students.
+        evaluations: The students' test scores.
+    """
     from segdistill.kubeflow.tasks import run_component
 
     paths = {

@@ -17,7 +17,16 @@ def distill(
     accelerator: str = "",
     accelerators: str = "0",
 ) -> None:
-    """Train the students of one cohort, by one pass of the teacher."""
+    """Train the students of one cohort, by one pass of the teacher.
+
+    Args:
+        plan: All that decides what is trained, as JSON.
+        cohort: The cohort's name: jobs of one seed that train together.
+        prepared: The data as Arrow shards.
+        teacher: The trained teacher.
+        accelerator: The resource that the task asks for, such as nvidia.com/gpu.
+        accelerators: How many of it; 0 is the CPU.
+    """
     from segdistill.kubeflow.tasks import run_component
 
     paths = {"prepared": prepared.path, "teacher": teacher.path, "students": students.path}

@@ -18,7 +18,16 @@ def evaluate(
     accelerator: str = "",
     accelerators: str = "0",
 ) -> None:
-    """Measure the students of one cohort on the test split, at original resolution."""
+    """Measure the students of one cohort on the test split, at original resolution.
+
+    Args:
+        params: This stage's part of params.yaml, as JSON.
+        cohort: The cohort's name: jobs of one seed that train together.
+        prepared: The data as Arrow shards.
+        students: The trained students.
+        accelerator: The resource that the task asks for, such as nvidia.com/gpu.
+        accelerators: How many of it; 0 is the CPU.
+    """
     from segdistill.kubeflow.tasks import run_component
 
     paths = {"prepared": prepared.path, "students": students.path, "evaluations": evaluations.path}

@@ -17,7 +17,15 @@ def evaluate_teacher(
     accelerator: str = "",
     accelerators: str = "0",
 ) -> None:
-    """Measure the teacher on the test split, at original resolution."""
+    """Measure the teacher on the test split, at original resolution.
+
+    Args:
+        params: This stage's part of params.yaml, as JSON.
+        prepared: The data as Arrow shards.
+        model: The trained teacher.
+        accelerator: The resource that the task asks for, such as nvidia.com/gpu.
+        accelerators: How many of it; 0 is the CPU.
+    """
     from segdistill.kubeflow.tasks import run_component
 
     paths = {"prepared": prepared.path, "model": model.path, "evaluation": evaluation.path}

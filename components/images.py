@@ -24,5 +24,6 @@ def fixed(variable: str, default: str) -> str:
     return image
 
 
-DATA = fixed("SEGDISTILL_IMAGE_DATA", "example.invalid/segdistill-data-python:0.1.0")
-TRAIN = fixed("SEGDISTILL_IMAGE_TRAIN", "example.invalid/segdistill-train-python:0.1.0")
+NOWHERE = "example.invalid"  # a registry that there is not, by RFC 2606
+DATA = fixed("SEGDISTILL_IMAGE_DATA", f"{NOWHERE}/segdistill-data-python:0.1.0")
+TRAIN = fixed("SEGDISTILL_IMAGE_TRAIN", f"{NOWHERE}/segdistill-train-python:0.1.0")

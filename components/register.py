@@ -15,7 +15,14 @@ def register(
     registration: Output[Artifact],
     summary: Output[Markdown],
 ) -> None:
-    """Register the best student if one passed the gate, and move the alias if it beats the champion."""
+    """Register the best student if one passed the gate, and move the alias if it beats the champion.
+
+    Args:
+        params: This stage's part of params.yaml, as JSON.
+        comparison: What compare wrote: the table, and which student is best.
+        prepared: The data as Arrow shards.
+        students: The trained students.
+    """
     from segdistill.kubeflow.tasks import run_component
 
     paths = {

@@ -15,7 +15,14 @@ def train_teacher(
     accelerator: str = "",
     accelerators: str = "0",
 ) -> None:
-    """Train the teacher, or import a checkpoint, and record its validation score."""
+    """Train the teacher, or import a checkpoint, and record its validation score.
+
+    Args:
+        plan: All that decides what is trained, as JSON.
+        prepared: The data as Arrow shards.
+        accelerator: The resource that the task asks for, such as nvidia.com/gpu.
+        accelerators: How many of it; 0 is the CPU.
+    """
     from segdistill.kubeflow.tasks import run_component
 
     paths = {"prepared": prepared.path, "teacher": teacher.path}

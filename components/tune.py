@@ -16,7 +16,16 @@ def tune(
     accelerator: str = "",
     accelerators: str = "0",
 ) -> None:
-    """Train rounds of trials until no other worker has left any."""
+    """Train rounds of trials until no other worker has left any.
+
+    Args:
+        plan: The whole of params.yaml.
+        cohort: The worker's name.
+        prepared: The data as Arrow shards.
+        teacher: The trained teacher.
+        accelerator: The resource that the task asks for, such as nvidia.com/gpu.
+        accelerators: How many of it; 0 is the CPU.
+    """
     from segdistill.kubeflow.tasks import run_component
 
     paths = {"prepared": prepared.path, "teacher": teacher.path, "trials": trials.path}

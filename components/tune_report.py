@@ -16,7 +16,14 @@ def tune_report(
     page: Output[HTML],
     summary: Output[Markdown],
 ) -> None:
-    """Write the tuned parameters and the page, once all trials are done."""
+    """Write the tuned parameters and the page, once all trials are done.
+
+    Args:
+        plan: The whole of params.yaml.
+        prepared: The data as Arrow shards.
+        teacher: The trained teacher.
+        trials: What each worker did.
+    """
     from segdistill.kubeflow.tasks import run_component
 
     paths = {

@@ -10,7 +10,12 @@ from components.images import DATA
 def validate(
     params: str, data: Input[Dataset], report: Output[Artifact], page: Output[HTML], summary: Output[Markdown]
 ) -> None:
-    """Check every file of the data set before anything is built on it."""
+    """Check every file of the data set before anything is built on it.
+
+    Args:
+        params: This stage's part of params.yaml, as JSON.
+        data: The data set in its own layout.
+    """
     from segdistill.kubeflow.tasks import run_component
 
     paths = {"data": data.path, "report": report.path}

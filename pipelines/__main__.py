@@ -124,6 +124,7 @@ def compile_to(
     """
     from kfp import compiler
 
+    from components import images
     from pipelines import distillation, limits
     from pipelines import tuning as tuning_graph
     from pipelines.cluster import DEFAULT, Placement, read_cluster
@@ -150,6 +151,12 @@ def compile_to(
     )
     partial.write_text("# Made by: python -m pipelines compile\n" + "".join(lines))
     partial.replace(path)
+    if any(image.startswith(images.NOWHERE) for image in (images.DATA, images.TRAIN)):
+        print(
+            f"pipelines: warning: the images are under {images.NOWHERE}, which no cluster can pull; set"
+            " SEGDISTILL_IMAGE_DATA and SEGDISTILL_IMAGE_TRAIN to yours (docs/kubeflow.md)",
+            file=sys.stderr,
+        )
     return given
 
 
@@ -169,6 +176,7 @@ def submit(params: Mapping[str, Any], given: argparse.Namespace) -> int:
         cookies_variable=given.cookies_env,
         in_cluster=given.in_cluster,
         certificates=given.ca_cert,
+        dry=given.dry_run,
     )
     if given.accelerator_count is not None and not given.accelerator_count.isdecimal():
         raise UserError(f"--accelerator-count: '{given.accelerator_count}' is not a number of them; expected 0 or more")

@@ -50,19 +50,33 @@ def pipeline(place: Placement) -> GraphComponent:
 
     @dsl.pipeline(name="segdistill", description="From a version of a data set to a registered student")
     def distillation(
-        repository: str,  # of git, with data.dvc
-        revision: str,  # a commit: KFP's cache knows only the name
-        teacher_plan: str,  # what decides the teacher
-        cohorts: list[dict],  # of the matrix: {cohort, plan}, what decides each
+        repository: str,
+        revision: str,
+        teacher_plan: str,
+        cohorts: list[dict],
         validate_params: str,
         prepare_params: str,
         evaluate_params: str,
         compare_params: str,
         register_params: str,
-        accelerator_type: str,  # of the tasks that train or evaluate, such as nvidia.com/gpu
-        accelerator_count: str,  # of each; 0: the CPU
+        accelerator_type: str,
+        accelerator_count: str,
     ) -> None:
-        """Trains a teacher, distills every cohort's students from it, compares them, and registers the best."""
+        """Trains a teacher, distills every cohort's students from it, compares them, and registers the best.
+
+        Args:
+            repository: Git's address of the repository that has data.dvc.
+            revision: Of the data set; a commit, since KFP's cache knows only the name.
+            teacher_plan: All that decides the teacher, as JSON.
+            cohorts: The matrix: for each cohort its name and plan, which decides its students.
+            validate_params: The stage validate's part of params.yaml, as JSON.
+            prepare_params: The stage prepare's part of params.yaml, as JSON.
+            evaluate_params: The stage evaluate's part of params.yaml, as JSON.
+            compare_params: The stage compare's part of params.yaml, as JSON.
+            register_params: The stage register's part of params.yaml, as JSON.
+            accelerator_type: The resource that tasks which train or evaluate ask for, such as nvidia.com/gpu.
+            accelerator_count: How many of it each task gets; 0 is the CPU.
+        """
         on = {"accelerator": accelerator_type, "accelerators": accelerator_count}
         closing = place.data(finish()).set_caching_options(False)
         with ExitHandler(closing):

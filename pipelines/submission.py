@@ -90,16 +90,18 @@ def server(
     cookies_variable: str | None = None,
     in_cluster: bool = False,
     certificates: Path | None = None,
+    dry: bool = False,
 ) -> Server:
     """A checked :class:`Server`; ``KF_PIPELINES_ENDPOINT`` and ``KF_PIPELINES_UI_ENDPOINT`` stand in for the first two.
 
     Raises:
-        UserError: no host, two ways to be known, or an environment variable that is not set.
+        UserError: no host, though something is sent (not ``dry``), two ways to be known, or an environment variable
+            that is not set.
     """
-    host = host or os.environ.get("KF_PIPELINES_ENDPOINT")
-    if not host:
+    host = host or os.environ.get("KF_PIPELINES_ENDPOINT") or ("" if dry else None)
+    if host is None:
         raise UserError("--host: missing; give the URL of the Kubeflow Pipelines API, or set KF_PIPELINES_ENDPOINT")
-    if not host.startswith(("http://", "https://")):
+    if host and not host.startswith(("http://", "https://")):
         raise UserError(f"--host: '{host}' is not a URL; it begins with http:// or https://")
     if sum(map(bool, (token_variable, cookies_variable, in_cluster))) > 1:
         raise UserError("--token-env, --cookies-env and --in-cluster exclude each other; give one")
@@ -133,7 +135,7 @@ class Submission:
         executors = next(iter(yaml.safe_load_all(package)))["deploymentSpec"]["executors"]
         images = sorted({one["container"]["image"] for one in executors.values() if "container" in one})
         facts = {
-            "host": to.host,
+            "host": to.host or None,
             "authentication": to.authentication,
             "namespace": to.namespace,
             "experiment": self.experiment,

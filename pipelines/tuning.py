@@ -19,17 +19,29 @@ def pipeline(place: Placement) -> GraphComponent:
 
     @dsl.pipeline(name="segdistill-tune", description="From a version of a data set to tuned parameters")
     def tuning(
-        repository: str,  # of git, with data.dvc
-        revision: str,  # a commit: KFP's cache knows only the name
-        teacher_plan: str,  # what decides the teacher
-        workers: list[str],  # their names
-        params_file: str,  # params.yaml as it is, comments included
+        repository: str,
+        revision: str,
+        teacher_plan: str,
+        workers: list[str],
+        params_file: str,
         validate_params: str,
         prepare_params: str,
-        accelerator_type: str,  # of the tasks that train, such as nvidia.com/gpu
-        accelerator_count: str,  # of each; 0: the CPU
+        accelerator_type: str,
+        accelerator_count: str,
     ) -> None:
-        """Trains a teacher, searches every experiment's settings alike, and writes the parameters anew."""
+        """Trains a teacher, searches every experiment's settings alike, and writes the parameters anew.
+
+        Args:
+            repository: Git's address of the repository that has data.dvc.
+            revision: Of the data set; a commit, since KFP's cache knows only the name.
+            teacher_plan: All that decides the teacher, as JSON.
+            workers: The names of the tasks that share the trials.
+            params_file: The text of params.yaml, comments included.
+            validate_params: The stage validate's part of params.yaml, as JSON.
+            prepare_params: The stage prepare's part of params.yaml, as JSON.
+            accelerator_type: The resource that tasks which train ask for, such as nvidia.com/gpu.
+            accelerator_count: How many of it each task gets; 0 is the CPU.
+        """
         on = {"accelerator": accelerator_type, "accelerators": accelerator_count}
         closing = place.data(finish()).set_caching_options(False)
         with ExitHandler(closing):

@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         synth.add_argument(f"--{split}", type=int, help=f"number of {split} scenes")
     importing = data.add_parser("import", help="bring a data set, or photos and masks, into data/")
     importing.add_argument(
-        "layout", help="folder: photos and masks below one, split or not; camvid; csv: a list of pairs"
+        "layout", help="folder: photos and masks below one, split or not; csv: a list of pairs; or a known layout"
     )
     importing.add_argument("source", type=Path)
     importing.add_argument("--out", type=Path, default=Path("data"), help="(%(default)s)")
@@ -139,6 +139,7 @@ def _add_init(command: argparse.ArgumentParser) -> None:
     weights = "of encoders; auto: weights/ENCODER.safetensors, else imagenet where it can be downloaded"
     students = "small, tiny, vit, or an encoder of timm; may be given again (tiny and vit)"
     command.add_argument("folder", type=Path, nargs="?", default=Path("data"), help=folder)
+    command.add_argument("--layout", metavar="NAME", help="how it is laid out, such as cityscapes (as it looks)")
     command.add_argument("--params", type=Path, default=Path("params.yaml"), help="the file to write (%(default)s)")
     command.add_argument("--student", action="append", metavar="NAME", help=students)
     command.add_argument("--teacher", metavar="NAME", help="an encoder of timm, or the folder of a trained teacher")

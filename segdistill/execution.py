@@ -200,6 +200,10 @@ def run_stage(
         if stage.params:
             arguments["config"] = parse(module.Config, chosen[stage.params[0]], stage.params[0])
         accepted = inspect.signature(module.run).parameters
+        if "git_commit" in accepted:
+            here = context()
+            versions = {"data_md5": here.data_md5, "git_commit": here.git_commit}
+            arguments |= {key: None if value == "unknown" else value for key, value in versions.items()}
         seconds = module.run(**{key: value for key, value in arguments.items() if key in accepted})
     _record_seconds(stage, cohort, dict(seconds or {}), time.time() - started)
 

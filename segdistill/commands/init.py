@@ -16,7 +16,7 @@ import numpy as np
 from segdistill.commands.catalogue import ROOT
 from segdistill.commands.data import say, wishes_of
 from segdistill.config import TAKEN, parse_yaml
-from segdistill.data.layouts import SPLITS, WITHOUT_MASKS, open_layout
+from segdistill.data.layouts import SPLITS, WITHOUT_MASKS, open_layout, recognised_layout
 from segdistill.errors import UserError, nearest
 from segdistill.files import write_file
 
@@ -155,8 +155,7 @@ def _bring(arguments: argparse.Namespace) -> str:
     if not folder.exists():
         hint = "; name the folder of your images and masks: segdistill init FOLDER" if folder == DATA else ""
         raise UserError(f"{folder}: no such folder{hint}")
-    camvid = (folder / "train.txt").is_file() and (folder / "trainannot").is_dir()
-    layout = "camvid" if camvid else LIST if folder.suffix.lower() == ".csv" else "folder"
+    layout = arguments.layout or (LIST if folder.suffix.lower() == ".csv" else recognised_layout(folder))
     if folder.resolve() == DATA.resolve():
         if not is_layout(layout, folder):
             raise UserError(

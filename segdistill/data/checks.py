@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from segdistill import files
-from segdistill.data.decoding import FILE_LIMIT, INDEX_MASKS, BadFile, Mask, decode_image, decode_mask, mask_kind
+from segdistill.data.decoding import FILE_LIMIT, BadFile, Mask, decode_image, decode_mask, mask_kind
 from segdistill.data.layouts import IGNORE_INDEX, UNKNOWN, UNLABELLED, Layout, Legend, Sample
 from segdistill.data.layouts.layout import describe_values
 from segdistill.data.parallel import ordered_map
@@ -90,7 +90,7 @@ def load_sample(sample: Sample, legend: Legend) -> tuple[bytes, Image.Image, np.
         if sample.mask is None:
             return content, image, np.full(image.size[::-1], UNLABELLED, dtype=np.uint8)
         path = sample.mask
-        mask = decode_mask(read_file(path), legend.mask_colors)
+        mask = decode_mask(read_file(path), legend.mask_kinds, legend.mask_colors)
         if mask.values.shape[::-1] != image.size:
             raise BadFile(size_mismatch((mask.values.shape[1], mask.values.shape[0]), image.size))
         counts = value_counts(mask.values)
@@ -105,15 +105,15 @@ def load_sample(sample: Sample, legend: Legend) -> tuple[bytes, Image.Image, np.
 
 def value_counts(values: np.ndarray) -> dict[int, int]:
     """How many pixels store each value that occurs."""
-    flat, counts = values.ravel(), np.zeros(256, dtype=np.int64)
+    flat, counts = values.ravel(), np.zeros(np.iinfo(values.dtype).max + 1, dtype=np.int64)
     for start in range(0, flat.size, BLOCK):
-        counts += np.bincount(flat[start : start + BLOCK], minlength=256)
-    return {value: int(counts[value]) for value in range(256) if counts[value]}
+        counts += np.bincount(flat[start : start + BLOCK], minlength=len(counts))
+    return {value: int(counts[value]) for value in np.flatnonzero(counts).tolist()}
 
 
 def unknown_labels(counts: dict[int, int], legend: Legend) -> dict[int, int]:
     """Those of the stored values that the layout gives no meaning."""
-    return {value: pixels for value, pixels in counts.items() if legend.label_map[value] == UNKNOWN}
+    return {value: pixels for value, pixels in counts.items() if legend.label(value) == UNKNOWN}
 
 
 def palette_problem(mask: Mask, counts: dict[int, int], legend: Legend) -> str | None:
@@ -122,7 +122,7 @@ def palette_problem(mask: Mask, counts: dict[int, int], legend: Legend) -> str |
     A palette that has other colours than the class list's says nothing of classes, and may share some with it by
     chance: it contradicts if more of the stored values have another class's colour than a colour of no class.
     """
-    labels = {value: int(legend.label_map[value]) for value in counts if value < len(mask.palette)}
+    labels = {value: legend.label(value) for value in counts if value < len(mask.palette)}
     labels = {value: label for value, label in labels.items() if label < len(legend.colors)}
     colours = {value: mask.palette[value] for value in labels}
     known = {value: legend.colors.index(colour) for value, colour in colours.items() if colour in legend.colors}
@@ -144,7 +144,7 @@ def size_mismatch(mask: tuple[int, int], image: tuple[int, int]) -> str:
 
 def outside_class_list(unknown: dict[int, int], legend: Legend) -> str:
     """The words for labels without a meaning: which, what is allowed instead, and in how many pixels."""
-    allowed = describe_values([value for value in range(256) if legend.label_map[value] != UNKNOWN])
+    allowed = describe_values(np.flatnonzero(legend.label_map != UNKNOWN).tolist())
     names = describe_values(list(unknown))
     word, pixels = ("label" if len(unknown) == 1 else "labels"), sum(unknown.values())
     return f"{word} {names} outside the class list (allowed {allowed}), in {pixels} pixel{'s' if pixels != 1 else ''}"
@@ -166,16 +166,16 @@ def _mask_facts(path: Path, legend: Legend) -> dict[str, object]:
     try:
         content = read_file(path)
         facts["mask_kind"] = mask_kind(content)
-        if facts["mask_kind"] not in INDEX_MASKS:
+        if facts["mask_kind"] not in legend.mask_kinds:
             return facts
-        mask = decode_mask(content)
+        mask = decode_mask(content, legend.mask_kinds, legend.mask_colors)
     except BadFile as problem:
         facts["mask_problem"] = str(problem)
         return facts
     counts = value_counts(mask.values)
     trained = np.zeros(256, dtype=np.int64)  # pixels by train id
     for value, pixels in counts.items():
-        trained[legend.label_map[value]] += pixels
+        trained[legend.label(value)] += pixels
     facts["mask_size"] = (mask.values.shape[1], mask.values.shape[0])
     facts["values"] = counts
     facts["unknown_labels"] = unknown_labels(counts, legend)

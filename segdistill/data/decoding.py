@@ -11,7 +11,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +22,11 @@ MOST_PIXELS = 100_000_000  # of one image or mask: 300 MB as RGB
 
 IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "YCbCr")  # 8 bits a channel: nothing is lost as RGB
 INDEX_MASKS = tuple(f"{bits}-bit {colour}" for colour in ("grey", "palette") for bits in (1, 2, 4, 8))
-COLOUR_MASKS = ("8-bit RGB", "8-bit RGBA")  # read by an import that knows the classes' colours, and by nobody else
+COLOUR_MASKS = ("8-bit RGB", "8-bit RGBA")  # read where the classes' colours are known, and nowhere else
+MATRIX_MASKS = ("MATLAB file",)  # with a matrix of class indices
+MATRIX = "LabelMap"  # its name
 _PNG_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
-_PNG_BEGIN, _JPEG_BEGIN = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+_PNG_BEGIN, _JPEG_BEGIN, _MATLAB_BEGIN = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"MATLAB 5.0 MAT-file"
 # What brings a picture upright, by EXIF orientation; 1, and any value without a meaning, leaves it as it is.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -43,9 +45,9 @@ class BadFile(Exception):
 
 @dataclass(frozen=True)
 class Mask:
-    """What an index mask stores."""
+    """What a mask stores."""
 
-    values: np.ndarray  # [H, W] uint8, class indices as stored
+    values: np.ndarray  # [H, W] uint8 or uint16, class indices as stored
     palette: tuple[tuple[int, int, int], ...]  # the colour of each index; empty where the file has no palette
 
 
@@ -77,27 +79,53 @@ def decode_image(content: bytes, *, verified: bool = False, most_pixels: int | N
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def decode_mask(content: bytes, colours: Mapping[tuple[int, int, int], int] | None = None) -> Mask:
-    """The values that an index mask stores, upright.
+def decode_mask(
+    content: bytes, kinds: Sequence[str] = INDEX_MASKS, colours: Mapping[tuple[int, int, int], int] | None = None
+) -> Mask:
+    """The values that a mask stores, upright.
 
     Args:
         content: the file.
+        kinds: those of :func:`mask_kind` that are accepted.
         colours: the value of each colour, where masks are pictures in the classes' colours.
 
     Raises:
-        BadFile: not a PNG, damaged, too large, or pixels that are no class indices (16 bits, RGB without ``colours``).
+        BadFile: of another kind, damaged, too large, or with a colour that has no value.
     """
     kind = mask_kind(content)
-    if colours and kind in COLOUR_MASKS:
-        return Mask(_values_of_colours(np.asarray(decode_image(content)), colours), ())
-    if kind not in INDEX_MASKS:
-        raise BadFile(not_an_index_mask(kind))
+    if kind not in kinds:
+        raise BadFile(not_of_these(kind, kinds))
+    if kind in MATRIX_MASKS:
+        return Mask(_read_matrix(content), ())
+    if kind in COLOUR_MASKS:
+        return Mask(_values_of_colours(np.asarray(decode_image(content)), colours or {}), ())
     image = _decode(content, ("PNG",), verified=False)
     values = np.asarray(image, dtype=np.uint8)
     if kind in ("2-bit grey", "4-bit grey"):
         values = values // np.uint8(85 if kind == "2-bit grey" else 17)  # Pillow widens them to 0-255
     palette = image.getpalette("RGB") if image.mode == "P" else None
     return Mask(values, tuple(zip(*[iter(palette or ())] * 3, strict=True)))  # type: ignore[arg-type]
+
+
+def _read_matrix(content: bytes) -> np.ndarray:
+    """[H, W] uint16: the matrix of class indices in a MATLAB file, of which nothing else is read."""
+    from scipy.io import loadmat, whosmat
+
+    try:
+        shape = next((shape for name, shape, _ in whosmat(io.BytesIO(content)) if name == MATRIX), None)
+        if shape is None or len(shape) != 2:
+            raise BadFile(f"has no matrix '{MATRIX}' of class indices")
+        if shape[0] * shape[1] > MOST_PIXELS:
+            raise BadFile(_too_large(shape[0] * shape[1]))
+        stored = loadmat(io.BytesIO(content), variable_names=[MATRIX])[MATRIX]
+        values = stored.astype(np.uint16)
+        if not np.array_equal(values, stored):
+            raise BadFile(f"its matrix '{MATRIX}' has values that are no class indices")
+    except BadFile:
+        raise
+    except Exception as error:  # a decoder fed with garbage may raise anything
+        raise BadFile(f"damaged or truncated: {error}") from None
+    return values  # type: ignore[no-any-return]
 
 
 def _values_of_colours(pixels: np.ndarray, colours: Mapping[tuple[int, int, int], int]) -> np.ndarray:
@@ -117,9 +145,13 @@ def _values_of_colours(pixels: np.ndarray, colours: Mapping[tuple[int, int, int]
 def mask_kind(content: bytes) -> str:
     """Bit depth and colour type of a PNG, as its header says: a decoder would hide them by widening the values.
 
+    A MATLAB file is one of MATRIX_MASKS.
+
     Raises:
-        BadFile: not a PNG.
+        BadFile: neither.
     """
+    if content.startswith(_MATLAB_BEGIN):
+        return MATRIX_MASKS[0]
     if content.startswith(_JPEG_BEGIN):
         raise BadFile("a JPEG: its compression changes labels; make masks as PNG, from the source of this one")
     if not content.startswith(_PNG_BEGIN) or content[12:16] != b"IHDR" or len(content) < 26:
@@ -127,9 +159,14 @@ def mask_kind(content: bytes) -> str:
     return f"{content[24]}-bit {_PNG_COLOURS.get(content[25], 'unknown')}"
 
 
-def not_an_index_mask(kind: str) -> str:
-    """The words for a mask of another kind."""
-    return f"{kind} where an index mask is due (grey or palette of at most 8 bits, value = class)"
+def not_of_these(kind: str, kinds: Sequence[str]) -> str:
+    """The words for a mask of another kind than is accepted."""
+    words = {
+        INDEX_MASKS: "an index mask is due (grey or palette of at most 8 bits, value = class)",
+        COLOUR_MASKS: "a picture in the classes' colours is due (8-bit RGB)",
+        MATRIX_MASKS: f"a MATLAB file with the matrix '{MATRIX}' is due",
+    }
+    return f"{kind} where {' or '.join(text for group, text in words.items() if group[0] in kinds)}"
 
 
 def encode_png(image: Image.Image) -> bytes:

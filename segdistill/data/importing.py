@@ -91,6 +91,11 @@ def _read(layout: str, source: Path, wishes: Wishes, workers: int | None) -> Sor
     if wishes != Wishes():
         raise UserError(f"{source}: its layout '{layout}' says its classes and splits; leave the options out")
     dataset = open_layout(layout, source)
+    if "test" not in dataset.own_splits:
+        raise UserError(
+            f"{source}: the layout '{layout}' is read as it lies and needs no import; move it to data/, and: "
+            f"segdistill init --layout {layout}"
+        )
     samples = [sample for split in dataset.splits for sample in dataset.samples(split)]
     if not samples:
         raise dataset.without_samples()

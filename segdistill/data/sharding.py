@@ -118,17 +118,24 @@ def write_shard(shard: Shard, *, folder: Path, root: Path, legend: Legend, max_s
 
 
 def write_index(layout: Layout, splits: Iterable[str], shards: list[Shard], rows: list[Row], folder: Path) -> None:
-    """Writes the manifest, one row a sample, and ``dataset.json``, and seals both."""
+    """Writes the manifest, one row a sample, and ``dataset.json``, and seals both.
+
+    A split that has another's samples has rows of its own, in the shards of the other.
+    """
     import pyarrow
     import pyarrow.parquet
 
+    source = {split: layout.tested_on if split == "test" else split for split in splits}
+    rows = [{**row, "split": split} for split, place in source.items() for row in rows if row["split"] == place]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / MANIFEST_FILE)
     names = [entry.name for entry in layout.classes]
     info = {
         "classes": [{"name": entry.name, "color": list(entry.color)} for entry in layout.classes],
         "ignore_index": IGNORE_INDEX,
         "content_hash": content_hash(names, ((row["split"], row["id"], row["sha256"]) for row in rows)),
-        "splits": {split: _describe([shard for shard in shards if shard.split == split]) for split in splits},
+        "splits": {
+            split: _describe([shard for shard in shards if shard.split == place]) for split, place in source.items()
+        },
     }
     (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     seal(folder, leave=[SHARD_FOLDER, KEYS])
@@ -171,6 +178,7 @@ def _encode(sample: Sample, root: Path, legend: Legend, max_side: int | None) ->
         "sha256": sample_hash(content, label),
         "image_file": sample.image.relative_to(root).as_posix(),
         "mask_file": sample.mask.relative_to(root).as_posix() if sample.mask else None,
+        "sequence": sample.sequence,
     }
 
 

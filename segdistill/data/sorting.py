@@ -1,6 +1,5 @@
 """What masks without a class list mean, and which samples train, validate and test: a data set from loose pairs."""
 
-import colorsys
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from segdistill.data.checks import read_file, value_counts
-from segdistill.data.decoding import COLOUR_MASKS, BadFile, decode_image, decode_mask, mask_kind
+from segdistill.data.decoding import COLOUR_MASKS, INDEX_MASKS, BadFile, decode_image, decode_mask, mask_kind
 from segdistill.data.layouts import IGNORE_INDEX, SPLITS, UNKNOWN, WITHOUT_MASKS, ClassInfo, Legend, Sample
 from segdistill.data.layouts.folder import check_names, read_classes
-from segdistill.data.layouts.layout import describe_values
+from segdistill.data.layouts.layout import describe_values, hue
 from segdistill.data.pairing import UNDECIDED
 from segdistill.data.parallel import ordered_map, progress, workers_for
 from segdistill.errors import UserError
@@ -176,8 +175,8 @@ def _shows(mask: MaskFacts, legend: Legend, classes: int) -> np.ndarray:
     present = np.zeros(classes, dtype=np.int64)
     for stored in mask.counts:
         value = stored if isinstance(stored, int) else legend.mask_colors.get(stored, UNKNOWN)
-        if legend.label_map[value] < classes:
-            present[legend.label_map[value]] = 1
+        if (label := legend.label(value)) < classes:
+            present[label] = 1
     return present
 
 
@@ -232,7 +231,7 @@ def _classes(
     palette = next((mask.palette for mask in masks if mask.palette), ())
     drawn = [palette[value] for value in stored if value < len(palette)]
     usable = len(drawn) == len(names) == len(set(drawn))
-    pictured = [colour or (drawn[n] if usable else _hue(n)) for n, colour in enumerate(given)]
+    pictured = [colour or (drawn[n] if usable else hue(n)) for n, colour in enumerate(given)]
     classes = tuple(map(ClassInfo, names, pictured))
     mask_colours = {colour: stored[n] for n, colour in enumerate(given) if colour}
     if ignored_colour:
@@ -281,7 +280,8 @@ def _legend(classes: Sequence[ClassInfo], labels: Mapping[int, int], mask_colors
     table = np.full(256, UNKNOWN, dtype=np.uint8)
     for value, label in labels.items():
         table[value] = label
-    return Legend(table, tuple(info.color for info in classes), mask_colors)
+    kinds = (*INDEX_MASKS, *COLOUR_MASKS) if mask_colors else INDEX_MASKS
+    return Legend(table, tuple(info.color for info in classes), mask_colors, kinds)
 
 
 def _colour(digits: str) -> Colour:
@@ -290,9 +290,3 @@ def _colour(digits: str) -> Colour:
 
 def _hex(colour: Colour) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour)
-
-
-def _hue(number: int) -> Colour:
-    """A colour for pictures that is far from its neighbours'."""
-    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.65, 0.9)
-    return round(red * 255), round(green * 255), round(blue * 255)

@@ -12,7 +12,7 @@ class Stopwatch:
     """Sums up what was :func:`timed`. Asking it waits for nothing: on a GPU it knows of what is finished by then."""
 
     def __init__(self) -> None:
-        self._seconds = 0.0
+        self._seconds = self._cpu_seconds = 0.0
         self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def take(self) -> float:
@@ -23,9 +23,15 @@ class Stopwatch:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
-    def add(self, seconds: float) -> None:
-        """Adds what the host's clock says."""
+    def take_cpu(self) -> float:
+        """The CPU seconds of all threads since they were last taken: other programs add nothing. None on a GPU."""
+        seconds, self._cpu_seconds = self._cpu_seconds, 0.0
+        return seconds
+
+    def add(self, seconds: float, cpu_seconds: float) -> None:
+        """Adds what the host's clock says, and what its processors worked for us."""
         self._seconds += seconds
+        self._cpu_seconds += cpu_seconds
 
     def add_later(self, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
         """Adds the time between two events, once the device has come to them."""
@@ -47,7 +53,8 @@ def timed(device: torch.device, *stopwatches: Stopwatch) -> Iterator[None]:
         for stopwatch in stopwatches:
             stopwatch.add_later(start, end)
     else:
-        started = time.monotonic()
+        started, worked = time.monotonic(), time.process_time()
         yield
+        seconds, cpu_seconds = time.monotonic() - started, time.process_time() - worked
         for stopwatch in stopwatches:
-            stopwatch.add(time.monotonic() - started)
+            stopwatch.add(seconds, cpu_seconds)

@@ -78,6 +78,7 @@ class Result:
     evaluations: dict[str, Evaluation]
     curves: dict[str, list[dict[str, float]]]
     startup_seconds: float = 0.0  # of first steps, which wait for compilers, caches and the first data
+    cpu_seconds: float | None = None  # of ``seconds``, what the processors worked; None on a GPU, whose clock they are
 
 
 class Ended(UserError):
@@ -120,6 +121,7 @@ class Progress:
     iteration: int = 0
     seconds: float = 0.0  # of training, without validation, saving and start-up
     startup_seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of all threads, as ``seconds``
     starts: int = 0  # steps that were the first of a process
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)  # validation mIoU of the kept weights, by student
@@ -197,11 +199,13 @@ class Trainer:
         """Takes over what the stopwatch knows: between two looks the clock stands still, until the first step's end."""
         if self.started:
             self.progress.seconds += self.stopwatch.take()
+            self.progress.cpu_seconds += self.stopwatch.take_cpu()
             return
         self.started = True
         if self.processes.device.type == "cuda":
             torch.cuda.synchronize(self.processes.device)  # this once: the step's time is known when it is done
         self.progress.startup_seconds += self.stopwatch.take()
+        self.stopwatch.take_cpu()
         self.progress.starts += 1
 
     @property
@@ -318,7 +322,9 @@ class Trainer:
             entry |= {f"train/weighted/{term}": value for term, value in weighted.items()}
             rate = self.optimizers[name].param_groups[0]["lr"]
             entry |= {"train/lr": rate, "perf/training_images_per_second": self.speed}
-            self.progress.curves[name].append({"step": self.progress.iteration, "train/loss/total": loss})
+            # The cross-entropy is what all experiments have: totals of different methods do not compare.
+            losses = {"train/loss/total": loss, "train/loss/ce": terms["ce"]}
+            self.progress.curves[name].append({"step": self.progress.iteration, **losses})
             if self.processes.is_main:
                 tracker.metrics(entry, self.progress.iteration)
             self._require_finite(name, terms)
@@ -401,8 +407,9 @@ class Trainer:
         progress = self.progress
         progress.seconds += self.stopwatch.take()  # all is done by now, on a GPU too
         return Result(
-            progress.iteration, progress.seconds, self.speed, evaluations, progress.curves, progress.startup_seconds
-        )
+            progress.iteration, progress.seconds, self.speed, evaluations, progress.curves, progress.startup_seconds,
+            progress.cpu_seconds if self.processes.device.type == "cpu" else None,
+        )  # fmt: skip
 
     def save(self) -> None:
         """Writes the checkpoint.

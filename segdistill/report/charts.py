@@ -41,6 +41,7 @@ STYLE = {
     "xtick.minor.size": 0,
     "ytick.major.size": 0,
 }
+WIDE, NARROW = 9.0, 4.4  # inches
 NEAR, LABEL_SPACING = 70.0, 12.0  # points on paper: labels that could touch, and what keeps them apart
 
 
@@ -69,32 +70,36 @@ class Palette:
         return f"{experiment} · {student}" if len(self.students) > 1 and student in self.students else experiment
 
 
-def draw_all(comparison: Comparison, networks: Sequence[Measured]) -> dict[str, Any]:
-    """Every chart that this comparison has data for, as matplotlib figures by name."""
+def draw_all(comparison: Comparison, networks: Sequence[Measured], *, narrow: bool = False) -> dict[str, Any]:
+    """Every chart that this comparison has data for, as matplotlib figures by name; ``narrow`` is for a telephone."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        charts = {"gains": _gains(comparison), "scatter": _cost(comparison), "curves": _curves(comparison, networks)}
+        charts = {
+            "gains": _gains(comparison, narrow),
+            "scatter": _cost(comparison, narrow),
+            "curves": _curves(comparison, networks, narrow),
+        }
     return {name: figure for name, figure in charts.items() if figure is not None}
 
 
-def _figure(height: float) -> Any:
+def _figure(height: float, narrow: bool) -> Any:
     """An empty figure, of a height in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, height), layout="constrained")
+    figure = Figure(figsize=(NARROW if narrow else WIDE, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _gains(comparison: Comparison) -> Any:
+def _gains(comparison: Comparison, narrow: bool) -> Any:
     """Difference to the undistilled student of every row that has one; None without any."""
     palette = Palette(comparison)
     gains = [(row, row.gain) for row in comparison.rows if row.gain is not None]
     if not gains:
         return None
-    figure = _figure(0.8 + 0.42 * len(gains))
+    figure = _figure(0.8 + 0.42 * len(gains), narrow)
     axes = figure.add_subplot()
     axes.axvline(0, color=INK, linewidth=1)
     for y, (row, gain) in enumerate(gains):
@@ -110,16 +115,16 @@ def _gains(comparison: Comparison) -> Any:
     axes.set_ylim(len(gains) - 0.4, -0.6)
     axes.margins(x=0.08)
     axes.grid(axis="x")
-    axes.set_xlabel("difference in test mIoU to the same student undistilled, percentage points")
+    axes.set_xlabel(f"difference in test mIoU to the same student{chr(10) if narrow else ' '}undistilled, points")
     axes.spines["left"].set_visible(False)
     _fix_layout(figure)
     return figure
 
 
-def _cost(comparison: Comparison) -> Any:
+def _cost(comparison: Comparison, narrow: bool) -> Any:
     """Test mIoU against parameters and against multiply-accumulates."""
-    palette, figure, labels = Palette(comparison), _figure(4.2), []
-    panels = figure.subplots(1, 2, sharey=True)
+    palette, figure, labels = Palette(comparison), _figure(7.6 if narrow else 4.2, narrow), []
+    panels = figure.subplots(*((2, 1) if narrow else (1, 2)), sharey=True)
     for axes, name, unit, scale in (
         (panels[0], "params", "parameters, millions", 1e6),
         (panels[1], "macs", "GMACs per image", 1e9),
@@ -139,72 +144,102 @@ def _cost(comparison: Comparison) -> Any:
         axes.margins(x=0.32, y=0.12)
         axes.grid()
         axes.set_xlabel(unit + " (log scale)")
-        _plain_log_ticks(axes)
+        _plain_log_ticks(axes.xaxis)
         labels.append((axes, points))
-    panels[0].set_ylabel("test mIoU, %")
+        if narrow or axes is panels[0]:
+            axes.set_ylabel("test mIoU, %")
     _place_labels(figure, labels)
     return figure
 
 
-def _curves(comparison: Comparison, networks: Sequence[Measured]) -> Any:
-    """Validation mIoU while training, one panel for each student; thin lines are seeds, thick ones their mean.
+CURVE_FROM = 3  # points; fewer are no curve
+CURVES = (("losses", "cross-entropy of training batches", 1.0), ("curve", "validation mIoU, %", 100.0))
 
-    None without any student of whom more than one step was validated.
+
+def few_validations(networks: Sequence[Measured]) -> int:
+    """How many validations students had, if too few for curves to be drawn of them; else 0."""
+    most = max((len(network.curve) for network in networks if network.seed is not None), default=0)
+    return most if most < CURVE_FROM else 0
+
+
+def _curves(comparison: Comparison, networks: Sequence[Measured], narrow: bool) -> Any:
+    """What each student learned while it trained, a panel for each quantity; thin lines are seeds, thick their mean.
+
+    None without any curve.
     """
     palette = Palette(comparison)
-    panels: dict[str, dict[str, list[dict[int, float]]]] = {student: {} for student in palette.students}
-    for network in networks:
-        if len(network.curve) > 1 and network.student in panels:
-            panels[network.student].setdefault(network.experiment, []).append(network.curve)
-    panels = {student: experiments for student, experiments in panels.items() if experiments}
+    panels: list[tuple[str, float, dict[str, list[dict[int, float]]]]] = []
+    for student in palette.students:
+        for quantity, title, scale in CURVES:
+            experiments: dict[str, list[dict[int, float]]] = {}
+            for network in networks:
+                if network.student == student and len(getattr(network, quantity)) >= CURVE_FROM:
+                    experiments.setdefault(network.experiment, []).append(getattr(network, quantity))
+            if experiments:
+                panels.append((f"{student}: {title}", scale, experiments))
     if not panels:
         return None
-    columns = min(2, len(panels))
+    columns = 1 if narrow else min(2, len(panels))
     lines = -(-len(panels) // columns)
-    figure, labels = _figure(3.3 * lines), []
-    grid = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
-    for axes, (student, experiments) in zip(grid, panels.items(), strict=False):
+    figure, labels = _figure(3.3 * lines, narrow), []
+    grid = figure.subplots(lines, columns, squeeze=False).flat
+    for axes, (title, scale, experiments) in zip(grid, panels, strict=False):
         ends = []
         for experiment, seeds in experiments.items():
             color = palette.color(experiment)
             for curve in seeds:
-                axes.plot(curve.keys(), [100 * value for value in curve.values()], color=color, linewidth=1, alpha=0.4)
+                axes.plot(
+                    curve.keys(), [scale * value for value in curve.values()], color=color, linewidth=1, alpha=0.3
+                )
             steps = sorted(set.intersection(*(set(curve) for curve in seeds)))
             if not steps:
                 continue
-            means = [100 * sum(curve[step] for curve in seeds) / len(seeds) for step in steps]
+            means = [scale * sum(curve[step] for curve in seeds) / len(seeds) for step in steps]
             axes.plot(steps, means, color=color, linewidth=2.2, linestyle=(0, (5, 2)) if color == MUTED else "-")
             ends.append((steps[-1], means[-1], experiment))
-        axes.set_title(student)
+        axes.set_title(title)
         axes.grid(axis="y")
         axes.margins(x=0.02)
         axes.set_xlabel("iteration")
+        lowest = min(min(curve.values()) for seeds in experiments.values() for curve in seeds)
+        if scale == 1.0 and lowest > 0:  # a loss, which falls by a factor; scores are in percent
+            axes.set_yscale("log")
+            _plain_log_ticks(axes.yaxis)
         ticks, last = axes.get_xticks(), max(max(curve) for seeds in experiments.values() for curve in seeds)
         axes.set_xlim(right=axes.get_xlim()[1] + 0.22 * last)  # room for the labels
         axes.set_xticks([tick for tick in ticks if 0 <= tick <= last])
         labels.append((axes, ends))
     for axes in figure.axes[len(panels) :]:
         axes.set_visible(False)
-    figure.axes[0].set_ylabel("validation mIoU, %")
     _place_labels(figure, labels)
     return figure
 
 
-def svg(figure: Any, title: str) -> Markup:
-    """A chart as an inline ``<svg>`` whose colours and font are those of the page."""
+def svg(figure: Any, title: str, shape: str) -> Markup:
+    """A chart as an inline ``<svg>`` whose colours and font are those of the page; ``shape`` is its CSS class."""
     import matplotlib
 
     text = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(
-            text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            text,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+            bbox_inches="tight",
+            pad_inches=0.06,  # a label that is longer than its room makes room
         )
     body = text.getvalue()
     body = body[body.index("<svg") :]
-    body = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{title}">', body, count=1)
+    body = re.sub(
+        r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>",
+        rf'<svg \1 class="{shape}" role="img" aria-label="{title}">',
+        body,
+        count=1,
+    )
     body = re.sub(r'(font: [^;"]*?px) [^;"]*', r"\1 var(--font)", body)
     # Ids of one drawing must not meet those of another in the same page.
-    prefix = re.sub(r"\W+", "-", title.lower())
+    prefix = re.sub(r"\W+", "-", f"{shape} {title}".lower())
     body = re.sub(r'\bid="', f'id="{prefix}-', body)
     body = re.sub(r'(url\(#|href="#)', rf"\1{prefix}-", body)
     for color, variable in VARIABLES.items():
@@ -212,15 +247,15 @@ def svg(figure: Any, title: str) -> Markup:
     return Markup(body)
 
 
-def _plain_log_ticks(axes: Any) -> None:
+def _plain_log_ticks(axis: Any) -> None:
     """Two to six round numbers such as 0.5, 1, 2, 5 instead of powers of ten."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    low, high = axes.get_xlim()
+    low, high = axis.get_view_interval()
     ticks = [m * 10.0**e for e in range(-6, 7) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
-    axes.xaxis.set_major_locator(FixedLocator(ticks if len(ticks) > 1 else [low, high]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axis.set_major_locator(FixedLocator(ticks if len(ticks) > 1 else [low, high]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
 
 def _fix_layout(figure: Any) -> None:

@@ -37,6 +37,7 @@ class Measured:
     counts: NDArray[np.float64]  # [N, 3, K], see iou_counts
     accuracies: dict[str, float]  # share of right pixels of each test image, by id
     curve: dict[int, float]  # validation mIoU by the step at which it was measured
+    losses: dict[int, float]  # cross-entropy of the training batches before each step that was logged
     overlays: Path
 
     @property
@@ -125,7 +126,8 @@ def read_networks(
                 confusion=confusion,
                 counts=iou_counts(per_image),
                 accuracies=dict(zip(ids, accuracies, strict=True)),
-                curve=_read_curve(model, name),
+                curve=_read_curve(model, name, "val/miou"),
+                losses=_read_curve(model, name, "train/loss/ce"),
                 overlays=evaluation / "overlays" / name,
             )
         )
@@ -211,13 +213,13 @@ def _read_counts(
     return confusion, per_image, ids
 
 
-def _read_curve(model: Path, name: str) -> dict[int, float]:
-    """The steps that have a validation score; an imported teacher's curve has none."""
+def _read_curve(model: Path, name: str, column: str) -> dict[int, float]:
+    """The values by step; a step has not all of them, and an imported teacher's curve has none."""
     file, curve = f"curves/{name}.csv", {}
     for row in csv.DictReader(read_sealed(model, file, mend=TRAIN).decode().splitlines()):
-        if row.get("val/miou"):
+        if row.get(column):
             try:
-                curve[int(row["step"])] = float(row["val/miou"])
+                curve[int(row["step"])] = float(row[column])
             except (KeyError, ValueError):
-                raise UserError(f"{model / file}: expected numbers under step and val/miou, found {row}") from None
+                raise UserError(f"{model / file}: expected numbers under step and {column}, found {row}") from None
     return curve

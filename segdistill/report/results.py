@@ -55,6 +55,7 @@ class SeedResult:
     code: str | None
     weights_sha256: str
     ece: float | None = None
+    cpu_seconds: float | None = None  # of all threads while it trained
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,14 @@ class Row:
     step_seconds: float | None  # of training, by iteration
     gain: Gain | None
     equal_time_gain: Difference | None
+    cpu_seconds: float | None = None  # mean over seeds; None where one has none
     ece: Spread | None = None  # expected calibration error on test
     latency_median_ms: float | None = None
+
+    @property
+    def busy_seconds(self) -> float | None:
+        """What training took whatever else the machine did: CPU seconds, or the GPU's own where it trained on one."""
+        return self.training_seconds if self.cpu_seconds is None else self.cpu_seconds
 
     @property
     def divergence(self) -> str:
@@ -127,6 +134,11 @@ class Protocol:
     teacher_sha256: str
     # How an image of the test split was shown to every network.
     inference: InferenceConfig | None = None
+    # What ``busy_seconds`` are of: "CPU", "GPU", or "wall" where a training does not say.
+    clock: str = "wall"
+    # Where this comparison was made: the data's version and the code's commit, where they are known.
+    data_md5: str | None = None
+    git_commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -254,10 +266,10 @@ def compare_runs(
 
 def _trained_as_long(row: Row, twins: Sequence[Row]) -> str | None:
     """The twin whose training took least time among those that took as long as the row's."""
-    if row.training_seconds is None:
+    if row.busy_seconds is None:
         return None
-    times = {twin.experiment: twin.training_seconds for twin in twins if twin.training_seconds is not None}
-    enough = {name: seconds for name, seconds in times.items() if seconds >= ENOUGH * row.training_seconds}
+    times = {twin.experiment: twin.busy_seconds for twin in twins if twin.busy_seconds is not None}
+    enough = {name: seconds for name, seconds in times.items() if seconds >= ENOUGH * row.busy_seconds}
     return min(enough, key=enough.__getitem__, default=None)
 
 
@@ -332,6 +344,7 @@ def _row(
             code=network.training.get("code"),
             weights_sha256=network.test["weights_sha256"],
             ece=network.test.get("test/ece"),
+            cpu_seconds=network.training.get("cpu_seconds"),
         )
         for network in networks
     )
@@ -346,7 +359,10 @@ def _row(
     medians = [network.test["latency_median_ms"] for network in networks if network.test.get("latency_median_ms")]
     errors = [seed.ece for seed in seeds if seed.ece is not None]
     durations = [seed.training_seconds for seed in seeds if seed.training_seconds is not None]
-    steps = [seed.training_seconds / seed.iterations for seed in seeds if seed.training_seconds and seed.iterations]
+    worked = [seed.cpu_seconds for seed in seeds if seed.cpu_seconds is not None]
+    cpu_seconds = float(np.mean(worked)) if worked and len(worked) == len(seeds) else None
+    busy = [(seed.training_seconds if cpu_seconds is None else seed.cpu_seconds, seed.iterations) for seed in seeds]
+    steps = [seconds / iterations for seconds, iterations in busy if seconds and iterations]
     first = networks[0].test if networks else {}
     return Row(
         experiment=experiment,
@@ -372,6 +388,7 @@ def _row(
         equal_time_gain=None,
         ece=Spread.of(errors),
         latency_median_ms=float(np.median(medians)) if medians else None,
+        cpu_seconds=cpu_seconds,
     )
 
 

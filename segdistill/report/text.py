@@ -102,9 +102,9 @@ def share(value: float) -> str:
     return f"{100 * value:.1f} %" if value >= 0.001 or value == 0 else "< 0.1 %"
 
 
-def plural(number: int, word: str) -> str:
-    """``1 seed``, ``2 seeds``."""
-    return f"{number} {word}{'' if number == 1 else 's'}"
+def plural(number: int, word: str, words: str = "") -> str:
+    """``1 seed``, ``2 seeds``; ``words`` where an s does not do."""
+    return f"{number} {word if number == 1 else words or word + 's'}"
 
 
 def confidence(protocol: Protocol) -> str:
@@ -119,7 +119,7 @@ def name(row: Row) -> str:
 
 def timed(comparison: Comparison) -> list[Row]:
     """The rows of the second table: distilled, and with a training time."""
-    return [row for row in comparison.rows if row.distilled and row.training_seconds is not None]
+    return [row for row in comparison.rows if row.distilled and row.busy_seconds is not None]
 
 
 def family(gains: Sequence[Difference | None], protocol: Protocol) -> str:
@@ -143,16 +143,24 @@ def caption(comparison: Comparison) -> str:
     return f"{spread_of}{family(gains, facts)}. {verdict}"
 
 
+def _clock(protocol: Protocol) -> str:
+    return {
+        "CPU": "that of the CPU, all threads together, to which other programs on the machine add nothing",
+        "GPU": "the GPU's own, from when it was done with what came before",
+    }.get(protocol.clock, "the clock's on the wall, which a busy machine lengthens")
+
+
 def equal_time_caption(comparison: Comparison) -> str:
     """What stands under the second table."""
     gains = [row.equal_time_gain for row in comparison.rows]
     sentence = (
         "Each row against the same student undistilled that trained as long, or least longer: one with a larger "
-        "budget. An online method's time trains all of its students."
+        f"budget. Time is {_clock(comparison.protocol)}. An online method's time trains all of its students."
     )
     return f"{sentence} {family(gains, comparison.protocol)}." if any(gains) else sentence
 
 
+NAMED = 3  # students in the headline; all of them are in what follows it
 VERDICTS = {"gains": "Better than the same student undistilled", "loses": "Worse", "not shown": "Not shown either way"}
 
 
@@ -164,9 +172,9 @@ def headline(comparison: Comparison) -> str:
             "No distilled student has an undistilled reference in this run, so nothing can be said about what "
             "distillation did."
         )
-    names = [
-        f"{name(row)} {points(row.gain.mean)}" for row in comparison.rows if row.gain and row.gain.verdict == "gains"
-    ]
+    gaining = [(row, row.gain) for row in comparison.rows if row.gain and row.gain.verdict == "gains"]
+    gaining.sort(key=lambda pair: -pair[1].mean)
+    names = [f"{name(row)} {points(gain.mean)}" for row, gain in gaining]
     losing, unsure = (sum(gain.verdict == verdict for gain in gains) for verdict in ("loses", "not shown"))
     rest = [f"{losing} {'loses' if losing == 1 else 'lose'}"] if losing else []
     rest += [f"{unsure} {'is' if unsure == 1 else 'are'} not shown to differ"] if unsure else []
@@ -175,7 +183,8 @@ def headline(comparison: Comparison) -> str:
     if names:
         verb = "gains" if len(names) == 1 else "gain"
         start = (
-            f"{len(names)} of {plural(len(gains), 'distilled student')} {verb} over {same}, {', '.join(names)} points"
+            f"{len(names)} of {plural(len(gains), 'distilled student')} {verb} over {same}, "
+            f"{'most of all ' if len(names) > NAMED else ''}{', '.join(names[:NAMED])} points"
         )
     else:
         start = f"No distilled student is shown to be better than {same}"
@@ -240,6 +249,21 @@ def _interval(comparison: Comparison) -> str:
         f"at 1 - {1 - facts.confidence:g} / {max(len(gains), 1)} (Bonferroni), so that all hold at once with "
         f"{confidence(facts)}"
     )
+
+
+def origin(comparison: Comparison) -> list[tuple[str, str]]:
+    """From which data, code and teacher the page is, shortened; how the result is found again."""
+    facts = comparison.protocol
+    versions = [
+        ("data version", facts.data_md5), ("data content", facts.data_content), ("commit", facts.git_commit),
+        ("teacher", facts.teacher_sha256),
+    ]  # fmt: skip
+    return [(name, value[:12]) for name, value in versions if value]
+
+
+def training(protocol: Protocol) -> str:
+    """What the column of training times is called, by whose clock it is."""
+    return {"CPU": "CPU time of training", "GPU": "GPU time of training"}.get(protocol.clock, "training, wall time")
 
 
 def provenance(comparison: Comparison) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from segdistill.adapters.gx import Expectation, Severity
 from segdistill.data.checks import FileFacts, outside_class_list, size_mismatch
-from segdistill.data.decoding import INDEX_MASKS, not_an_index_mask
+from segdistill.data.decoding import not_of_these
 from segdistill.data.layouts import IGNORE_INDEX, SPLITS, UNKNOWN, Layout
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def tables(layout: Layout, facts: Sequence[FileFacts], config: "Config") -> Tabl
     }
 
 
-def rules(config: "Config") -> list[Rule]:
-    """Every rule, the most telling first."""
+def rules(config: "Config", mask_kinds: Sequence[str]) -> list[Rule]:
+    """Every rule, the most telling first; masks may be of the kinds given."""
     rarest, most_ignored = config.min_class_share, config.max_ignore_fraction
     return [
         Rule("Every image can be read", "files", NULL, {"column": "image_problem"}, "image",
@@ -62,8 +62,8 @@ def rules(config: "Config") -> list[Rule]:
         Rule("Every image has a mask that can be read", "files", NULL, {"column": "mask_problem"}, "mask",
              lambda row: row["mask_problem"] + _of_image(row)),
         Rule("Every mask holds class indices", "files", IN_SET,
-             {"column": "mask_kind", "value_set": list(INDEX_MASKS)}, "mask",
-             lambda row: not_an_index_mask(row["mask_kind"])),
+             {"column": "mask_kind", "value_set": list(mask_kinds)}, "mask",
+             lambda row: not_of_these(row["mask_kind"], mask_kinds)),
         Rule("Every mask has the size of its image", "files", EQUAL,
              {"column_A": "image_size", "column_B": "mask_size", "ignore_row_if": "either_value_is_missing"}, "mask",
              itemgetter("size_problem")),
@@ -88,6 +88,14 @@ def rules(config: "Config") -> list[Rule]:
              {"column": "ignore_fraction", "max_value": most_ignored}, "masks",
              lambda row: f"{row['ignore_fraction']:.1%} of the pixels are ignored on average; "
                          f"validate.max_ignore_fraction allows {most_ignored:.1%}"),
+        Rule("Every split has the samples of the official release", "splits", EQUAL,
+             {"column_A": "samples", "column_B": "official_samples", "ignore_row_if": "either_value_is_missing"},
+             "images", _not_the_release, "warning"),
+        Rule("The test split has samples of its own", "splits", NULL, {"column": "tested_on"}, "images",
+             lambda row: f"the split 'test' has the samples of '{row['tested_on']}', as in the literature, since the "
+                         "labels of the official test split are not public; what is chosen by "
+                         f"'{row['tested_on']}' is chosen by the test: report the last step (train.select: last)",
+             "warning"),
         Rule("Every class is seen in train", "classes", BETWEEN, {"column": "train_images", "min_value": 1}, "name",
              lambda row: "never seen in train; it cannot be learnt", "warning"),
         Rule("No class is too rare in train", "classes", BETWEEN, {"column": "train_share", "min_value": rarest},
@@ -101,6 +109,12 @@ def rules(config: "Config") -> list[Rule]:
         Rule("No image is there twice", "files", BETWEEN, {"column": "copies", "max_value": 1}, "image",
              lambda row: f"one of {row['copies']} equal images in {row['split']}", "warning"),
     ]  # fmt: skip
+
+
+def _not_the_release(row: Row) -> str:
+    samples, official = row["samples"], row["official_samples"]
+    words = f"{official - samples} are missing" if official > samples else f"{samples - official} are not of it"
+    return f"{samples} samples in the split '{row['split']}', but the official release has {official}: {words}"
 
 
 def _strays(row: Row) -> str:
@@ -127,10 +141,10 @@ def _files(facts: Sequence[FileFacts], layout: Layout) -> list[Row]:
     for fact in facts:
         if fact.image_sha256:
             same[fact.image_sha256].append(fact)
-    rows = []
+    rows, repeated = [], {layout.tested_on, "test"}
     for fact in facts:
         equal = same[fact.image_sha256] if fact.image_sha256 else [fact]
-        others = [other.image for other in equal if other.split != fact.split]
+        others = [other.image for other in equal if other.split != fact.split and {other.split, fact.split} != repeated]
         unknown = fact.unknown_labels
         row = vars(fact) | {"image_size": _size(fact.image_size), "mask_size": _size(fact.mask_size)}
         row["size_problem"] = _size_problem(fact)
@@ -158,6 +172,8 @@ def _split(split: str, facts: Sequence[FileFacts], layout: Layout, config: "Conf
         "ignore_fraction": sum(fractions) / len(fractions) if fractions else None,
         "classes_seen": sum(seen) if seen else None, "classes_needed": 2 if split == "train" else 1,
         "one_class": layout.classes[seen.index(True)].name if any(seen) else None, "pixels_255": ignored_255,
+        "tested_on": layout.tested_on if split not in layout.own_splits else None,
+        "official_samples": layout.official_samples.get(split),
         "stray_files": len(strays), "strays": layout.describe_strays(strays, split),
     }  # fmt: skip
 
@@ -167,17 +183,16 @@ def values(layout: Layout, facts: Sequence[FileFacts]) -> list[Row]:
     stored: dict[str, Counter[int]] = {split: Counter() for split in layout.splits}
     for fact in facts:
         stored[fact.split].update(fact.values or {})
-    table = layout.legend.label_map
+    legend = layout.legend
     occurring = set().union(*stored.values())
     names = {IGNORE_INDEX: "no label", UNKNOWN: "unknown", **{n: info.name for n, info in enumerate(layout.classes)}}
     return [
         {
             "value": value,
-            "read_as": names[int(table[value])],
+            "read_as": names[legend.label(value)],
             **{f"{split}_pixels": stored[split][value] for split in SPLITS},
         }
-        for value in range(256)
-        if value in occurring or table[value] != UNKNOWN
+        for value in sorted(occurring.union(layout.raw_labels))
     ]
 
 

@@ -90,6 +90,7 @@ def _fill(
         "iterations": result.iterations,
         "seconds": result.seconds,
         "startup_seconds": result.startup_seconds,
+        "cpu_seconds": result.cpu_seconds,
         "images_per_second": result.images_per_second,
         "seed": identity.seed,
         **identity.facts(),
@@ -105,6 +106,6 @@ def _write_curve(path: Path, points: list[dict[str, float]]) -> None:
     for point in points:
         rows.setdefault(int(point["step"]), {}).update(point)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["step", "train/loss/total", "val/miou"])
+        writer = csv.DictWriter(file, ["step", "train/loss/total", "train/loss/ce", "val/miou"])
         writer.writeheader()
         writer.writerows(rows[step] for step in sorted(rows))

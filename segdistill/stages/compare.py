@@ -4,6 +4,7 @@ import csv
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,6 +60,8 @@ def run(
     report: Path,
     metrics: Path,
     tracker: Tracker,
+    data_md5: str | None = None,
+    git_commit: str | None = None,
 ) -> dict[str, float]:
     """Writes the folder ``report`` and the small file ``metrics``; returns seconds by activity.
 
@@ -75,6 +78,8 @@ def run(
         report: results.json, report.md, report.html and plots/ for DVC.
         metrics: flat numbers for ``dvc metrics``.
         tracker: of the pipeline's run.
+        data_md5: the data's version, where it is known.
+        git_commit: of the code that compares, where it is known.
     """
     from segdistill.data.shards import read_dataset_info
     from segdistill.report import text
@@ -114,7 +119,7 @@ def run(
         teacher=teacher_row,
         rows=tuple(rows),
         best=best_row(rows),
-        protocol=_protocol(config, seeds, info, taught, measured),
+        protocol=replace(_protocol(config, seeds, info, taught, measured), data_md5=data_md5, git_commit=git_commit),
         warnings=tuple(warnings(rows, experiments)),
         passed=100 * max(row.test_miou.mean for row in rows if row.test_miou) >= config.min_test_miou,
     )
@@ -242,7 +247,16 @@ def _protocol(
         inference=parse(InferenceConfig, inference, "inference")
         if (inference := taught.test.get("inference"))
         else None,
+        clock=_clock(measured),
     )
+
+
+def _clock(measured: Sequence["Measured"]) -> str:
+    """Whose seconds the trainings count: on a GPU its own, and none of the CPU's."""
+    if not all("cpu_seconds" in network.training for network in measured):
+        return "wall"
+    clocks = {"GPU" if network.training["cpu_seconds"] is None else "CPU" for network in measured}
+    return clocks.pop() if len(clocks) == 1 else "wall"
 
 
 def _write(
@@ -263,17 +277,20 @@ def _write(
     best = [network.confusion for network in networks if (network.experiment, network.student) == comparison.best]
     confusion = np.sum(best, axis=0)
     scenes = overlays.read(prepared, networks, colors, config.overlays)
-    charts = drawing.draw_all(comparison, networks)
+    charts = {shape: drawing.draw_all(comparison, networks, narrow=shape == "narrow") for shape in ("wide", "narrow")}
     with new_folder(report) as partial:
         plots = partial / "plots"
         plots.mkdir()
         _write_text(partial / "results.json", json.dumps(to_dict(comparison), indent=2, allow_nan=False) + "\n")
         _write_text(partial / "report.md", page.markdown(comparison))
-        _write_text(partial / "report.html", page.page(comparison, confusion, charts, scenes, colors))
+        _write_text(
+            partial / "report.html",
+            page.page(comparison, confusion, charts, scenes, colors, drawing.few_validations(networks)),
+        )
         _write_curves(plots / "curves", networks)
         _write_per_class(plots / "per_class_iou.csv", [comparison.teacher, *comparison.rows])
         confusion_map(confusion, comparison.protocol.classes, plots / "confusion.png")
-        for name, figure in charts.items():
+        for name, figure in charts["wide"].items():
             figure.savefig(plots / f"{name}.png", dpi=130)
         seal(partial)
 

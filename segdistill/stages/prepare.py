@@ -18,7 +18,7 @@ class Config:
     """Section ``prepare`` of params.yaml."""
 
     layout: str
-    """How the data set is laid out: folder or camvid."""
+    """How the data set is laid out: folder, or a published data set's own layout, such as cityscapes."""
 
     shard_samples: Annotated[int, Field(ge=1, le=1_000_000)]
     """Samples in one shard file; a killed run continues after the last finished shard."""
@@ -59,7 +59,9 @@ def run(config: Config, *, data: Path, report: Path, prepared: Path, tracker: Tr
     kept = f"finished shards wait in {partial}, and the same command continues from there"
     with disk_errors(prepared, kept):
         splits = samples_by_split(layout, config.labelled, workers=config.workers)
-        shards = plan_shards(splits, config.shard_samples)
+        repeated = () if layout.tested_on == "test" else ("test",)  # its rows name the shards of another split
+        own = {split: samples for split, samples in splits.items() if split not in repeated}
+        shards = plan_shards(own, config.shard_samples)
         written = write_shards(layout, shards, partial, max_side=config.max_side, workers=config.workers)
         total = sum(len(shard.samples) for shard in shards)
         rows = {shard.name: rows for shard, rows in progress(written, "prepare", total, lambda done: len(done[1]))}

@@ -4,6 +4,7 @@ import html
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +43,7 @@ class Config:
     """Section ``validate`` of params.yaml."""
 
     layout: str
-    """How the data set is laid out: folder or camvid."""
+    """How the data set is laid out: folder, or a published data set's own layout, such as cityscapes."""
 
     min_samples: MinSamples
     """Fewer samples than this in a split stop the pipeline."""
@@ -76,11 +77,13 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
     from segdistill.stages import _rules
 
     layout = open_layout(config.layout, data)
-    samples = [sample for split in layout.splits for sample in layout.samples(split)]
+    samples = [sample for split in layout.own_splits for sample in layout.samples(split)]
     if not samples:
         raise layout.without_samples()
     facts = list(progress(inspect(layout, samples, workers=config.workers), "validate", len(samples)))
-    tables, rules = _rules.tables(layout, facts, config), _rules.rules(config)
+    if "test" not in layout.own_splits:
+        facts += [replace(fact, split="test") for fact in facts if fact.split == layout.tested_on]
+    tables, rules = _rules.tables(layout, facts, config), _rules.rules(config, layout.legend.mask_kinds)
     with new_folder(report) as partial:
         verdicts = gx.validate(tables, [rule.expectation for rule in rules], partial / "data_docs")
         judged = zip(rules, verdicts, strict=True)
@@ -93,11 +96,19 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
     sizes = {f"data/samples/{split}": count for split, count in summary["samples"].items()}
     tracker.metrics({**sizes, **{f"data/{kind}": count for kind, count in counts.items()}})
     tracker.artifact(report / "summary.md", "validation")
+    logger = logging.getLogger(__name__)
     for finding in summary["warnings"]:
         for sentence in finding["sentences"][:SHOWN]:
-            logging.getLogger(__name__).warning("warning: %s", sentence)
+            logger.warning("warning: %s", sentence)
     if not summary["success"]:
         raise UserError(_verdict_sentence(summary["failures"], report))
+    images = ", ".join(f"{split} {count}" for split, count in summary["samples"].items())
+    told = f"{counts['warnings']} warnings" if counts["warnings"] else "no warning"
+    logger.info(
+        "%s is sound: %d images (%s), %d classes; %d checks passed, %s; see %s",
+        data, len(samples), images, len(summary["classes"]), sum(verdict.success for verdict in verdicts), told,
+        report / "summary.md",
+    )  # fmt: skip
 
 
 def _finding(rule: Any, verdict: Any, tables: "Tables", data: Path) -> dict[str, Any]:

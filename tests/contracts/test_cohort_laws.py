@@ -259,7 +259,7 @@ def test_a_member_is_charged_for_its_steps_and_what_it_shares_and_not_for_start_
             now[0] += 1
             yield batch
 
-    clock = SimpleNamespace(monotonic=lambda: now[0])
+    clock = SimpleNamespace(monotonic=lambda: now[0], process_time=lambda: 2 * now[0])  # two threads, all the time
     monkeypatch.setattr(cohort, "time", clock)
     monkeypatch.setattr(stopwatch, "time", clock)
     monkeypatch.setattr(cohort, "training_batches", batches)
@@ -270,6 +270,7 @@ def test_a_member_is_charged_for_its_steps_and_what_it_shares_and_not_for_start_
         member.step = taking(seconds, member.step)
     outcomes = pair.run()
     assert outcomes["none"].seconds == 3 * (1 + 100) and outcomes["kd"].seconds == 3 * (1 + 10 + 1000)
+    assert all(outcome.cpu_seconds == 2 * outcome.seconds for outcome in outcomes.values())
     assert outcomes["kd"].images_per_second == 3 * 8 / outcomes["kd"].seconds
     assert pair.seconds == {"data": 3 * 1, "training": 3 * (10 + 100 + 1000), "evaluation": 0}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import docker
 import pytest
+from browser import Browser
 from s3_server import KEY, SECRET, Server, weed_binary
 from services import Engine, GitDaemon, Missing, MlflowServer, Postgres
 
@@ -55,6 +56,13 @@ def _lacking(lack: Missing) -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(str(lack))
     pytest.skip(str(lack))
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    running = start(Browser(tmp_path_factory.mktemp("browser")))
+    yield running
+    running.stop()
 
 
 @pytest.fixture(scope="session")

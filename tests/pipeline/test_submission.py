@@ -68,6 +68,8 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(client.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "none/context.json"))
     monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for name in ("DATA", "TRAIN"):
+        monkeypatch.setattr(f"components.images.{name}", "registry.example/team/image:1")
     stand_in = Api()
     with serving(stand_in.answer) as stand_in.host:
         yield stand_in
@@ -182,6 +184,18 @@ def test_a_dry_run_shows_what_would_be_sent_and_sends_nothing(api: Api, capsys: 
     assert (shown["host"], shown["run"], shown["authentication"]) == (api.host, "first", "none")
     assert len(shown["images"]) == 2 and len(shown["arguments"]["cohorts"]) == 4
     assert api.requests == []
+
+
+def test_a_dry_run_needs_no_host_and_warns_of_images_that_no_cluster_can_pull(
+    api: Api, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from components import images
+
+    monkeypatch.setattr(images, "TRAIN", f"{images.NOWHERE}/train:1")
+    assert submit("--dry-run") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["host"] is None
+    assert err.startswith("pipelines: warning: the images are under example.invalid") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("end", "code"), [("SUCCEEDED", 0), ("FAILED", 1), ("CANCELED", 1)])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from _folders import make_folder, save
+from test_benchmarks_as_published import ade20k
 from test_layouts import make_camvid
 
 from segdistill.__main__ import main
@@ -90,6 +91,14 @@ def test_a_known_layout_is_imported_as_such(project: Path) -> None:
     params = fitted(str(make_camvid(project.parent / "source")), "--student", "tiny")
     assert params["prepare"]["layout"] == "folder"
     assert len(read_yaml(project / "data/classes.json")["classes"]) == 11
+
+
+def test_a_published_layout_in_data_stays_as_it_lies(project: Path) -> None:
+    ade20k(project / "data")
+    for arguments in ((), ("--layout", "ade20k", "--force")):
+        params = fitted(*arguments, "--student", "tiny")
+        assert params["prepare"]["layout"] == params["validate"]["layout"] == "ade20k"
+    assert not (project / "data/classes.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def message(name: str, root: Path) -> str:
 
 def test_an_unknown_layout_is_answered_with_the_nearest_one(tmp_path: Path) -> None:
     assert message("camvd", tmp_path) == "unknown layout 'camvd'; did you mean 'camvid'?"
-    assert message("xyz", tmp_path) == "unknown layout 'xyz'; allowed: folder, camvid"
+    assert message("xyz", tmp_path).startswith("unknown layout 'xyz'; allowed: folder, camvid, ")
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

@@ -318,3 +318,15 @@ def test_facts_are_the_same_in_one_process_and_in_several(data: Path) -> None:
 def test_a_config_value_outside_its_range_is_named() -> None:
     with pytest.raises(UserError, match=r"validate\.min_samples\.val: input should be greater than or equal to 1"):
         parse(Config, SETTINGS | {"min_samples": {"train": 1, "val": 0, "test": 1}}, "validate")
+
+
+def test_a_sound_data_set_is_told_with_its_numbers(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "segdistill")
+    summary = validate(data, tmp_path / "report")
+    counts, images = summary["samples"], sum(summary["samples"].values())
+    splits = ", ".join(f"{split} {count}" for split, count in counts.items())
+    said = caplog.messages[-1]
+    assert said.startswith(f"{data} is sound: {images} images ({splits}), {len(summary['classes'])} classes; ")
+    assert "checks passed" in said and said.endswith(f"see {tmp_path / 'report/summary.md'}")

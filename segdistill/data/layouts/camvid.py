@@ -23,6 +23,13 @@ CLASSES = (
     ClassInfo("pedestrian", (64, 64, 0)),
     ClassInfo("bicyclist", (0, 128, 192)),
 )
+OFFICIAL_SAMPLES = {"train": 367, "val": 101, "test": 233}
+
+
+def sequence_of(name: str) -> str | None:
+    """The drive of a frame called ``DRIVE_FRAME``."""
+    drive, separator, _ = name.partition("_")
+    return drive if separator else None
 
 
 class CamVid(Layout):
@@ -30,13 +37,18 @@ class CamVid(Layout):
 
     SegNet's own lists name files as ``/SegNet/CamVid/train/x.png``, so only the last two parts of a path count. Names
     may hold spaces, stand in quotes, and have backslashes between their parts. ``unlabelled.txt``, which need not be
-    there, holds one ``IMAGE`` a line.
+    there, holds one ``IMAGE`` a line. A sequence is a drive.
 
     Reference:
         Brostow et al., Pattern Recognition Letters 30(2), 2009; split and classes: Badrinarayanan et al., PAMI 2017.
     """
 
     name = "camvid"
+    official_samples = OFFICIAL_SAMPLES
+
+    @classmethod
+    def recognises(cls, root: Path) -> bool:
+        return (root / "train.txt").is_file() and (root / "trainannot").is_dir()
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -79,5 +91,5 @@ def _read_list(root: Path, split: str) -> list[Sample]:
         if not match or any(len(part) != 2 or {"..", "/", "//"} & set(part) for part in parts):
             raise UserError(f"{path}, line {number}: expected '{expected}', found '{line.strip()[:200]}'")
         image, *masks = (root.joinpath(*part) for part in parts)
-        samples.append(Sample(image.stem, split, image, masks[0] if labelled else None))
+        samples.append(Sample(image.stem, split, image, masks[0] if labelled else None, sequence_of(image.stem)))
     return samples

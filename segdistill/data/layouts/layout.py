@@ -1,5 +1,6 @@
 """What a data set on disk must tell us, however it is laid out."""
 
+import colorsys
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from segdistill.data.decoding import INDEX_MASKS
 from segdistill.errors import UserError
 
 IGNORE_INDEX = 255  # as segdistill.losses.IGNORE_INDEX, stated again since the data half runs without torch
@@ -21,12 +23,15 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # in small or capital letters
 SHOWN = 3  # files named in one sentence
 
 
+Color = tuple[int, int, int]  # RGB
+
+
 @dataclass(frozen=True)
 class ClassInfo:
     """One class; its train id is its place in the list."""
 
     name: str
-    color: tuple[int, int, int]  # RGB, for pictures only
+    color: Color  # for pictures only
 
 
 @dataclass(frozen=True)
@@ -37,16 +42,22 @@ class Sample:
     split: str
     image: Path
     mask: Path | None
+    sequence: str | None = None  # the drive or film of which it is a frame, where the data set says so
 
 
 @dataclass(frozen=True)
 class Legend:
     """What the values of a mask mean."""
 
-    label_map: np.ndarray  # [256] uint8: stored value -> train id, IGNORE_INDEX if ignored, UNKNOWN without a meaning
-    colors: tuple[tuple[int, int, int], ...]  # by train id
-    # Stored value by colour, where masks are pictures in colours; without it such masks are refused.
-    mask_colors: Mapping[tuple[int, int, int], int] = field(default_factory=dict)
+    # Stored value -> train id, IGNORE_INDEX if ignored, UNKNOWN without a meaning; larger values have none.
+    label_map: np.ndarray  # [V] uint8, V at least 256
+    colors: tuple[Color, ...]  # by train id
+    mask_colors: Mapping[Color, int] = field(default_factory=dict)  # stored value, where masks are pictures in colours
+    mask_kinds: tuple[str, ...] = INDEX_MASKS  # what masks may be, of the kinds of segdistill.data.decoding
+
+    def label(self, value: int) -> int:
+        """The train id of a stored value, IGNORE_INDEX or UNKNOWN."""
+        return int(self.label_map[value]) if value < len(self.label_map) else UNKNOWN
 
 
 class Layout(ABC):
@@ -56,6 +67,18 @@ class Layout(ABC):
     """
 
     name: ClassVar[str]
+    # Samples of each split in the official release; validate warns where there are others.
+    official_samples: ClassVar[Mapping[str, int]] = {}
+    # The split that is the test split too: "val" where nobody but the publisher has labels of the official one.
+    tested_on: ClassVar[str] = "test"
+    # Whether a split's folders hold other files than its own, so that a stray one cannot be told.
+    shared_folders: ClassVar[bool] = False
+    mask_kinds: ClassVar[tuple[str, ...]] = INDEX_MASKS
+
+    @classmethod
+    def recognises(cls, root: Path) -> bool:
+        """Whether a folder looks like this layout, by the folders in it."""
+        return False
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
@@ -85,16 +108,28 @@ class Layout(ABC):
         """The three with masks, and the one without if it has images."""
         return (*SPLITS, WITHOUT_MASKS) if any(self.samples(WITHOUT_MASKS)) else SPLITS
 
+    @property
+    def own_splits(self) -> tuple[str, ...]:
+        """Those whose samples are not another split's as well."""
+        return tuple(split for split in self.splits if split != "test" or self.tested_on == split)
+
+    @property
+    def mask_colors(self) -> Mapping[Color, int]:
+        """The raw value of every colour, where masks are pictures in colours."""
+        return {}
+
     @cached_property
     def legend(self) -> Legend:
         """What the values of this data set's masks mean."""
-        table = np.full(256, UNKNOWN, dtype=np.uint8)
+        table = np.full(max(255, *self.raw_labels) + 1, UNKNOWN, dtype=np.uint8)
         for raw, train_id in self.raw_labels.items():
             table[raw] = train_id
-        return Legend(table, tuple(entry.color for entry in self.classes))
+        return Legend(table, tuple(entry.color for entry in self.classes), self.mask_colors, self.mask_kinds)
 
     def strays(self, split: str) -> list[Path]:
         """What lies in the split's folders and belongs to no sample, such as a mask without an image; hidden aside."""
+        if self.shared_folders:
+            return []
         used = {path for sample in self.samples(split) for path in (sample.image, sample.mask)}
         return [path for folder in self.folders(split) for path in list_folder(folder) if path not in used]
 
@@ -111,7 +146,10 @@ class Layout(ABC):
     def without_samples(self) -> UserError:
         """The sentence for a data set in which no sample was found: what lies there instead."""
         folders = {split: self.folders(split)[0] for split in SPLITS}
-        strays = (self.describe_strays(list_folder(folder), split) for split, folder in folders.items())
+        strays = (
+            self.describe_strays([] if self.shared_folders else list_folder(folder), split)
+            for split, folder in folders.items()
+        )
         names = [folder.relative_to(self.root).as_posix() for folder in folders.values()]
         reason = next(
             (f"there is {text}" for text in strays if text), f"expected JPEG or PNG files in {', '.join(names)}"
@@ -156,6 +194,12 @@ def require_utf8(path: Path) -> Path:
     except UnicodeDecodeError:
         raise UserError(f"{name.decode(errors='backslashreplace')}: its name is not UTF-8; rename it") from None
     return path
+
+
+def hue(number: int) -> Color:
+    """A colour for pictures that is far from its neighbours', and never grey."""
+    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.65, 0.9)
+    return round(red * 255), round(green * 255), round(blue * 255)
 
 
 def describe_values(values: list[int]) -> str:
