@@ -182,25 +182,28 @@ def parameters(name: str, settings: ExperimentConfig, search: SearchConfig) -> l
             if key == "temperature" or key.endswith("_temperature"):
                 add(f"methods.{index}.{key}", "temperature", values[key])
         add(f"methods.{index}.ramp", "ramp", own.ramp if own.weight else None)
-    searched = [parameter for parameter in searched if _may_vary(name, settings, parameter)]
-    for parameter in searched:
-        for end in (parameter.low, parameter.high):
-            try:
-                with_values(name, settings, {parameter.path: end})
-            except UserError as error:
-                raise UserError(f"tune.search.{parameter.key}: reaches too far: {error}") from None
-    return searched
+    return [parameter for parameter in searched if _may_vary(name, settings, parameter)]
 
 
 def _may_vary(name: str, settings: ExperimentConfig, parameter: Parameter) -> bool:
-    """Whether another setting of the method does without the value: no little change of it is then allowed."""
-    for factor in (0.99, 1.01):  # the present value may be the least or the greatest that is allowed
+    """Whether the range may be searched; not where another setting of the method does without the value.
+
+    Raises:
+        UserError: an end of the range is no value that may stand there, and a little change of the present one is.
+    """
+
+    def refusal(value: float) -> UserError | None:
         try:
-            with_values(name, settings, {parameter.path: parameter.present * factor})
-        except UserError:
-            continue
-        return True
-    return False
+            with_values(name, settings, {parameter.path: value})
+        except UserError as error:
+            return error
+        return None
+
+    reason = refusal(parameter.low) or refusal(parameter.high)
+    # The present value may be the least or the greatest that is allowed.
+    if reason and not all(refusal(parameter.present * factor) for factor in (0.99, 1.01)):
+        raise UserError(f"tune.search.{parameter.key}: reaches too far: {reason}")
+    return reason is None
 
 
 def with_values(name: str, settings: ExperimentConfig, values: Mapping[str, float]) -> ExperimentConfig:

@@ -8,7 +8,6 @@ champion stays, the new version is ``challenger``, and a person decides.
 """
 
 import contextlib
-import importlib.metadata
 import json
 import logging
 import math
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from segdistill import environment
-from segdistill.adapters.mlflow_artifact import SealedPyTorch, check_files
+from segdistill.adapters.mlflow_artifact import SealedModel, check_files
 from segdistill.adapters.mlflow_names import model_name
 from segdistill.adapters.mlflow_store import (
     ROLE_TAG,
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
     from torch import nn
+    from torch.export import ExportedProgram
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ class Submission:
     classes: tuple[str, ...]  # the name of each logit
     contract: Mapping[str, Any]  # what a file of it says of itself (models/portable.py)
     facts: Mapping[str, str]  # further tags
+    program: "ExportedProgram | None" = None  # the graph of the network, where it was traced already
     describe: Callable[[str, str], str] | None = None  # alias and reason to the version's description, in Markdown
     beside: Mapping[str, bytes] = field(default_factory=dict)  # further files of its artefact
     evaluate_champion: Callable[[Path], ChampionScore] | None = (
@@ -235,35 +236,21 @@ def log_exported(model: "nn.Module", submission: Submission, run_id: str, tags: 
         Its URI, and the SHA-256 of the list of its files' hashes.
     """
     import mlflow
-    import numpy as np
-    import torch
     from mlflow.entities import Metric
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.models import Model
 
-    def spec(channels: int) -> Schema:
-        return Schema([TensorSpec(np.dtype("float32"), (-1, channels, -1, -1))])
+    from segdistill.models.portable import to_program
 
-    example = np.random.default_rng(0).random((2, 3, *CHECKED_SIZES[0]), dtype=np.float32)
-    flavor = SealedPyTorch(submission.beside)
-    with torch.no_grad():
-        info = Model.log(
-            artifact_path=None,
-            name=model_name(submission.student),
-            flavor=flavor,
-            run_id=run_id,
-            pytorch_model=model.eval(),
-            signature=ModelSignature(inputs=spec(3), outputs=spec(len(submission.classes))),
-            input_example=example,  # two images, since a batch of one would fix the batch size
-            serialization_format="pt2",
-            pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in ("torch", "numpy")],
-            tags=dict(tags),
-            metadata={
-                "classes": list(submission.classes),
-                "segdistill": dict(submission.contract),
-            },  # for who serves it
-            validate_serving_input=False,  # check_served does more, and once is enough
-        )
+    program = submission.program or to_program(model)
+    flavor = SealedModel(program, len(submission.classes), submission.contract, submission.beside)
+    info = Model.log(
+        artifact_path=None,
+        name=model_name(submission.student),
+        flavor=flavor,
+        run_id=run_id,
+        tags=dict(tags),
+        metadata={"classes": list(submission.classes), "segdistill": dict(submission.contract)},  # for who serves it
+    )
     score = Metric("test/miou", submission.test_miou, round(1000 * time.time()), 0, model_id=info.model_id)
     mlflow.MlflowClient().log_batch(run_id, metrics=[score])
     return f"models:/{info.model_id}", flavor.checksums

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segdistill.config import parse
-from segdistill.engine.settings import InferenceConfig
+from segdistill.engine.settings import InferenceConfig, inference_of
 from segdistill.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -65,7 +65,6 @@ def _of_folder(folder: Path, student: str | None, device: "torch.device") -> Mod
     """A network as training or the stage ``register`` left it."""
     from segdistill.models.export import load_model, model_names
     from segdistill.models.portable import contract, require_contract
-    from segdistill.stages.register import inference_of
 
     if not model_names(folder) and (folder / "model").is_dir():  # that of a registration
         folder = folder / "model"

@@ -97,15 +97,13 @@ def to_file(model: Model, path: Path) -> float:
 
     expected: torch.nn.Module
     if isinstance(model.network, Segmenter):
-        program, expected = portable.to_program(model.network), ExportedSegmenter(model.network).eval()
+        expected = ExportedSegmenter(model.network).eval()
+        program = portable.to_program(expected)
     elif model.program is not None:
         program, expected = model.program, model.program.module()
     else:
         raise UserError("MODEL is an ONNX file already; only --int8 can be made of it")
-    save = portable.save_onnx if path.suffix == ".onnx" else portable.save_program
-    save(program, path, model.contract)
-    network, _ = portable.load_portable(path, torch.device("cpu"))
-    return portable.check_same(expected, network, path.name)
+    return portable.save_checked(program, expected, path, model.contract)
 
 
 def quantized(model: Model, source: Path, prepared: Path, images: int, max_loss: float) -> tuple[Path, str]:

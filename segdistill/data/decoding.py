@@ -2,7 +2,8 @@
 
 A picture is read as every viewer shows it: turned as its EXIF orientation says. What 8 bits of red, green and blue
 cannot say without a guess (transparency, inks, 16 bits) is refused. Colour profiles and gamma are not applied, here
-as in training and in use.
+as in training and in use. A registered model has a copy of this file (adapters/image_model.py), so it imports nothing
+of this package.
 """
 
 import io
@@ -16,9 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ExifTags, Image
 
-from segdistill.files import MIB
-
-FILE_LIMIT = 256 * MIB  # bytes of one image or mask
+FILE_LIMIT = 256 * 2**20  # bytes of one image or mask
 MOST_PIXELS = 100_000_000  # of one image or mask: 300 MB as RGB
 
 IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "YCbCr")  # 8 bits a channel: nothing is lost as RGB
@@ -57,19 +56,20 @@ def image_format(content: bytes) -> str:
     return "png" if content.startswith(_PNG_BEGIN) else "jpeg"
 
 
-def decode_image(content: bytes, *, verified: bool = False) -> Image.Image:
+def decode_image(content: bytes, *, verified: bool = False, most_pixels: int | None = None) -> Image.Image:
     """The upright RGB image in a JPEG or PNG file.
 
     Args:
         content: the file.
         verified: the bytes are known to be whole, so that their checksums need no second look.
+        most_pixels: beyond which it is too large, if not :data:`MOST_PIXELS`.
 
     Raises:
         BadFile: another format, damaged, too large, or pixels that are no 8-bit RGB without a guess.
     """
     if content.startswith(_PNG_BEGIN) and content[24:25] == b"\x10":  # Pillow would drop the lower byte without a word
         raise BadFile(f"{mask_kind(content)}; an image must have 8 bits a channel")
-    image = _decode(content, ("JPEG", "PNG"), verified)
+    image = _decode(content, ("JPEG", "PNG"), verified, most_pixels)
     if image.mode == "CMYK":
         raise BadFile("CMYK: how its inks look as colours is not said in the file; save it as RGB")
     if image.mode not in IMAGE_MODES:
@@ -176,13 +176,14 @@ def encode_png(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def _decode(content: bytes, formats: tuple[str, ...], verified: bool) -> Image.Image:
+def _decode(content: bytes, formats: tuple[str, ...], verified: bool, most_pixels: int | None = None) -> Image.Image:
+    most_pixels = most_pixels or MOST_PIXELS
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata, which is of no concern here
             image = Image.open(io.BytesIO(content), formats=formats)
-            if image.width * image.height > MOST_PIXELS:
-                raise BadFile(_too_large(image.width * image.height))
+            if image.width * image.height > most_pixels:
+                raise BadFile(_too_large(image.width * image.height, most_pixels))
             if not verified:
                 (_check_png if image.format == "PNG" else _check_jpeg)(content)
             image.load()
@@ -191,15 +192,15 @@ def _decode(content: bytes, formats: tuple[str, ...], verified: bool) -> Image.I
     except Image.UnidentifiedImageError:
         raise BadFile(f"not a {' or '.join(formats)} file, or its header is damaged") from None
     except Image.DecompressionBombError as error:  # beyond Pillow's own limit, which lies above ours
-        raise BadFile(_too_large(int(re.findall(r"\d+", str(error))[0]))) from None
+        raise BadFile(_too_large(int(re.findall(r"\d+", str(error))[0]), most_pixels)) from None
     except BadFile:
         raise
     except Exception as error:  # a decoder fed with garbage may raise anything
         raise BadFile(f"damaged or truncated: {error}") from None
 
 
-def _too_large(pixels: int) -> str:
-    return f"{pixels / 1e6:.0f} million pixels; at most {MOST_PIXELS / 1e6:.0f} million are read: cut it into tiles"
+def _too_large(pixels: int, most_pixels: int) -> str:
+    return f"{pixels / 1e6:.0f} million pixels; at most {most_pixels / 1e6:.0f} million are read: cut it into tiles"
 
 
 def _orientation(image: Image.Image) -> int:

@@ -138,6 +138,22 @@ def _starts(length: int, window: int, stride: float) -> list[int]:
     return sorted({*range(0, length - window, step), length - window})
 
 
+@torch.inference_mode()
+def masks(
+    network: Network, dataset: ShardDataset, indices: Sequence[int], settings: InferenceConfig, device: Any = "cpu"
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Some images of a split, with their labels and the classes that the network gives them.
+
+    Shape:
+        image: [H, W, 3] uint8; label, mask: [h, w] uint8, of the label's size.
+    """
+    for index in indices:
+        image, label = dataset[index]
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(device).float() / 255
+        scores = predict(network, pixels, (label.shape[0], label.shape[1]), settings)
+        yield image, label, scores.argmax(1)[0].to(torch.uint8).cpu().numpy()
+
+
 def evaluate(
     network: Network,
     dataset: ShardDataset,

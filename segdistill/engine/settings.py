@@ -1,13 +1,16 @@
 """Settings of a training run. Importing them costs nothing: no torch here."""
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 
-from segdistill.config import Beta, Fraction, LearningRate, config
+from segdistill.config import Beta, Fraction, LearningRate, config, parse, to_dict
 from segdistill.data.settings import AugmentationConfig, Scale, Workers
+from segdistill.files import read_json, read_sealed_json
 
+INFERENCE = "inference.json"  # beside a registered model: how images were shown to it when it was scored
 Iterations = Annotated[int, Field(ge=1, le=100_000_000)]
 Images = Annotated[int, Field(ge=1, le=65536)]
 WindowSide = Annotated[int, Field(ge=16, le=16384)]  # pixels
@@ -211,3 +214,14 @@ class InferenceConfig:
 
     window_stride: Annotated[float, Field(ge=0.1, le=1)]
     """Distance of two windows, as a part of the window."""
+
+
+def inference_of(folder: Path) -> dict[str, Any]:
+    """How images were shown to the networks of a folder when they were scored; where it does not say, as they are."""
+    settings = InferenceConfig(batch_size=8, input_scale=1.0, window=None, window_stride=0.67)
+    if (folder / "metrics.json").is_file():
+        metrics = read_sealed_json(folder, "metrics.json", mend="train it again")
+        settings = parse(InferenceConfig, metrics["config"]["inference"], f"{folder / 'metrics.json'}: inference")
+    elif (folder / INFERENCE).is_file():
+        settings = parse(InferenceConfig, read_json(folder / INFERENCE), str(folder / INFERENCE))
+    return dict(to_dict(settings))

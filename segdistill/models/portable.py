@@ -22,7 +22,6 @@ from torch import Tensor, nn
 import segdistill
 from segdistill.errors import UserError
 from segdistill.files import parse_json, require_regular
-from segdistill.models.export import ExportedSegmenter
 from segdistill.models.segmenter import Segmenter
 
 if TYPE_CHECKING:
@@ -148,12 +147,34 @@ def contract(document: Mapping[str, Any], segmenter: Segmenter | None, inference
     }  # fmt: skip
 
 
-def to_program(network: Segmenter) -> "ExportedProgram":
-    """The network's graph, for any batch and image size."""
+def to_program(network: nn.Module) -> "ExportedProgram":
+    """The graph of what maps images to logits, for any batch and image size."""
     dynamic = torch.export.Dim.DYNAMIC
-    shapes = {INPUT: {0: dynamic, 2: dynamic, 3: dynamic}}
     with torch.no_grad():
-        return torch.export.export(ExportedSegmenter(network).eval(), (torch.rand(EXAMPLE),), dynamic_shapes=shapes)
+        return torch.export.export(
+            network.eval(), (torch.rand(EXAMPLE),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
+        )
+
+
+def save_checked(program: "ExportedProgram", expected: nn.Module, path: Path, document: Mapping[str, Any]) -> float:
+    """Writes a program with its contract as ``.pt2`` or ``.onnx``, as the path ends, and compares what it gives.
+
+    Args:
+        program: the graph.
+        expected: the network that it was traced from.
+        path: the file to write.
+        document: its contract.
+
+    Returns:
+        The largest difference of logits, as a share of the largest logit.
+
+    Raises:
+        UserError: it is more than rounding; the file is there nevertheless.
+    """
+    save = save_onnx if path.suffix == ".onnx" else save_program
+    save(program, path, document)
+    network, _ = load_portable(path, torch.device("cpu"))
+    return check_same(expected, network, path.name)
 
 
 def save_program(program: "ExportedProgram", path: Path, document: Mapping[str, Any]) -> None:

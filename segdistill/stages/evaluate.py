@@ -220,10 +220,9 @@ def _pictures(
 
     ``overlays/<name>/<id>.png`` holds class ids, for the comparison; ``pictures/<name>`` is what people look at.
     """
-    import torch
     from PIL import Image
 
-    from segdistill.engine.evaluate import predict
+    from segdistill.engine.evaluate import masks
     from segdistill.report.pictures import confusion_map, evenly_spread, overlay
 
     out, pictures = folder / "overlays" / name, folder / "pictures" / name
@@ -233,12 +232,9 @@ def _pictures(
         return
     confusion_map(evaluation.confusion, [item.name for item in info.classes], pictures / "confusion.png")
     colors = [item.color for item in info.classes]
-    for index in evenly_spread(len(test_set), config.overlays):
-        image, label = test_set[index]
-        pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(processes.device).float() / 255
-        with torch.inference_mode():
-            scores = predict(network, pixels, label.shape, config.inference)  # type: ignore[arg-type]
-        mask = scores.argmax(1)[0].to(torch.uint8).cpu().numpy()
+    indices = evenly_spread(len(test_set), config.overlays)
+    predictions = masks(network, test_set, indices, config.inference, processes.device)
+    for index, (image, label, mask) in zip(indices, predictions, strict=True):
         file = f"{test_set.sample_id(index)}.png"
         Image.fromarray(mask).save(out / file)
         overlay(image, label, mask, colors).save(pictures / file)

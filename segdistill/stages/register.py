@@ -19,21 +19,23 @@ from pydantic import Field
 
 from segdistill import environment
 from segdistill.config import config as config_class
-from segdistill.config import parse, to_dict
-from segdistill.engine.settings import InferenceConfig
+from segdistill.config import parse
+from segdistill.engine.settings import INFERENCE, InferenceConfig, inference_of
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError, nearest
-from segdistill.files import new_folder, read_json, read_sealed_json
+from segdistill.files import new_folder
 from segdistill.identity import facts_of
 from segdistill.plan import Job, jobs
 from segdistill.report.highlights import Highlights
 from segdistill.stages._cohort import folders_of
 
 if TYPE_CHECKING:
+    from torch import nn
+    from torch.export import ExportedProgram
+
     from segdistill.models.segmenter import Segmenter
     from segdistill.report.results import Comparison
 
-INFERENCE = "inference.json"  # beside the registered model: how images were shown to it when it was scored
 COMPARE = "run the stage 'compare' again"
 
 
@@ -136,7 +138,7 @@ def run(
         return
 
     from segdistill.models.export import ExportedSegmenter, load_model
-    from segdistill.models.portable import contract
+    from segdistill.models.portable import contract, to_program
 
     classes = class_names(prepared)
     segmenter, document = load_model(best.folder, best.student, classes=classes)
@@ -148,16 +150,18 @@ def run(
     from segdistill.stages._champion import evaluate_champion
 
     inference = inference_of(best.folder)
-    said = contract(document, segmenter, inference)
+    network = ExportedSegmenter(segmenter).eval()
+    program = to_program(network)
+    document_of_files = contract(document, segmenter, inference)
     row, scores_of_seed = card.find(results, best.experiment, best.student, best.seed)
     beside = overlays(segmenter, prepared, parse(InferenceConfig, inference, "inference"))
     described = dict.fromkeys(beside, "test images, their labels and what the network sees")
     if config.onnx:
-        beside[ONNX] = onnx_file(segmenter, said)
+        beside[ONNX] = onnx_file(program, network, document_of_files)
         described[ONNX] = "the same network for onnxruntime and Triton"
     model_card = card.model_card(
-        results, row, scores_of_seed, contract=said, model=document["model"], name=config.model_name, files=described,
-        data_md5=environment.data_md5(),
+        results, row, scores_of_seed, contract=document_of_files, model=document["model"], name=config.model_name,
+        files=described, data_md5=environment.data_md5(),
     )  # fmt: skip
     beside[CARD] = model_card.encode()
     submission = Submission(
@@ -169,7 +173,8 @@ def run(
         test_data=identity_of_test_data(prepared),
         weights_sha256=best.weights_sha256,
         classes=classes,
-        contract=said,
+        contract=document_of_files,
+        program=program,
         beside=beside,
         describe=lambda alias, reason: card.description(card.decided(model_card, alias, f"{reason}; {choice}"), CARD),
         facts={CHOICE: choice, **numbers_of(best), **facts_of(document)},
@@ -179,7 +184,7 @@ def run(
         ),
     )  # fmt: skip
     registered = register(
-        ExportedSegmenter(segmenter).eval(),
+        network,
         submission,
         name=config.model_name,
         min_gain=config.min_gain,
@@ -199,51 +204,29 @@ def run(
         _write(partial, result)
 
 
-def onnx_file(segmenter: "Segmenter", said: Mapping[str, Any]) -> bytes:
+def onnx_file(program: "ExportedProgram", network: "nn.Module", document: Mapping[str, Any]) -> bytes:
     """The network as ONNX, whose logits are those of torch."""
-    import torch
-
-    from segdistill.models import portable
-    from segdistill.models.export import ExportedSegmenter
+    from segdistill.models.portable import save_checked
 
     with tempfile.TemporaryDirectory(prefix="segdistill-onnx-") as scratch:
         path = Path(scratch) / "model.onnx"
-        portable.save_onnx(portable.to_program(segmenter), path, said)
-        network, _ = portable.load_portable(path, torch.device("cpu"))
-        portable.check_same(ExportedSegmenter(segmenter).eval(), network, "the ONNX file")
+        save_checked(program, network, path, document)
         return path.read_bytes()
 
 
 def overlays(segmenter: "Segmenter", prepared: Path, inference: InferenceConfig, number: int = 4) -> dict[str, bytes]:
     """Evenly spread test images with labels and prediction, as PNG files by their names in the version's artefact."""
-    import torch
-
     from segdistill.data.decoding import encode_png
     from segdistill.data.shards import ShardDataset, read_dataset_info
-    from segdistill.engine.evaluate import predict
+    from segdistill.engine.evaluate import masks
     from segdistill.report.pictures import evenly_spread, overlay
 
     test_set, colors = ShardDataset(prepared, "test"), [entry.color for entry in read_dataset_info(prepared).classes]
-    pictures = {}
-    for place, index in enumerate(evenly_spread(len(test_set), number)):
-        image, label = test_set[index]
-        pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
-        with torch.inference_mode():
-            scores = predict(segmenter, pixels, (label.shape[0], label.shape[1]), inference)
-        mask = scores.argmax(1)[0].to(torch.uint8).numpy()
-        pictures[f"card/overlay-{place}.png"] = encode_png(overlay(image, label, mask, colors))
-    return pictures
-
-
-def inference_of(folder: Path) -> dict[str, Any]:
-    """How images were shown to the networks of a folder when they were scored; where it does not say, as they are."""
-    settings = InferenceConfig(batch_size=8, input_scale=1.0, window=None, window_stride=0.67)
-    if (folder / "metrics.json").is_file():
-        metrics = read_sealed_json(folder, "metrics.json", mend="train it again")
-        settings = parse(InferenceConfig, metrics["config"]["inference"], f"{folder / 'metrics.json'}: inference")
-    elif (folder / INFERENCE).is_file():
-        settings = parse(InferenceConfig, read_json(folder / INFERENCE), str(folder / INFERENCE))
-    return dict(to_dict(settings))
+    pictures = masks(segmenter, test_set, evenly_spread(len(test_set), number), inference)
+    return {
+        f"card/overlay-{place}.png": encode_png(overlay(image, label, mask, colors))
+        for place, (image, label, mask) in enumerate(pictures)
+    }
 
 
 def _write(folder: Path, result: Mapping[str, Any]) -> None:

@@ -37,7 +37,8 @@ def test_a_card_says_task_data_score_gain_classes_limits_and_how_to_load() -> No
         "Distilled by kd.", "| task | semantic segmentation", "Segformer over mit_b0", "version m5", "5 train, 3 test",
         "+1.30 [+0.40, +2.20] points of 'none' (41.0 %)", "95 % interval", "| road | 80.0 |",
         "Poor at (IoU below 30 %): sky",
-        "* few images", "models:/student@champion", "`onnx/model.onnx`: for onnxruntime", "not recorded",
+        "* few images", "models:/student@champion", "`onnx/model.onnx`: for onnxruntime",
+        "| licence of the data | not stated", "| licence of the teacher's weights | not stated",
     ):  # fmt: skip
         assert words in text, words
 
