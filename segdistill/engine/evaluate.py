@@ -13,7 +13,6 @@ from segdistill.data.shards import ShardDataset
 from segdistill.engine.distributed import Processes
 from segdistill.engine.settings import InferenceConfig
 from segdistill.errors import UserError
-from segdistill.losses import valid_mask
 from segdistill.metrics.calibration_error import BINS, calibration_gaps, expected_calibration_error
 from segdistill.metrics.confusion import confusion_matrix_per_image, mean_iou, pixel_accuracy
 from segdistill.models.segmenter import logits_at
@@ -225,7 +224,7 @@ def evaluate_together(
             counts[key][places] = confusion_matrix_per_image(prediction, labels, num_classes)
             if calibration:  # the scores of one view are logits, those of several are probabilities
                 probability = highest if several_views else (highest - scores.logsumexp(1)).exp()
-                gaps[key] += calibration_gaps(probability, prediction == labels, valid_mask(labels))
+                gaps[key] += calibration_gaps(probability, prediction == labels, labels < num_classes)
         if progress is not None:
             progress(len(numbers))
     evaluations, ids = {}, [dataset.sample_id(index) for index in range(len(dataset))]

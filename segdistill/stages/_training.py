@@ -54,8 +54,11 @@ def write(
     """Fills the output folder, sealed, under another name and renames it when it is complete."""
     with new_folder(output) as partial:
         _fill(partial, learner, result, info, identity, facts)
+    costs = {"perf/training_wall_seconds": result.seconds}
+    if result.cpu_seconds is not None:
+        costs["perf/training_cpu_seconds"] = result.cpu_seconds
     for name, student in learner.students.items():
-        trackers[name].metrics({"perf/params": count_parameters(student), "perf/training_wall_seconds": result.seconds})
+        trackers[name].metrics({"perf/params": count_parameters(student), **costs})
 
 
 def forget(work: Path) -> None:
