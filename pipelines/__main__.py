@@ -1,6 +1,7 @@
 """``python -m pipelines``: ``compile`` for a cluster, ``submit`` to one, ``run`` on this machine."""
 
 import argparse
+import contextlib
 import itertools
 import json
 import re
@@ -277,6 +278,7 @@ def run_here(
     from pipelines import distillation
     from pipelines import tuning as tuning_graph
     from pipelines.cluster import Placement
+    from pipelines.local_log import LocalLog
 
     environment.set_defaults({"SEGDISTILL_PIPELINE_RUN": time.strftime("local-%Y%m%d-%H%M%S")})
     place = Path(repository)
@@ -297,7 +299,8 @@ def run_here(
     local.init(chosen, pipeline_root=str(root))
     nowhere = Placement(None)
     pipeline = (tuning_graph if tuning else distillation).pipeline(nowhere)
-    pipeline(repository=where, revision=version.commit, **given, **nowhere.parameters)
+    with contextlib.closing(LocalLog(sys.stdout)) as log, contextlib.redirect_stdout(log):
+        pipeline(repository=where, revision=version.commit, **given, **nowhere.parameters)
     (run,) = set(root.glob("*")) - before
     outputs = {"report": "tune-report"} if tuning else {"report": "compare", "registration": "register"}
     return {name: run / task / name for name, task in outputs.items()}

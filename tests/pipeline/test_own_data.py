@@ -1,10 +1,14 @@
-"""README's "Your own data", word for word, on a folder of one's own photos."""
+"""docs/quickstart.md, word for word, on a folder of one's own photos; README's "Your own data" is its beginning."""
 
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -18,25 +22,32 @@ from segdistill.search import round_trip_yaml
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def commands() -> list[str]:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own data")[1].split("\n## ")[0]
-    return re.findall(r"^    (\S.*)$", section, re.MULTILINE)
+def commands(name: str, heading: str = "") -> list[str]:
+    """The indented lines of a page, or of one of its sections."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    if heading:
+        text = text.split(f"## {heading}")[1].split("\n## ")[0]
+    return re.findall(r"^    (\S.*)$", text, re.MULTILINE)
 
 
-def test_one_s_own_data_are_three_commands() -> None:
-    given = commands()
+def test_one_s_own_data_are_three_commands_on_the_front_page_and_in_the_first_hour() -> None:
+    given = commands("README.md", "Your own data")
     assert [command.split()[:2] for command in given] == [["segdistill", "init"], ["dvc", "add"], ["dvc", "repro"]]
+    first = commands("docs/quickstart.md")[:3]
+    assert [re.sub(r"--time \w+", "", command) for command in first] == [
+        re.sub(r"--time \w+", "", command) for command in given
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_three_commands_lead_from_photos_to_a_registered_student(tmp_path: Path) -> None:
+def test_the_first_hour_leads_from_photos_to_a_server_that_answers_with_a_mask(tmp_path: Path) -> None:
     samples = {"train": 24, "val": 3, "test": 3}
     streets.write(tmp_path / "made", seed=5, size=(96, 64), samples=samples, workers=1)
     for kind in ("images", "masks"):
         (tmp_path / "streets" / kind).mkdir(parents=True)
         for path in sorted((tmp_path / "made" / kind).rglob("*.*")):
-            name = tmp_path / "streets" / kind / f"{path.parent.name}{path.stem}"
+            name = tmp_path / "streets" / kind / path.stem
             picture = Image.open(path)
             picture.convert("RGB").save(f"{name}.jpg") if kind == "images" else picture.save(f"{name}.png")
     clone = tmp_path / "clone"
@@ -55,7 +66,12 @@ def test_the_three_commands_lead_from_photos_to_a_registered_student(tmp_path: P
         return done.stdout
 
     run(f"git init --quiet && git add --all && git {identity} commit --quiet --message start")
-    init, add, repro = commands()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    init, add, repro, predict, export, serve, *ask = [
+        command.replace("5001", port) for command in commands("docs/quickstart.md")
+    ]
     assert "30 images: train 21" in run(init)
     run("segdistill check")
     params = round_trip_yaml().load((clone / "params.yaml").read_text())
@@ -69,3 +85,32 @@ def test_the_three_commands_lead_from_photos_to_a_registered_student(tmp_path: P
     assert (clone / "reports/comparison/report.html").is_file()
     assert read_json(clone / "reports/registration/registration.json")["student"] in ("cnn", "vit")
     assert read_yaml(clone / "data.dvc")["outs"][0]["path"] == "data"
+
+    run(predict)
+    assert len(list((clone / "masks/masks").glob("*.png"))) == 30
+    run(export)
+    assert (clone / "student.onnx").is_file()
+    with (tmp_path / "server.log").open("wb") as log:
+        server = subprocess.Popen(
+            ["bash", "-c", serve.removesuffix("&")], cwd=clone, env=environment, start_new_session=True,
+            stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        wait_for(f"http://127.0.0.1:{port}/ping", server)
+        for command in ask:
+            run(command)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+    photo = Image.open(next((tmp_path / "streets/images").glob("train*.jpg")))
+    assert Image.open(clone / "mask.png").size == photo.size
+
+
+def wait_for(url: str, server: "subprocess.Popen[bytes]") -> None:
+    while True:
+        assert server.poll() is None, "the server ended"
+        try:
+            urllib.request.urlopen(url, timeout=5)
+            return
+        except OSError:
+            time.sleep(0.2)
