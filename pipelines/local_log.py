@@ -70,8 +70,7 @@ class LocalLog(io.TextIOBase):
             return f"{task[2]} ..."
         if task and task[3]:
             ended = "done" if task[3] == "SUCCESS" else task[3]
-            seconds = self.clock() - self._began.pop(task[2], self.clock())
-            return f"{task[2]}: {ended} in {seconds:.0f} s"
+            return f"{task[2]}: {ended} in {self.clock() - self._began.pop(task[2], 0.0):.0f} s"
         if level == "INFO":  # the outputs, to the next line of the account or the rule below them
             if text.endswith("outputs:"):
                 self._until = lambda later: bool(_RULE.match(later) or _ACCOUNT.match(later))

@@ -116,7 +116,7 @@ def _read_matrix(content: bytes) -> np.ndarray:
         if shape is None or len(shape) != 2:
             raise BadFile(f"has no matrix '{MATRIX}' of class indices")
         if shape[0] * shape[1] > MOST_PIXELS:
-            raise BadFile(_too_large(shape[0] * shape[1]))
+            raise BadFile(_too_large(shape[0] * shape[1], MOST_PIXELS))
         stored = loadmat(io.BytesIO(content), variable_names=[MATRIX])[MATRIX]
         values = stored.astype(np.uint16)
         if not np.array_equal(values, stored):
