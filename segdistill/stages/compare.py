@@ -272,7 +272,7 @@ def _write(
 
     from segdistill.report import charts as drawing
     from segdistill.report import overlays, page
-    from segdistill.report.pictures import confusion_map
+    from segdistill.report.confusion import confusion_map
 
     best = [network.confusion for network in networks if (network.experiment, network.student) == comparison.best]
     confusion = np.sum(best, axis=0)

@@ -223,7 +223,8 @@ def _pictures(
     from PIL import Image
 
     from segdistill.engine.evaluate import masks
-    from segdistill.report.pictures import confusion_map, evenly_spread, overlay
+    from segdistill.report.confusion import confusion_map
+    from segdistill.report.pictures import evenly_spread, overlay
 
     out, pictures = folder / "overlays" / name, folder / "pictures" / name
     out.mkdir(parents=True)

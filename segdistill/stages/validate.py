@@ -1,9 +1,9 @@
 """The stage ``validate``: every file of the data set is looked at before anything is built on it."""
 
-import html
+import contextlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,10 +18,13 @@ from segdistill.files import new_folder
 from segdistill.report.highlights import Highlights
 
 if TYPE_CHECKING:
+    from segdistill.data.layouts import Layout
+    from segdistill.report.validation import Example
     from segdistill.stages._rules import Tables
 
 AtLeastOne = Annotated[int, Field(ge=1, le=10**9)]
 SHOWN = 50  # sentences of one rule in summary.md; summary.json has them all
+EXAMPLES = 6  # training images on the page
 
 
 @config
@@ -59,7 +62,7 @@ class Config:
 
 
 def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
-    """Writes ``report``: ``summary.json``, ``summary.md`` and ``data_docs/index.html``.
+    """Writes ``report``: ``summary.json``, ``summary.md``, ``summary.html`` and ``data_docs/index.html``.
 
     Args:
         config: the stage's parameters.
@@ -74,6 +77,7 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
     from segdistill.data.checks import inspect
     from segdistill.data.layouts import open_layout
     from segdistill.data.parallel import progress
+    from segdistill.report.validation import page
     from segdistill.stages import _rules
 
     layout = open_layout(config.layout, data)
@@ -86,12 +90,18 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
     tables, rules = _rules.tables(layout, facts, config), _rules.rules(config, layout.legend.mask_kinds)
     with new_folder(report) as partial:
         verdicts = gx.validate(tables, [rule.expectation for rule in rules], partial / "data_docs")
-        judged = zip(rules, verdicts, strict=True)
+        judged = list(zip(rules, verdicts, strict=True))
         findings = [_finding(rule, verdict, tables, data) for rule, verdict in judged if not verdict.success]
         summary = _summarise(config.layout, tables, findings)
+        summary["checks"] = [
+            {"rule": rule.title, "table": rule.table, "severity": rule.severity, "success": verdict.success}
+            for rule, verdict in judged
+        ]
         summary["values"] = _rules.values(layout, facts)
         (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         (partial / "summary.md").write_text(_markdown(summary, data), encoding="utf-8")
+        html = page(summary, data.name, layout.legend.colors, _examples(layout))
+        (partial / "summary.html").write_text(html, encoding="utf-8")
     counts = {kind: sum(len(finding["sentences"]) for finding in summary[kind]) for kind in ("failures", "warnings")}
     sizes = {f"data/samples/{split}": count for split, count in summary["samples"].items()}
     tracker.metrics({**sizes, **{f"data/{kind}": count for kind, count in counts.items()}})
@@ -107,8 +117,22 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
     logger.info(
         "%s is sound: %d images (%s), %d classes; %d checks passed, %s; see %s",
         data, len(samples), images, len(summary["classes"]), sum(verdict.success for verdict in verdicts), told,
-        report / "summary.md",
+        report / "summary.html",
     )  # fmt: skip
+
+
+def _examples(layout: "Layout") -> "Iterator[Example]":
+    """Some evenly spread training images with their classes, of those that can be read."""
+    from segdistill.data.checks import load_sample
+    from segdistill.data.decoding import BadFile
+    from segdistill.report.pictures import evenly_spread
+    from segdistill.report.validation import example
+
+    samples = [sample for sample in layout.samples("train") if sample.mask]
+    for index in evenly_spread(len(samples), EXAMPLES) if samples else ():
+        with contextlib.suppress(BadFile, OSError, UserError):  # a finding says so
+            _, image, labels = load_sample(samples[index], layout.legend)
+            yield example(samples[index].id, image, labels, layout.legend.colors)
 
 
 def _finding(rule: Any, verdict: Any, tables: "Tables", data: Path) -> dict[str, Any]:
@@ -177,15 +201,6 @@ def _cell(text: str) -> str:
 
 
 def highlights(paths: Mapping[str, Any]) -> Highlights:
-    """The summary, and the results of Data Docs on one page: who shows a single file has no links to follow."""
-    report = paths["report"]
-    docs = report / "data_docs"
-    styles = "".join(f"<style>{path.read_text()}</style>" for path in sorted((docs / "static/styles").glob("*.css")))
-    parts = []
-    for path in sorted((docs / "validations").rglob("*.html")):
-        table = path.relative_to(docs / "validations").parts[0]
-        inner = html.escape(styles + path.read_text(encoding="utf-8"))
-        frame = f'<iframe srcdoc="{inner}" style="width:100%;height:80vh;border:0"></iframe>'
-        parts.append(f"<h2>{html.escape(table)}</h2>{frame}")
-    page = f"<!DOCTYPE html><meta charset=utf-8><title>Data Docs</title>{''.join(parts)}"
-    return Highlights(page=page, summary=(report / "summary.md").read_text(encoding="utf-8"))
+    """The summary, as Markdown and as a page of its own."""
+    page, summary = ((paths["report"] / f"summary.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
+    return Highlights(page=page, summary=summary)

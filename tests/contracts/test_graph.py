@@ -120,7 +120,10 @@ def test_dvc_depends_on_code_that_exists_and_that_the_stage_imports(stage: Stage
     for name in code:
         path = ROOT / name
         assert path.exists(), name
-        assert any(path == file or path in file.parents for file in files), f"{stage.name} does not import {name}"
+        read = path.suffix in (".css", ".jinja")  # by a module that the next test looks for
+        assert read or any(path == file or path in file.parents for file in files), (
+            f"{stage.name} does not import {name}"
+        )
 
 
 # What checks and tells, and where: no output depends on it, or only through an input.

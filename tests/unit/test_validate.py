@@ -329,4 +329,4 @@ def test_a_sound_data_set_is_told_with_its_numbers(
     splits = ", ".join(f"{split} {count}" for split, count in counts.items())
     said = caplog.messages[-1]
     assert said.startswith(f"{data} is sound: {images} images ({splits}), {len(summary['classes'])} classes; ")
-    assert "checks passed" in said and said.endswith(f"see {tmp_path / 'report/summary.md'}")
+    assert "checks passed" in said and said.endswith(f"see {tmp_path / 'report/summary.html'}")
