@@ -149,6 +149,7 @@ STAGES: tuple[Stage, ...] = (
             "students": STUDENTS,
         },
         outputs={"registration": "reports/registration"},
+        on_device=True,
         shows=("summary",),
         help="register the best student by validation score, and move the alias if it beats the champion",
     ),
