@@ -64,7 +64,7 @@ def test_a_table_is_sorted_with_the_keyboard_and_the_teacher_stays_on_top(browse
     assert browser.evaluate(f"{heads}[2].ariaSort") == "ascending"
     assert browser.evaluate(FIRST_CELLS) == ["teacher", "none", "dml", "dml", "none_vit", "kd"]
     browser.press("Enter")
-    assert browser.evaluate(f"{heads}.map((head) => head.ariaSort)") == ["none"] * 9
+    assert set(browser.evaluate(f"{heads}.map((head) => head.ariaSort)")) == {"none"}
     assert browser.evaluate(FIRST_CELLS) == order
 
 
