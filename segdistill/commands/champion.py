@@ -31,12 +31,17 @@ def command(arguments: argparse.Namespace) -> None:
     if not versions:
         raise UserError(f"{name}: no version has an alias; the stage 'register' gives them")
     table = Table(title=name, title_justify="left")
-    for column in ("alias", "version", "student", "data", *(title for _, title, _, _ in NUMBERS)):
-        table.add_column(column, overflow="fold")
-    for alias, tags in sorted(versions.items()):
-        student = f"{tags.get('student', '')} of {tags.get('experiment', '')}, seed {tags.get('seed', '')}"
-        numbers = (f"{scale * float(tags[key]):.{digits}f}" if key in tags else "" for key, _, scale, digits in NUMBERS)
-        table.add_row(alias, tags["version"], student, tags.get("data_content", "")[:8], *numbers)
+    columns = sorted(versions.items())
+    for title in ("", *(alias for alias, _ in columns)):  # a version a column: it fits a terminal of 80 characters
+        table.add_column(title, overflow="fold")
+    every = [tags for _, tags in columns]
+    table.add_row("version", *(tags["version"] for tags in every))
+    for key in ("student", "experiment", "seed"):
+        table.add_row(key, *(tags.get(key, "") for tags in every))
+    table.add_row("data", *(tags.get("data_content", "")[:8] for tags in every))
+    for key, title, scale, digits in NUMBERS:
+        numbers = (f"{scale * float(tags[key]):.{digits}f}" if key in tags else "" for tags in every)
+        table.add_row(title, *numbers)
     console.print(table)
     for alias, tags in sorted(versions.items()):
         sentences = (tags.get(key) for key in ("decision", "choice", "evaluated_again"))
