@@ -1,12 +1,21 @@
 """Fixtures of the pipeline's tests."""
 
+import os
+from collections.abc import Iterator
+
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test's store is its own, whatever the one who runs it uses."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def _no_server() -> Iterator[None]:
+    """A test's store is its own, whatever the one who runs it uses, and whichever mlflow's functions set before it."""
+    before = dict(os.environ)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        os.environ.pop(name, None)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
