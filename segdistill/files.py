@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from segdistill.errors import UserError
+from segdistill.zips import ZippedPath
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,9 @@ def read_bytes(path: Path, *, limit: int = TEXT_LIMIT) -> bytes:
         UserError: absent, unreadable, no regular file, or larger than ``limit``.
     """
     size = require_regular(path, limit=limit)
+    if isinstance(path, ZippedPath) and path.is_zipped:
+        with _readable(path):
+            return path.read_bytes()
     # Opening a FIFO that took its place would wait for a writer.
     with _readable(path), open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         content = file.read(size + 1)
