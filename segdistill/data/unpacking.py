@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from segdistill.data.parallel import progress
+from segdistill.data.zips import archives_below, open_zip, require_safe, zip_entries
 from segdistill.errors import UserError
 from segdistill.files import MIB, require_regular
-from segdistill.zips import archives_below, open_zip, require_safe, zip_entries
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 MOST_RATIO = 200  # bytes that one byte of an archive may stand for; images and masks are compressed already

@@ -8,23 +8,23 @@ import tarfile
 import zipfile
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from _folders import make_folder
-from test_benchmarks_as_published import ade20k, camvid_original, check, cityscapes, coco_stuff, pascal_context, voc
+from test_benchmarks_as_published import ade20k, camvid_original, cityscapes, coco_stuff, pascal_context, voc
 
-from segdistill import zips
-from segdistill.data import unpacking
-from segdistill.data.checks import inspect
+from segdistill.data import unpacking, zips
+from segdistill.data.checks import FileFacts, inspect
 from segdistill.data.importing import import_dataset
 from segdistill.data.layouts import open_layout, recognised_layout
 from segdistill.data.unpacking import unpack
+from segdistill.data.zips import with_zips
 from segdistill.engine.tracker import NullTracker
 from segdistill.errors import UserError
 from segdistill.files import read_bytes
 from segdistill.stages import prepare
-from segdistill.zips import with_zips
 
 
 def pack(archive: Path, base: Path, *names: str) -> None:
@@ -58,6 +58,13 @@ def prepared_hash(layout: str, data: Path, out: Path) -> str:
     settings = prepare.Config(layout=layout, shard_samples=8, max_side=None, workers=1)
     prepare.run(settings, data=data, report=out, prepared=out / "prepared", tracker=NullTracker())
     return str(json.loads((out / "prepared/dataset.json").read_text())["content_hash"])
+
+
+def facts(name: str, data: Path) -> list[FileFacts]:
+    """What validate judges, but for the masks' places: those of CamVid have no folder in their archive."""
+    layout = open_layout(name, data)
+    samples = [sample for split in layout.splits for sample in layout.samples(split)]
+    return [replace(fact, mask=None) for fact in inspect(layout, samples, workers=1)]
 
 
 def pack_cityscapes(root: Path) -> None:
@@ -98,26 +105,20 @@ def test_official_zips_are_read_where_they_lie_as_if_they_were_unpacked(
     tmp_path: Path, name: str, make: Callable[[Path], Path], pack_all: Callable[[Path], None]
 ) -> None:
     data = make(tmp_path / "data")
-    unpacked = prepared_hash(name, data, tmp_path / "unpacked")
+    unpacked = facts(name, data), prepared_hash(name, data, tmp_path / "unpacked")
     pack_all(data)
     assert not [path for path in data.rglob("*") if path.suffix in (".png", ".jpg")]
     assert recognised_layout(data) == name
-    assert prepared_hash(name, data, tmp_path / "zipped") == unpacked
+    assert (facts(name, data), prepared_hash(name, data, tmp_path / "zipped")) == unpacked
     assert not [path for path in data.rglob("*") if path.suffix in (".png", ".jpg")]
-
-
-def test_validate_reads_zips_in_place(tmp_path: Path) -> None:
-    data = ade20k(tmp_path / "data")
-    pack_ade(data)
-    assert check("ade20k", data, tmp_path / "out")[0]["success"]
 
 
 def test_worker_processes_read_zips_too(tmp_path: Path) -> None:
     data = cityscapes(tmp_path / "data")
     pack_cityscapes(data)
     layout = open_layout("cityscapes", data)
-    facts = list(inspect(layout, list(layout.samples("train")), workers=2))
-    assert [fact.image_size for fact in facts] == [fact.mask_size for fact in facts] == [(6, 4), (6, 4)]
+    by_two = list(inspect(layout, list(layout.samples("train")), workers=2))
+    assert [fact.image_size for fact in by_two] == [fact.mask_size for fact in by_two] == [(6, 4), (6, 4)]
 
 
 def test_a_folder_without_zips_is_a_plain_path(tmp_path: Path) -> None:

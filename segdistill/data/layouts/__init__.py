@@ -21,8 +21,8 @@ from segdistill.data.layouts.layout import (
 )
 from segdistill.data.layouts.pascal_context import PascalContext59, PascalContext60
 from segdistill.data.layouts.voc import Voc, VocAugmented
+from segdistill.data.zips import with_zips
 from segdistill.errors import UserError, nearest
-from segdistill.zips import with_zips
 
 # Of several that recognise a folder the first counts; the others are chosen by name.
 LAYOUTS: dict[str, type[Layout]] = {
