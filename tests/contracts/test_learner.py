@@ -15,6 +15,7 @@ from segdistill.engine.settings import LossConfig
 from segdistill.engine.supervision import Supervision
 from segdistill.engine.tracker import NullTracker
 from segdistill.errors import UserError
+from segdistill.identity import effective
 from segdistill.losses import IGNORE_INDEX, UNLABELLED, resize_logits
 from segdistill.methods import METHODS
 from segdistill.models.outputs import Outputs
@@ -200,6 +201,11 @@ def test_every_loss_has_a_term_of_its_own_for_both_heads_of_a_network_under_any_
     assert weights == pytest.approx(expected) and terms["cnn"].keys() == expected.keys()
     total = sum(expected[term] * loss for term, loss in terms["cnn"].items())
     torch.testing.assert_close(learner.total(terms), total)
+
+
+def test_another_loss_against_the_labels_is_another_training() -> None:
+    plain, other = (effective(tiny.train_config(loss=loss)) for loss in ({}, {"dice": 1.0}))
+    assert plain == effective(tiny.train_config()) != other
 
 
 @pytest.mark.parametrize("method", ["dkd", "kdcl"])

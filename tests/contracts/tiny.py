@@ -198,8 +198,9 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 def main(work: str, out: str, *options: str) -> int:
     """Keys: method, dropout, supervised, void, any of TrainConfig's, slow, started, stop_after, and steps of signals.
 
-    ``class_weights`` are numbers with commas between them. Several methods, with commas between them, make a cohort; ``dead`` is a method whose loss is not finite. Signals, to
-    this process, are ``die_at`` and ``die_in_save`` (SIGKILL), and ``told_in_save`` (SIGTERM).
+    ``class_weights`` are numbers with commas between them. Several methods, with commas between them, make a cohort;
+    ``dead`` is a method whose loss is not finite. Signals, to this process, are ``die_at`` and ``die_in_save``
+    (SIGKILL), and ``told_in_save`` (SIGTERM).
     """
     changes: dict[str, Any] = dict(option.split("=") for option in options)
     die_at, slow = int(changes.pop("die_at", -1)), float(changes.pop("slow", 0))
