@@ -1,6 +1,5 @@
 """What the learner adds up, and what the trainer says about it."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +182,7 @@ def test_a_training_that_diverges_stops_and_names_the_terms(tmp_path: Path) -> N
 def test_every_loss_has_a_term_of_its_own_for_both_heads_of_a_network_under_any_method(tmp_path: Path) -> None:
     class TwoHeads(tiny.TinySegmenter):
         def forward(self, images: torch.Tensor) -> Outputs:
-            return replace(super().forward(images), aux_logits=self.classifier(self.encoder(images)))
+            return super().forward(images)._replace(aux_logits=self.classifier(self.encoder(images)))
 
     config: LossConfig = parse(LossConfig, {"cross_entropy": 0.5, "dice": 2.0, "lovasz": 3.0}, "loss")
     kd = tiny.make_training("tiny", tmp_path, method="kd").learner.methods
