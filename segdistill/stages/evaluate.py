@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from segdistill.data.shards import DatasetInfo, ShardDataset
     from segdistill.engine.distributed import Processes
     from segdistill.engine.evaluate import Evaluation
-    from segdistill.models.segmenter import Segmenter
+    from segdistill.models.outputs import SegmentationNetwork
 
 
 AGAIN, TRAIN = "run the stage 'evaluate' again", "run the stage that trains it again"
@@ -148,8 +148,8 @@ def _evaluate(
 
 
 def _measure(
-    network: "Segmenter", name: str, test_set: "ShardDataset", info: "DatasetInfo", config: Config, folder: Path,
-    processes: "Processes",
+    network: "SegmentationNetwork", name: str, test_set: "ShardDataset", info: "DatasetInfo", config: Config,
+    folder: Path, processes: "Processes",
 ) -> dict[str, Any]:  # fmt: skip
     import numpy as np
 
@@ -195,7 +195,9 @@ def _measure(
     }
 
 
-def _pass_seconds(network: "Segmenter", size: tuple[int, int], repeats: int, processes: "Processes") -> list[float]:
+def _pass_seconds(
+    network: "SegmentationNetwork", size: tuple[int, int], repeats: int, processes: "Processes"
+) -> list[float]:
     """Seconds of each of some forward passes of one image, when warm."""
     import torch
 
@@ -213,7 +215,7 @@ def _pass_seconds(network: "Segmenter", size: tuple[int, int], repeats: int, pro
 
 
 def _pictures(
-    network: "Segmenter", name: str, test_set: "ShardDataset", info: "DatasetInfo", evaluation: "Evaluation",
+    network: "SegmentationNetwork", name: str, test_set: "ShardDataset", info: "DatasetInfo", evaluation: "Evaluation",
     config: Config, folder: Path, processes: "Processes",
 ) -> None:  # fmt: skip
     """The confusion map, and predictions on evenly spread test images: the same ones for every network.
