@@ -22,14 +22,14 @@ NAMES = ("Road", "side walk", "sky", "car", "truck")
 CLASSES = ["sky", "sidewalk", "road", "vehicle"]
 LABELS = {"car": "vehicle", "truck": "vehicle"}
 MEAN, STD = [0.3, 0.4, 0.5], [0.2, 0.25, 0.3]
-WIDTHS = (8, 16, 24, 32)
+WIDTHS = (8, 16, 32, 64)
 
 
 def segformer(names: tuple[str, ...] = NAMES) -> Any:
     transformers = pytest.importorskip("transformers")
     labels = dict(enumerate(names))
     config = transformers.SegformerConfig(
-        hidden_sizes=list(WIDTHS), depths=[1] * 4, num_attention_heads=[1, 2, 3, 4], decoder_hidden_size=16,
+        hidden_sizes=list(WIDTHS), depths=[1] * 4, num_attention_heads=[1, 2, 4, 8], decoder_hidden_size=16,
         id2label=labels, label2id={name: index for index, name in labels.items()},
     )  # fmt: skip
     torch.manual_seed(0)
@@ -42,7 +42,7 @@ def upernet() -> Any:
     encoder = transformers.ConvNextConfig(hidden_sizes=list(WIDTHS), depths=[1] * 4, out_features=stages)
     labels = dict(enumerate(NAMES))
     config = transformers.UperNetConfig(
-        backbone_config=encoder, hidden_size=16, auxiliary_in_channels=24, auxiliary_channels=8, id2label=labels,
+        backbone_config=encoder, hidden_size=16, auxiliary_in_channels=32, auxiliary_channels=8, id2label=labels,
         label2id={name: index for index, name in labels.items()},
     )  # fmt: skip
     torch.manual_seed(0)
@@ -163,7 +163,7 @@ def test_a_table_of_labels_names_classes_that_exist(folder: Path, labels: dict[s
         open_teacher([folder], CLASSES, labels)
 
 
-def damage(folder: Path, tmp_path: Path) -> Path:
+def copy_of(folder: Path, tmp_path: Path) -> Path:
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in folder.iterdir():
@@ -172,21 +172,21 @@ def damage(folder: Path, tmp_path: Path) -> Path:
 
 
 def test_pickled_weights_are_never_read(folder: Path, tmp_path: Path) -> None:
-    copy = damage(folder, tmp_path)
+    copy = copy_of(folder, tmp_path)
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"only pytorch_model.bin, which is pickled and never read"):
         open_teacher([copy], CLASSES, LABELS)
 
 
 def test_an_index_cannot_lead_to_a_pickled_file(folder: Path, tmp_path: Path) -> None:
-    copy = damage(folder, tmp_path)
+    copy = copy_of(folder, tmp_path)
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../pytorch_model.bin"}}))
     with pytest.raises(UserError, match=r"names '../pytorch_model.bin', which is no \*.safetensors file"):
         open_teacher([copy], CLASSES, LABELS)
 
 
 def test_a_missing_weight_is_named(folder: Path, tmp_path: Path) -> None:
-    copy = damage(folder, tmp_path)
+    copy = copy_of(folder, tmp_path)
     weights = load_file(copy / "model.safetensors")
     name = next(name for name in weights if name.endswith("classifier.weight"))
     del weights[name]
@@ -207,7 +207,7 @@ def test_a_missing_weight_is_named(folder: Path, tmp_path: Path) -> None:
 def test_a_folder_that_is_not_whole_is_refused_in_a_sentence(
     folder: Path, tmp_path: Path, file: str, change: dict[str, Any] | None, sentence: str
 ) -> None:
-    copy = damage(folder, tmp_path)
+    copy = copy_of(folder, tmp_path)
     if change is None:
         (copy / file).unlink()
     else:
@@ -217,7 +217,7 @@ def test_a_folder_that_is_not_whole_is_refused_in_a_sentence(
 
 
 def test_the_hash_of_a_teacher_is_of_all_its_files(folder: Path, tmp_path: Path) -> None:
-    copy = damage(folder, tmp_path)
+    copy = copy_of(folder, tmp_path)
     assert files_hash([copy]) == files_hash([folder])
     (copy / "preprocessor_config.json").write_text("{}")
     assert files_hash([copy]) != files_hash([folder])
