@@ -125,6 +125,7 @@ def _evaluate(
     test_set: "ShardDataset", identity: str, tracker: Tracker, processes: "Processes",
 ) -> None:  # fmt: skip
     from segdistill.models.export import load_model
+    from segdistill.models.teachers import title
 
     models: dict[str, Any] = {}
     classes = [item.name for item in info.classes]
@@ -136,6 +137,7 @@ def _evaluate(
             network, document = load_model(model, name, processes.device, classes=classes)
             models[name] = _measure(network, name, test_set, info, config, folder, processes)
             models[name]["weights_sha256"] = document["sha256"]
+            models[name]["network"] = title(document["model"])
         report = {
             "models": models, "split": "test", "samples": len(test_set), "classes": classes,
             "data_content": info.content_hash, "identity": identity,

@@ -54,7 +54,8 @@ def test_a_segformer_of_hugging_face_teaches_a_student(tiny_prepared: Path, tmp_
         settings, prepared=tiny_prepared, model=tmp_path / "teacher", evaluation=tmp_path / "evaluation",
         tracker=NullTracker(),
     )  # fmt: skip
-    assert json.loads((tmp_path / "evaluation/evaluation.json").read_text())["models"]["teacher"]["params"] > 0
+    evaluated = json.loads((tmp_path / "evaluation/evaluation.json").read_text())["models"]["teacher"]
+    assert evaluated["network"] == "SegformerForSemanticSegmentation from 'segformer'" and evaluated["params"] > 0
 
 
 def test_labels_without_an_imported_teacher_are_refused() -> None:

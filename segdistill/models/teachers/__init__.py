@@ -82,6 +82,15 @@ def build_network(description: Mapping[str, Any], num_classes: int, where: str) 
     return _module(family).build(dict(description), num_classes, where)  # type: ignore[no-any-return]
 
 
+def title(description: Mapping[str, Any]) -> str:
+    """A network's description in a few words."""
+    if "members" in description:
+        return f"the mean of {', '.join(title(member) for member in description['members'])}"
+    if "origin" in description:
+        return f"{description['architecture']} from '{description['origin']}'"
+    return f"{description['architecture']} over {description['encoder']}"
+
+
 def files_hash(folders: Sequence[Path]) -> str:
     """One hash of all files that decide what a teacher is: their names, their content, and the order of folders."""
     digest = hashlib.sha256()
