@@ -65,7 +65,7 @@ class SegmentationNetwork(nn.Module):
 
     config: Any  # a config class; what the same network is built from again
     info: ModelInfo
-    aux_head: nn.Module | None = None  # its parameters are not served
+    aux_head: nn.Module | None  # its parameters are not served
 
     def forward(self, images: Tensor) -> Outputs:
         """One pass.

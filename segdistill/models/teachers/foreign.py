@@ -66,7 +66,7 @@ class ForeignNetwork(SegmentationNetwork):
 
     def __init__(self, config: ForeignConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.aux_head = config, None
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1))
         most = max(map(len, config.sources))
