@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from segdistill.data.shards import DatasetInfo, ShardDataset
     from segdistill.engine.distributed import Processes
     from segdistill.engine.evaluate import Evaluation
-    from segdistill.models.segmenter import Segmenter
+    from segdistill.models.outputs import SegmentationNetwork
 
 
 AGAIN, TRAIN = "run the stage 'evaluate' again", "run the stage that trains it again"
@@ -125,6 +125,7 @@ def _evaluate(
     test_set: "ShardDataset", identity: str, tracker: Tracker, processes: "Processes",
 ) -> None:  # fmt: skip
     from segdistill.models.export import load_model
+    from segdistill.models.teachers import title
 
     models: dict[str, Any] = {}
     classes = [item.name for item in info.classes]
@@ -136,6 +137,7 @@ def _evaluate(
             network, document = load_model(model, name, processes.device, classes=classes)
             models[name] = _measure(network, name, test_set, info, config, folder, processes)
             models[name]["weights_sha256"] = document["sha256"]
+            models[name]["network"] = title(document["model"])
         report = {
             "models": models, "split": "test", "samples": len(test_set), "classes": classes,
             "data_content": info.content_hash, "identity": identity,
@@ -148,8 +150,8 @@ def _evaluate(
 
 
 def _measure(
-    network: "Segmenter", name: str, test_set: "ShardDataset", info: "DatasetInfo", config: Config, folder: Path,
-    processes: "Processes",
+    network: "SegmentationNetwork", name: str, test_set: "ShardDataset", info: "DatasetInfo", config: Config,
+    folder: Path, processes: "Processes",
 ) -> dict[str, Any]:  # fmt: skip
     import numpy as np
 
@@ -195,7 +197,9 @@ def _measure(
     }
 
 
-def _pass_seconds(network: "Segmenter", size: tuple[int, int], repeats: int, processes: "Processes") -> list[float]:
+def _pass_seconds(
+    network: "SegmentationNetwork", size: tuple[int, int], repeats: int, processes: "Processes"
+) -> list[float]:
     """Seconds of each of some forward passes of one image, when warm."""
     import torch
 
@@ -213,7 +217,7 @@ def _pass_seconds(network: "Segmenter", size: tuple[int, int], repeats: int, pro
 
 
 def _pictures(
-    network: "Segmenter", name: str, test_set: "ShardDataset", info: "DatasetInfo", evaluation: "Evaluation",
+    network: "SegmentationNetwork", name: str, test_set: "ShardDataset", info: "DatasetInfo", evaluation: "Evaluation",
     config: Config, folder: Path, processes: "Processes",
 ) -> None:  # fmt: skip
     """The confusion map, and predictions on evenly spread test images: the same ones for every network.
