@@ -9,7 +9,7 @@ difference is the sum of two parts:
   S seeds has variance 2 v / S. So rows of one student are taken to scatter alike, since two or three seeds of a row say
   next to nothing about its own scatter; but a row whose differences scatter more than that keeps its own variance.
 * **images**: the jackknife, which leaves out one block of consecutive images at a time. Frames of a drive resemble
-  each other; a block is a stretch of them.
+  each other; a block is a stretch of them, and ends where a sequence ends.
 
 The interval is Student's, with Satterthwaite's degrees of freedom, at a confidence that Bonferroni divides among the
 rows: where nothing differs, the chance that any row of the table excludes zero is 1 - confidence. With one seed there
@@ -54,6 +54,7 @@ def differences(
     *,
     confidence: float = 0.95,
     block: int = 1,
+    sequences: Sequence[str | None] = (),
 ) -> dict[Name, Difference]:
     """The difference of each row to its reference, where both have a seed in common.
 
@@ -62,6 +63,7 @@ def differences(
         references: the row with which each row is compared.
         confidence: that all intervals hold at once.
         block: consecutive images that count as one; there must be two blocks at least.
+        sequences: the drive or film of each image, where that is known.
 
     Shape:
         networks: [N, 3, K] each.
@@ -72,7 +74,9 @@ def differences(
     from scipy.special import stdtrit  # not for those who only read a comparison
 
     scores = {
-        name: {seed: (_miou(counts.sum(axis=0)), leave_one_out(counts, block)) for seed, counts in seeds.items()}
+        name: {
+            seed: (_miou(counts.sum(axis=0)), leave_one_out(counts, block, sequences)) for seed, counts in seeds.items()
+        }
         for name, seeds in networks.items()
     }
     common = {name: [seed for seed in scores[name] if seed in scores[other]] for name, other in references.items()}
@@ -103,9 +107,18 @@ def differences(
     return {name: results[name] for name in rows}
 
 
-def leave_one_out(counts: NDArray[np.float64], block: int) -> NDArray[np.float64]:
-    """The mIoU of all images but those of one block, for each block: [N, 3, K] -> [G], G = ceil(N / block)."""
-    blocks = np.add.reduceat(counts, np.arange(0, len(counts), block), axis=0)  # [G, 3, K]
+def block_starts(images: int, block: int, sequences: Sequence[str | None] = ()) -> list[int]:
+    """The first image of each block: after ``block`` images, and where another sequence begins."""
+    starts = [0]
+    for image in range(1, images):
+        if image - starts[-1] == block or (sequences and sequences[image] != sequences[image - 1]):
+            starts.append(image)
+    return starts
+
+
+def leave_one_out(counts: NDArray[np.float64], block: int, sequences: Sequence[str | None] = ()) -> NDArray[np.float64]:
+    """The mIoU of all images but those of one block, for each of G blocks: [N, 3, K] -> [G]."""
+    blocks = np.add.reduceat(counts, block_starts(len(counts), block, sequences), axis=0)  # [G, 3, K]
     return _miou(counts.sum(axis=0) - blocks)
 
 

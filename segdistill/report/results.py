@@ -141,6 +141,8 @@ class Protocol:
     # Where this comparison was made: the data's version and the code's commit, where they are known.
     data_md5: str | None = None
     git_commit: str | None = None
+    # Blocks of the test split, of which none is of two sequences; None: it was compared when sequences did not count.
+    blocks: int | None = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,7 @@ def compare_runs(
     *,
     confidence: float,
     block: int,
+    sequences: Sequence[str | None] = (),
 ) -> tuple[Row, list[Row]]:
     """The teacher's row, and one for each student of each experiment, in the order of ``run``.
 
@@ -231,6 +234,7 @@ def compare_runs(
         class_names: the classes of the data set.
         confidence: of all intervals to one kind of reference at once.
         block: consecutive test images that count as one.
+        sequences: the drive or film of each test image, where that is known.
     """
     networks: dict[tuple[str, str], dict[int | None, Measured]] = {
         (experiment, student): {} for experiment in run for student in experiments[experiment]["students"]
@@ -252,7 +256,7 @@ def compare_runs(
 
     def gains(references: Mapping[tuple[str, str], str | None]) -> dict[tuple[str, str], Difference]:
         pairs = {name: (reference, name[1]) for name, reference in references.items() if reference}
-        return differences(counts, pairs, confidence=confidence, block=block)
+        return differences(counts, pairs, confidence=confidence, block=block, sequences=sequences)
 
     equal_time = gains({name: row.equal_time_reference for name, row in rows.items()})
     for name, difference in gains({name: row.reference for name, row in rows.items()}).items():

@@ -235,8 +235,11 @@ def _interval(comparison: Comparison) -> str:
     """How an interval is computed, over what, and how it is corrected."""
     facts = comparison.protocol
     gains = [row.gain for row in comparison.rows if row.gain]
-    blocks = -(-facts.splits["test"] // facts.block)
+    evenly = -(-facts.splits["test"] // facts.block)
+    blocks = facts.blocks or evenly
     images = f"{blocks} blocks of {facts.block} test images" if facts.block > 1 else plural(blocks, "test image")
+    if blocks > evenly:
+        images = f"{blocks} blocks of at most {facts.block} test images, each of one sequence"
     parts = [f"the jackknife over {images}"]
     if any(len(gain.seeds) > 1 for gain in gains):
         parts.insert(

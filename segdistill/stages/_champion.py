@@ -37,12 +37,12 @@ def evaluate_champion(
         UserError: the champion cannot be loaded, or its scores are not finite.
     """
     from segdistill.adapters.mlflow_registry import ChampionScore
-    from segdistill.data.shards import ShardDataset
+    from segdistill.data.shards import ShardDataset, read_sequences
     from segdistill.engine.distributed import processes as join
     from segdistill.engine.evaluate import Network, evaluate_together
     from segdistill.metrics import iou_counts
     from segdistill.models.portable import ProgramNetwork, load_program
-    from segdistill.report.intervals import differences
+    from segdistill.report.intervals import block_starts, differences
 
     protocol, test_set = results.protocol, ShardDataset(prepared, "test")
     program, _ = load_program(champion)
@@ -62,9 +62,10 @@ def evaluate_champion(
         name: {None: iou_counts(evaluation.per_image)} for name, evaluation in evaluations.items()
     }
     paired = ""
-    if len(test_set) > protocol.block:
+    sequences = list(read_sequences(prepared, "test").values())
+    if len(block_starts(len(sequences), protocol.block, sequences)) > 1:
         difference = differences(
-            counts, {"student": "champion"}, confidence=protocol.confidence, block=protocol.block
+            counts, {"student": "champion"}, confidence=protocol.confidence, block=protocol.block, sequences=sequences
         )["student"]  # fmt: skip
         low, high = 100 * difference.low, 100 * difference.high
         paired = (

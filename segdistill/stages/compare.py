@@ -38,7 +38,8 @@ class Config:
     """That all intervals of a table hold at once."""
 
     block: Annotated[int, Field(ge=1, le=1_000_000)]
-    """Consecutive test images that count as one, since frames of a drive resemble each other; 1 where they do not."""
+    """Consecutive test images that count as one, since frames of a drive resemble each other; 1 where they do not.
+    Where the data set names sequences, as Cityscapes and CamVid do, those of two are never one."""
 
     overlays: Annotated[int, Field(ge=0, le=1000)]
     """Test images shown in the report; evaluate must have kept at least as many."""
@@ -81,9 +82,10 @@ def run(
         data_md5: the data's version, where it is known.
         git_commit: of the code that compares, where it is known.
     """
-    from segdistill.data.shards import read_dataset_info
+    from segdistill.data.shards import read_dataset_info, read_sequences
     from segdistill.report import text
     from segdistill.report.inputs import Diverged, check_same_images, read_job, read_networks, read_settings
+    from segdistill.report.intervals import block_starts
     from segdistill.report.results import Comparison, best_row, compare_runs, warnings
 
     started = time.monotonic()
@@ -109,17 +111,23 @@ def run(
     if not measured:
         raise UserError(f"{students[0]}: every job diverged, and nothing is left to compare; {diverged[0].reason}")
     check_same_images([taught, *measured])
-    if info.splits["test"] <= config.block:
+    sequence_of = read_sequences(prepared, "test")
+    sequences = [sequence_of.get(image) for image in taught.accuracies]
+    blocks = len(block_starts(len(sequences), config.block, sequences))
+    if blocks < 2:
         images = text.plural(info.splits["test"], "test image")
         raise UserError(f"compare.block: {config.block}, but there are {images}, and an interval needs two blocks")
     teacher_row, rows = compare_runs(
-        taught, measured, diverged, run, experiments, names, confidence=config.confidence, block=config.block
-    )
+        taught, measured, diverged, run, experiments, names, confidence=config.confidence, block=config.block,
+        sequences=sequences,
+    )  # fmt: skip
     comparison = Comparison(
         teacher=teacher_row,
         rows=tuple(rows),
         best=best_row(rows),
-        protocol=replace(_protocol(config, seeds, info, taught, measured), data_md5=data_md5, git_commit=git_commit),
+        protocol=replace(
+            _protocol(config, seeds, info, taught, measured), data_md5=data_md5, git_commit=git_commit, blocks=blocks
+        ),
         warnings=tuple(warnings(rows, experiments)),
         passed=100 * max(row.test_miou.mean for row in rows if row.test_miou) >= config.min_test_miou,
     )

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 from _folders import prepare
 from PIL import Image
+from pyarrow import parquet
 from rich.console import Console
 from sklearn.metrics import jaccard_score
 
@@ -457,6 +459,16 @@ def test_frames_of_a_drive_count_as_blocks_of_which_there_must_be_two(inputs: In
     assert "3 blocks of 4 test images" in (inputs.report / "report.md").read_text()
     with pytest.raises(UserError, match=r"compare\.block: 12, but there are 12 test images, and"):
         inputs.compare(["none", "kd"], [0], config=replace(CONFIG, block=12))
+
+
+def test_a_block_of_frames_is_of_one_sequence(inputs: Inputs) -> None:
+    manifest = inputs.prepared / "manifest.parquet"
+    rows = [row | {"sequence": "ab"[row["id"] > "scene-004"]} for row in parquet.read_table(manifest).to_pylist()]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), manifest)
+    seal(inputs.prepared, leave=["shards"])
+    gain = row_of(inputs.compare(["none", "kd"], [0], config=replace(CONFIG, block=4)), "kd").gain
+    assert gain.degrees_of_freedom == 3  # 4 + 1 and 4 + 3 frames
+    assert "4 blocks of at most 4 test images, each of one sequence" in (inputs.report / "report.md").read_text()
 
 
 def test_the_number_of_rows_is_corrected_for_and_said(inputs: Inputs) -> None:

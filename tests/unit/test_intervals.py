@@ -7,7 +7,14 @@ from scipy import stats
 
 from segdistill.errors import UserError
 from segdistill.metrics import iou_counts, mean_iou
-from segdistill.report.intervals import combined, differences, jackknife_variance, leave_one_out, residual_variance
+from segdistill.report.intervals import (
+    block_starts,
+    combined,
+    differences,
+    jackknife_variance,
+    leave_one_out,
+    residual_variance,
+)
 
 Matrices = NDArray[np.int64]
 
@@ -93,6 +100,15 @@ def test_leaving_out_a_block_is_scoring_the_rest() -> None:
     without = leave_one_out(iou_counts(matrices), 3)
     rest = [[3, 4, 5, 6], [0, 1, 2, 6], [0, 1, 2, 3, 4, 5]]
     assert without == pytest.approx([mean_iou(matrices[images].sum(0)) for images in rest])
+
+
+def test_a_block_ends_where_a_sequence_ends() -> None:
+    assert block_starts(7, 3) == block_starts(7, 3, [None] * 7) == [0, 3, 6]
+    assert block_starts(7, 3, [*"aaaabbb"]) == [0, 3, 4]
+    assert block_starts(4, 100, [*"abca"]) == [0, 1, 2, 3]
+    matrices = fake_system(0.7, seed=1, images=4)
+    without = leave_one_out(iou_counts(matrices), 3, [*"abbb"])
+    assert without == pytest.approx([mean_iou(matrices[1:].sum(0)), mean_iou(matrices[:1].sum(0))])
 
 
 def test_degrees_of_freedom_are_those_of_the_part_that_matters() -> None:
