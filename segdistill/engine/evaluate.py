@@ -14,7 +14,7 @@ from segdistill.engine.distributed import Processes
 from segdistill.engine.settings import InferenceConfig
 from segdistill.errors import UserError
 from segdistill.metrics.calibration_error import BINS, calibration_gaps, expected_calibration_error
-from segdistill.metrics.confusion import confusion_matrix_per_image, mean_iou, pixel_accuracy
+from segdistill.metrics.confusion import confusion_matrix_per_image, iou_counts, mean_iou, pixel_accuracy
 from segdistill.models.segmenter import logits_at
 
 Key = TypeVar("Key")
@@ -44,7 +44,7 @@ class Evaluation:
     """Confusion counts of one network on one split; rows are the truth, columns the prediction."""
 
     confusion: np.ndarray  # [K, K] int64
-    per_image: np.ndarray  # [N, K, K] int64
+    counts: np.ndarray  # [N, 3, K] int64, ``iou_counts`` of each image: what is kept must not grow with N x K x K
     ids: list[str]
     finite: bool = True  # whether all scores were; if not, the counts say nothing
     calibration: np.ndarray | None = None  # [15] int64, see metrics/calibration_error.py; None where nobody asked
@@ -206,11 +206,12 @@ def evaluate_together(
     """
     device = processes.device
     modes = {key: network.training for key, network in networks.items()}
-    counts = {
-        key: torch.zeros((len(dataset), num_classes, num_classes), dtype=torch.int64, device=device) for key in networks
-    }
-    broken = {key: torch.zeros((), dtype=torch.bool, device=device) for key in networks}
-    gaps = {key: torch.zeros(BINS, dtype=torch.int64, device=device) for key in networks}
+
+    def zeros(*shape: int) -> dict[Key, Tensor]:
+        return {key: torch.zeros(shape, dtype=torch.int64, device=device) for key in networks}
+
+    confusion, counts = zeros(num_classes, num_classes), zeros(len(dataset), 3, num_classes)
+    broken, gaps = zeros(), zeros(BINS)
     several_views = flip or len(scales) > 1
     share = list(range(processes.rank, len(dataset), processes.world_size))
     for numbers, images, labels in _batches(dataset, share, settings.batch_size):
@@ -221,7 +222,9 @@ def evaluate_together(
             scores = predict(network, images, (height, width), settings, flip=flip, scales=scales)
             highest, prediction = scores.max(1)
             broken[key] |= ~highest.isfinite().all()  # a NaN among the scores comes out as the highest
-            counts[key][places] = confusion_matrix_per_image(prediction, labels, num_classes)
+            matrices = confusion_matrix_per_image(prediction, labels, num_classes)
+            confusion[key] += matrices.sum(0)
+            counts[key][places] = torch.stack(iou_counts(matrices), -2)
             if calibration:  # the scores of one view are logits, those of several are probabilities
                 probability = highest if several_views else (highest - scores.logsumexp(1)).exp()
                 gaps[key] += calibration_gaps(probability, prediction == labels, labels < num_classes)
@@ -230,12 +233,12 @@ def evaluate_together(
     evaluations, ids = {}, [dataset.sample_id(index) for index in range(len(dataset))]
     for key, network in networks.items():
         network.train(modes[key])
-        per_image = processes.sum(counts[key]).cpu().numpy()
-        if len(dataset) and not per_image.any():
+        total, of_images = (processes.sum(part[key]).cpu().numpy() for part in (confusion, counts))
+        if len(dataset) and not total.any():
             raise UserError(f"the split of {len(dataset)} images has no pixel with a label; it cannot be scored")
-        finite = not processes.sum(broken[key].long()).item()
+        finite = not processes.sum(broken[key]).item()
         calibrated = processes.sum(gaps[key]).cpu().numpy() if calibration else None
-        evaluations[key] = Evaluation(per_image.sum(0), per_image, ids, finite, calibrated)
+        evaluations[key] = Evaluation(total, of_images, ids, finite, calibrated)
     return evaluations
 
 

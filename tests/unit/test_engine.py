@@ -19,7 +19,7 @@ from segdistill.engine.evaluate import evaluate, predict
 from segdistill.engine.optim import build_optimizer, factor, set_learning_rates
 from segdistill.engine.settings import AdamWConfig, InferenceConfig, OptimizerConfig, PolySchedule, SGDConfig
 from segdistill.errors import UserError
-from segdistill.metrics import calibration_gaps, expected_calibration_error
+from segdistill.metrics import calibration_gaps, expected_calibration_error, iou_counts
 from segdistill.models.outputs import ModelInfo
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -168,9 +168,11 @@ def test_counts_do_not_depend_on_the_batch_and_sum_to_the_labelled_pixels(tiny_p
     network: Any = Guess().train()
     found = [evaluate(network, data, inference(batch_size=size), num_classes=11, processes=ALONE) for size in (1, 3, 8)]
     for other in found[1:]:
-        assert np.array_equal(other.per_image, found[0].per_image)
+        assert np.array_equal(other.confusion, found[0].confusion)
+        assert np.array_equal(other.counts, found[0].counts)
     labelled = sum(int((data[index][1] != 255).sum()) for index in range(len(data)))
     assert found[0].confusion.dtype == np.int64 and found[0].confusion.sum() == labelled
+    assert np.array_equal(found[0].counts.sum(0), iou_counts(found[0].confusion))
     assert found[0].ids == [data.sample_id(index) for index in range(len(data))]
     assert network.training, "the mode is restored"
 
@@ -189,7 +191,12 @@ def test_shares_of_two_processes_sum_to_the_whole(tiny_prepared: Path) -> None:
         for rank in (0, 1)
     ]
     whole = evaluate(network, data, inference(), num_classes=11, processes=ALONE)
-    assert np.array_equal(halves[0].per_image + halves[1].per_image, whole.per_image)
+    assert np.array_equal(halves[0].confusion + halves[1].confusion, whole.confusion)
+    assert np.array_equal(halves[0].counts + halves[1].counts, whole.counts)
+    seen = [half.counts.any((1, 2)) for half in halves]
+    assert not (seen[0] & seen[1]).any() and (seen[0] | seen[1]).all(), (
+        "an image is one process's"
+    )
 
 
 @pytest.mark.parametrize("flip", [False, True])
