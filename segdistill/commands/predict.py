@@ -197,20 +197,19 @@ def predict(
     """
     import torch
 
-    from segdistill.engine import evaluate
+    from segdistill.engine import inference as engine
 
     pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
     images = pixels.permute(0, 3, 1, 2).to(device).float() / 255
     height, width = pictures[0].pixels.shape[:2]
     with torch.inference_mode():
-        scores = evaluate.predict(network, images, (height, width), inference)
-        highest, classes = scores.max(1)
-        if not highest.isfinite().all():
+        prediction = engine.predict(network, images, (height, width), inference, probability=confidence)
+        if not prediction.finite:
             raise UserError(f"{pictures[0].name}: the network's scores are not finite; it is no use")
-        masks = classes.to(torch.uint8).cpu().numpy()
+        masks = prediction.classes.to(torch.uint8).cpu().numpy()
         shares = None
-        if confidence:  # softmax of the highest: no further array of all classes
-            shares = (255 * (highest - scores.logsumexp(1)).exp()).round().to(torch.uint8).cpu().numpy()
+        if prediction.probability is not None:
+            shares = (255 * prediction.probability).round().to(torch.uint8).cpu().numpy()
     for index, mask in enumerate(masks):
         yield Prediction(mask, None if shares is None else shares[index])
 

@@ -39,7 +39,8 @@ def evaluate_champion(
     from segdistill.adapters.mlflow_registry import ChampionScore
     from segdistill.data.shards import ShardDataset
     from segdistill.engine.distributed import processes as join
-    from segdistill.engine.evaluate import Network, evaluate_together
+    from segdistill.engine.evaluate import evaluate_together
+    from segdistill.engine.inference import Network
     from segdistill.models.portable import ProgramNetwork, load_program
     from segdistill.report.intervals import differences
 

@@ -15,7 +15,9 @@ from segdistill.data.shards import ShardDataset
 from segdistill.data.transforms import Augmentation, cut
 from segdistill.engine import checkpoint
 from segdistill.engine.distributed import Processes
-from segdistill.engine.evaluate import evaluate, predict
+from segdistill.engine import inference as inference_module
+from segdistill.engine.evaluate import evaluate
+from segdistill.engine.inference import class_scores, predict
 from segdistill.engine.optim import build_optimizer, factor, set_learning_rates
 from segdistill.engine.settings import AdamWConfig, InferenceConfig, OptimizerConfig, PolySchedule, SGDConfig
 from segdistill.errors import UserError
@@ -144,16 +146,60 @@ def inference(**changes: Any) -> InferenceConfig:
 def test_sliding_windows_cover_every_pixel_and_agree_with_the_whole_image(window: tuple[int, int]) -> None:
     images = torch.rand(2, 3, 20, 30)
     network: Any = Bright()
-    whole = predict(network, images, (20, 30), inference())
-    slid = predict(network, images, (20, 30), inference(window=window))
+    (whole,) = class_scores(network, images, (20, 30), inference())
+    (slid,) = class_scores(network, images, (20, 30), inference(window=window))
     torch.testing.assert_close(slid, whole)
 
 
 def test_flip_averaging_of_an_equivariant_network_changes_nothing() -> None:
     images = torch.rand(2, 3, 20, 30)
     network: Any = Bright()
-    plain = predict(network, images, (20, 30), inference())
-    torch.testing.assert_close(predict(network, images, (20, 30), inference(), flip=True), plain.softmax(1))
+    (plain,) = class_scores(network, images, (20, 30), inference())
+    (flipped,) = class_scores(network, images, (20, 30), inference(), flip=True)
+    torch.testing.assert_close(flipped, plain.softmax(1))
+
+
+class Coarse(nn.Module):
+    """Six classes by chance, a cell a block of pixels."""
+
+    def __init__(self, stride: int, layout: torch.memory_format) -> None:
+        super().__init__()
+        self.info = ModelInfo(6, (3,) * 4, (stride,) * 4, 3, stride, stride, "cnn")
+        self.layout = layout
+        self.convolution = nn.Conv2d(3, 6, 3, stride, padding=1)
+
+    def logits(self, images: Tensor) -> Tensor:
+        return (20 * self.convolution(images)).contiguous(memory_format=self.layout)
+
+
+@pytest.mark.parametrize("size", [(224, 272), (201, 257), (112, 136)], ids=str)
+@pytest.mark.parametrize(
+    ("stride", "layout"), [(4, torch.contiguous_format), (4, torch.channels_last), (32, torch.channels_last)], ids=str
+)
+@pytest.mark.parametrize(
+    ("shown", "views"),
+    [({}, {}), ({"window": (90, 136)}, {}), ({"input_scale": 0.5}, {}), ({"window": (160, 272), "input_scale": 2.0}, {}),
+     ({}, {"flip": True}), ({}, {"flip": True, "scales": (0.5, 1.0, 2.0)})],
+    ids=["whole", "windows", "half", "windows over twice the size", "flip", "scales"],
+)  # fmt: skip
+@torch.inference_mode()
+def test_bands_of_rows_give_the_bits_of_the_whole(
+    size: tuple[int, int], layout: torch.memory_format, stride: int, shown: dict[str, Any], views: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    network: Any = Coarse(stride, layout)
+    arguments = (network, torch.rand(2, 3, 224, 272), size, inference(**shown))
+    monkeypatch.setattr(inference_module, "BAND", 2**20)
+    (scores,) = class_scores(*arguments, **views)
+    whole = predict(*arguments, **views, probability=True)
+    monkeypatch.setattr(inference_module, "BAND", 1)
+    bands = list(class_scores(*arguments, **views))
+    in_bands = predict(*arguments, **views, probability=True)
+    assert len(bands) > 1 or size == (201, 257)
+    assert torch.equal(torch.cat(bands, 2), scores)
+    assert torch.equal(in_bands.classes, whole.classes) and torch.equal(in_bands.probability, whole.probability)
+    assert torch.equal(whole.classes, scores.argmax(1))
 
 
 def test_counts_do_not_depend_on_the_batch_and_sum_to_the_labelled_pixels(tiny_prepared: Path) -> None:
@@ -194,9 +240,7 @@ def test_shares_of_two_processes_sum_to_the_whole(tiny_prepared: Path) -> None:
     assert np.array_equal(halves[0].confusion + halves[1].confusion, whole.confusion)
     assert np.array_equal(halves[0].counts + halves[1].counts, whole.counts)
     seen = [half.counts.any((1, 2)) for half in halves]
-    assert not (seen[0] & seen[1]).any() and (seen[0] | seen[1]).all(), (
-        "an image is one process's"
-    )
+    assert not (seen[0] & seen[1]).any() and (seen[0] | seen[1]).all(), "an image is one process's"
 
 
 @pytest.mark.parametrize("flip", [False, True])
