@@ -14,8 +14,8 @@ from segdistill.data.settings import AugmentationConfig
 from segdistill.data.shards import ShardDataset
 from segdistill.data.transforms import Augmentation, cut
 from segdistill.engine import checkpoint
-from segdistill.engine.distributed import Processes
 from segdistill.engine import inference as inference_module
+from segdistill.engine.distributed import Processes
 from segdistill.engine.evaluate import evaluate
 from segdistill.engine.inference import class_scores, predict
 from segdistill.engine.optim import build_optimizer, factor, set_learning_rates
