@@ -7,9 +7,7 @@ windows as when the network was scored, and the class of a pixel is the highest 
 import argparse
 import csv
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 EXTRAS = ("color", "overlay", "confidence")  # folders beside the masks, each where its switch is given
-READERS = 4  # threads that decode ahead
 
 
 @dataclass(frozen=True)
@@ -137,18 +134,9 @@ class Source:
         if self.is_video:
             yield from self._frames()
             return
-        waiting: deque[Future[Picture]] = deque()
-        with ThreadPoolExecutor(READERS) as pool:
-            try:
-                for item in self.files.items():
-                    waiting.append(pool.submit(_read, *item))
-                    if len(waiting) > 2 * READERS:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+        from segdistill.data.loader import READERS, ahead
+
+        yield from ahead(_read, self.files.items(), READERS)
 
     def _frames(self) -> Iterator[Picture]:
         try:
@@ -168,7 +156,8 @@ class Source:
             raise UserError(f"{self.path}: damaged, or of a kind that FFmpeg does not know: {error.strerror}") from None
 
 
-def _read(name: str, file: Path) -> Picture:
+def _read(named: tuple[str, Path]) -> Picture:
+    name, file = named
     try:
         return Picture(name, np.asarray(decode_image(read_bytes(file, limit=FILE_LIMIT))))
     except BadFile as error:

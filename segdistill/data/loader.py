@@ -20,6 +20,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 CPU = torch.device("cpu")
+READERS = 4  # threads that decode ahead of a network that is only applied
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def training_batches(
     augment, cuda = Augmentation(augmentation), device.type == "cuda"
     sources = (source,) if beside is None else (source, beside)
     read = functools.partial(_read, sources, augment, seed, pinned=cuda)
-    samples = _ahead(read, _places(share, first_iteration), workers)
+    samples = ahead(read, _places(share, first_iteration), workers)
     images = share.micro_batch + share.beside.micro_batch
     stream = torch.cuda.Stream(device) if cuda else None
     while True:
@@ -122,7 +123,7 @@ def _order(seed: int, epoch: int, samples: int, which: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch, which)[: 2 + which]).permutation(samples)
 
 
-def _ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+def ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """``function`` over ``items``, in order; threads are at most two items each ahead of who asks."""
     if not workers:
         yield from map(function, items)
@@ -134,5 +135,7 @@ def _ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iter
             waiting.append(pool.submit(function, item))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)

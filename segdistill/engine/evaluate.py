@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from segdistill.data.loader import READERS, ahead
 from segdistill.data.shards import ShardDataset
 from segdistill.engine.distributed import Processes
 from segdistill.engine.inference import Network, predict
@@ -17,6 +18,7 @@ from segdistill.metrics.calibration_error import BINS, calibration_gaps, expecte
 from segdistill.metrics.confusion import confusion_matrix_per_image, iou_counts, mean_iou, pixel_accuracy
 
 Key = TypeVar("Key")
+MANY = 64  # images of a process, for which it is worth to start threads that read them ahead
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,8 @@ def evaluate_together(
 def _batches(dataset: ShardDataset, numbers: list[int], size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Neighbouring images of equal size, stacked: [b, 3, H, W] and [b, H, W], uint8."""
     group: list[tuple[int, Tensor, Tensor]] = []
-    for number in numbers:
-        image, label = dataset[number]
+    samples = ahead(dataset.__getitem__, numbers, READERS if len(numbers) >= MANY else 0)
+    for number, (image, label) in zip(numbers, samples, strict=True):
         item = (number, torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label))
         if group and (len(group) == size or item[1].shape != group[0][1].shape):
             yield _stack(group)

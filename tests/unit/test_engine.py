@@ -14,6 +14,7 @@ from segdistill.data.settings import AugmentationConfig
 from segdistill.data.shards import ShardDataset
 from segdistill.data.transforms import Augmentation, cut
 from segdistill.engine import checkpoint
+from segdistill.engine import evaluate as evaluate_module
 from segdistill.engine import inference as inference_module
 from segdistill.engine.distributed import Processes
 from segdistill.engine.evaluate import evaluate
@@ -178,8 +179,9 @@ class Coarse(nn.Module):
 )
 @pytest.mark.parametrize(
     ("shown", "views"),
-    [({}, {}), ({"window": (90, 136)}, {}), ({"input_scale": 0.5}, {}), ({"window": (160, 272), "input_scale": 2.0}, {}),
-     ({}, {"flip": True}), ({}, {"flip": True, "scales": (0.5, 1.0, 2.0)})],
+    [({}, {}), ({"window": (90, 136)}, {}), ({"input_scale": 0.5}, {}),
+     ({"window": (160, 272), "input_scale": 2.0}, {}), ({}, {"flip": True}),
+     ({}, {"flip": True, "scales": (0.5, 1.0, 2.0)})],
     ids=["whole", "windows", "half", "windows over twice the size", "flip", "scales"],
 )  # fmt: skip
 @torch.inference_mode()
@@ -202,7 +204,9 @@ def test_bands_of_rows_give_the_bits_of_the_whole(
     assert torch.equal(whole.classes, scores.argmax(1))
 
 
-def test_counts_do_not_depend_on_the_batch_and_sum_to_the_labelled_pixels(tiny_prepared: Path) -> None:
+def test_counts_do_not_depend_on_the_batch_or_on_readers_and_sum_to_the_labelled_pixels(
+    tiny_prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = ShardDataset(tiny_prepared, "test")
 
     class Guess(Bright):
@@ -213,6 +217,8 @@ def test_counts_do_not_depend_on_the_batch_and_sum_to_the_labelled_pixels(tiny_p
 
     network: Any = Guess().train()
     found = [evaluate(network, data, inference(batch_size=size), num_classes=11, processes=ALONE) for size in (1, 3, 8)]
+    monkeypatch.setattr(evaluate_module, "MANY", 1)
+    found.append(evaluate(network, data, inference(), num_classes=11, processes=ALONE))
     for other in found[1:]:
         assert np.array_equal(other.confusion, found[0].confusion)
         assert np.array_equal(other.counts, found[0].counts)
