@@ -14,8 +14,16 @@ from segdistill.engine.distributed import Processes
 from segdistill.engine.inference import Network, predict
 from segdistill.engine.settings import InferenceConfig
 from segdistill.errors import UserError
+from segdistill.metrics.boundary import boundary_counts
 from segdistill.metrics.calibration_error import BINS, calibration_gaps, expected_calibration_error
-from segdistill.metrics.confusion import confusion_matrix_per_image, iou_counts, mean_iou, pixel_accuracy
+from segdistill.metrics.confusion import (
+    confusion_matrix_per_image,
+    iou_counts,
+    iou_from_counts,
+    mean_iou,
+    mean_over_present,
+    pixel_accuracy,
+)
 
 Key = TypeVar("Key")
 MANY = 64  # images of a process, for which it is worth to start threads that read them ahead
@@ -30,6 +38,7 @@ class Evaluation:
     ids: list[str]
     finite: bool = True  # whether all scores were; if not, the counts say nothing
     calibration: np.ndarray | None = None  # [15] int64, see metrics/calibration_error.py; None where nobody asked
+    boundary: np.ndarray | None = None  # [3, K] int64, see metrics/boundary.py; None where nobody asked
 
     @property
     def miou(self) -> float:
@@ -47,6 +56,11 @@ class Evaluation:
         if self.calibration is None:
             return None
         return expected_calibration_error(self.calibration, int(self.confusion.sum()))
+
+    @property
+    def boundary_miou(self) -> float | None:
+        """Mean Boundary IoU over the classes that occur; None where nobody asked for it."""
+        return None if self.boundary is None else float(mean_over_present(iou_from_counts(*self.boundary)))
 
 
 @torch.inference_mode()
@@ -75,6 +89,7 @@ def evaluate(
     flip: bool = False,
     scales: Sequence[float] = (1.0,),
     calibration: bool = False,
+    boundary: bool = False,
     progress: Any = None,
 ) -> Evaluation:
     """Confusion counts of a segmenter on a split.
@@ -82,6 +97,7 @@ def evaluate(
     Args:
         network: its mode is restored afterwards.
         calibration: whether to look at its probabilities, too.
+        boundary: whether to count the pixels near edges, too.
         progress: called with the number of images done.
 
     Raises:
@@ -89,7 +105,7 @@ def evaluate(
     """
     (evaluation,) = evaluate_together(
         {"": network}, dataset, settings, num_classes=num_classes, processes=processes, flip=flip, scales=scales,
-        calibration=calibration, progress=progress,
+        calibration=calibration, boundary=boundary, progress=progress,
     ).values()  # fmt: skip
     if not evaluation.finite:
         raise UserError("the network's scores are not finite: it diverged, and a mIoU would say nothing of it")
@@ -107,6 +123,7 @@ def evaluate_together(
     flip: bool = False,
     scales: Sequence[float] = (1.0,),
     calibration: bool = False,
+    boundary: bool = False,
     progress: Any = None,
 ) -> dict[Key, Evaluation]:
     """Confusion counts of several segmenters on a split that is read once, as :func:`evaluate` would give each.
@@ -123,7 +140,7 @@ def evaluate_together(
         return {key: torch.zeros(shape, dtype=torch.int64, device=device) for key in networks}
 
     confusion, counts = zeros(num_classes, num_classes), zeros(len(dataset), 3, num_classes)
-    broken, gaps = zeros(), zeros(BINS)
+    broken, gaps, edges = zeros(), zeros(BINS), zeros(3, num_classes)
     share = list(range(processes.rank, len(dataset), processes.world_size))
     for numbers, images, labels in _batches(dataset, share, settings.batch_size):
         images, labels = images.to(device).float() / 255, labels.to(device).long()
@@ -140,6 +157,8 @@ def evaluate_together(
             if prediction.probability is not None:
                 right, labelled = prediction.classes == labels, labels < num_classes
                 gaps[key] += calibration_gaps(prediction.probability, right, labelled)
+            if boundary:
+                edges[key] += boundary_counts(prediction.classes, labels, num_classes)
         if progress is not None:
             progress(len(numbers))
     evaluations, ids = {}, [dataset.sample_id(index) for index in range(len(dataset))]
@@ -150,7 +169,8 @@ def evaluate_together(
             raise UserError(f"the split of {len(dataset)} images has no pixel with a label; it cannot be scored")
         finite = not processes.sum(broken[key]).item()
         calibrated = processes.sum(gaps[key]).cpu().numpy() if calibration else None
-        evaluations[key] = Evaluation(total, of_images, ids, finite, calibrated)
+        near = processes.sum(edges[key]).cpu().numpy() if boundary else None
+        evaluations[key] = Evaluation(total, of_images, ids, finite, calibrated, near)
     return evaluations
 
 

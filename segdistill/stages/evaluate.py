@@ -57,6 +57,9 @@ class Config:
     latency_repeats: Annotated[int, Field(ge=1, le=100_000)]
     """Forward passes of one image; the fastest is the latency, and their median is what a budget looks at."""
 
+    boundary: bool = False
+    """A further column beside the headline: Boundary IoU, over the pixels within 2 % of the diagonal of an edge."""
+
 
 def run(
     config: Config, *, prepared: Path, students: Path, evaluations: Path, tracker: Tracker, device: str = "auto"
@@ -172,7 +175,7 @@ def _measure(
         return {"test/miou": averaged.miou, "test/pixel_accuracy": averaged.accuracy}
 
     network.eval()
-    headline = evaluated(calibration=True)
+    headline = evaluated(calibration=True, boundary=config.boundary)
     np.savez_compressed(
         folder / f"{name}.npz", confusion=headline.confusion, counts=headline.counts, ids=np.array(headline.ids)
     )
@@ -195,8 +198,10 @@ def _measure(
         "images_per_second": 1 / latency,
         "input_size": list(size),
         "inference": to_dict(config.inference),
+        "align_corners": False,  # how logits are resized to the label
         "flip": score(flip=True) if config.flip else None,
         "multi_scale": score(flip=True, scales=config.scales) if config.scales else None,
+        "boundary": {"test/miou": headline.boundary_miou} if config.boundary else None,
     }
     return scores, headline.counts
 
@@ -289,7 +294,7 @@ def _track(tracker: Tracker, name: str, result: dict[str, Any], folder: Path) ->
             **{f"test/iou/{key}": value for key, value in result["per_class_iou"].items() if value is not None},
         }
     )
-    for column in ("flip", "multi_scale"):
+    for column in ("flip", "multi_scale", "boundary"):
         if result[column]:
             tracker.metrics({f"{key}_{column}": value for key, value in result[column].items()})
     tracker.artifact(folder / "pictures" / name, "pictures")

@@ -708,17 +708,20 @@ def test_terminal_table_has_the_teacher_first_and_all_students(compared: tuple[I
     assert "gains or loses where its interval excludes zero" in " ".join(shown_table(inputs.results()).split())
 
 
-def test_flip_and_multi_scale_are_columns_of_their_own(inputs: Inputs) -> None:
+def test_flip_multi_scale_and_boundary_iou_are_columns_of_their_own(inputs: Inputs) -> None:
     for seed in (0, 1):
         path = inputs.evaluation(f"kd-s{seed}") / "evaluation.json"
         content = json.loads(path.read_text())
         content["models"]["cnn"]["flip"] = {"test/miou": 0.9, "test/pixel_accuracy": 0.95}
+        content["models"]["cnn"]["boundary"] = {"test/miou": 0.7}
         path.write_text(json.dumps(content))
     comparison = inputs.compare(["none", "kd"], [0, 1])
     assert row_of(comparison, "kd").views["flip"].mean == pytest.approx(0.9)
+    assert row_of(comparison, "kd").views["boundary"].mean == pytest.approx(0.7)
     assert row_of(comparison, "none").views == {}
     page = (inputs.report / "report.html").read_text()
     assert ">with flip</button></th>" in page and 'data-label="with flip"' in page and "multi-scale" not in page
+    assert ">boundary IoU</button></th>" in page
 
 
 def test_a_class_absent_from_truth_and_predictions_is_null(inputs: Inputs) -> None:
@@ -729,6 +732,7 @@ def test_a_class_absent_from_truth_and_predictions_is_null(inputs: Inputs) -> No
     comparison = inputs.compare(["none", "kd"], [0])
     assert row_of(comparison, "kd").per_class_iou["bicyclist"] is None
     assert row_of(comparison, "kd").gain.per_class["bicyclist"] is None
+    assert "1 of them have no pixel in the test split (bicyclist)" in (inputs.report / "report.md").read_text()
 
 
 def test_tracker_gets_the_numbers_and_the_report(inputs: Inputs) -> None:

@@ -23,6 +23,7 @@ from segdistill.engine.optim import build_optimizer, factor, set_learning_rates
 from segdistill.engine.settings import AdamWConfig, InferenceConfig, OptimizerConfig, PolySchedule, SGDConfig
 from segdistill.errors import UserError
 from segdistill.metrics import calibration_gaps, expected_calibration_error, iou_counts
+from segdistill.metrics.boundary import boundary_counts
 from segdistill.models.outputs import ModelInfo
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -247,6 +248,19 @@ def test_shares_of_two_processes_sum_to_the_whole(tiny_prepared: Path) -> None:
     assert np.array_equal(halves[0].counts + halves[1].counts, whole.counts)
     seen = [half.counts.any((1, 2)) for half in halves]
     assert not (seen[0] & seen[1]).any() and (seen[0] | seen[1]).all(), "an image is one process's"
+
+
+def test_boundary_iou_is_of_all_images_and_is_not_computed_unasked(tiny_prepared: Path) -> None:
+    data = ShardDataset(tiny_prepared, "test")
+    network: Any = Bright()
+    plain = evaluate(network, data, inference(), num_classes=11, processes=ALONE)
+    asked = evaluate(network, data, inference(), num_classes=11, processes=ALONE, boundary=True)
+    expected = torch.zeros(3, 11, dtype=torch.int64)
+    for image, label in (data[index] for index in range(len(data))):
+        guess = network.logits(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255).argmax(1)
+        expected += boundary_counts(guess, torch.from_numpy(label)[None], 11)
+    assert plain.boundary is plain.boundary_miou is None and np.array_equal(asked.confusion, plain.confusion)
+    assert np.array_equal(asked.boundary, expected) and 0 < asked.boundary_miou < 1
 
 
 @pytest.mark.parametrize("flip", [False, True])
