@@ -10,6 +10,7 @@ MLflow serves is the image face, ``image_model.py``, where the network is there 
 
 import hashlib
 import importlib.metadata
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,10 +70,12 @@ class SealedModel:
         from segdistill.models.portable import save_program
 
         face = {"python_model": str(CODE[IMAGE_MODEL])} if self.serves_images else {"loader_module": "mlflow.pytorch"}
-        mlflow.pyfunc.save_model(
-            path=path, mlflow_model=mlflow_model, signature=self.signature, pip_requirements=self.requirements,
-            **face, **given,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*An input example was not provided")  # the signature is written by hand
+            mlflow.pyfunc.save_model(
+                path=path, mlflow_model=mlflow_model, signature=self.signature, pip_requirements=self.requirements,
+                **face, **given,
+            )  # fmt: skip
         folder, served = Path(path), mlflow_model.flavors["python_function"]
         files = dict(self.beside)
         if self.serves_images:

@@ -15,7 +15,6 @@ from segdistill.report.templates import template
 
 WIDTH = 320  # pixels of an example, and at most as many high
 Colors = Sequence[tuple[int, int, int]]
-SHOWN = 50  # sentences of one rule; summary.json has them all
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def example(
     return Example(name, f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}")
 
 
-def page(summary: Mapping[str, Any], data: str, colors: Colors, examples: Iterable[Example]) -> str:
+def page(summary: Mapping[str, Any], data: str, colors: Colors, examples: Iterable[Example], *, most: int) -> str:
     """The whole page.
 
     Args:
@@ -53,8 +52,9 @@ def page(summary: Mapping[str, Any], data: str, colors: Colors, examples: Iterab
         data: the data set's folder.
         colors: of the classes.
         examples: some samples.
+        most: sentences of one rule; summary.json has them all.
     """
     return template("validation.html.jinja").render(
-        summary=summary, data=data, colors=colors, examples=list(examples), most=SHOWN,
+        summary=summary, data=data, colors=colors, examples=list(examples), most=most,
         largest=max((row["train_share"] or 0 for row in summary["classes"]), default=0),
     )  # fmt: skip

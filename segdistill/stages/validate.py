@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from segdistill.stages._rules import Tables
 
 AtLeastOne = Annotated[int, Field(ge=1, le=10**9)]
-SHOWN = 50  # sentences of one rule in summary.md; summary.json has them all
+MOST_SENTENCES = 50  # of one rule on a page; summary.json has them all
 EXAMPLES = 6  # training images on the page
 
 
@@ -100,7 +100,7 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
         summary["values"] = _rules.values(layout, facts)
         (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         (partial / "summary.md").write_text(_markdown(summary, data), encoding="utf-8")
-        html = page(summary, data.name, layout.legend.colors, _examples(layout))
+        html = page(summary, data.name, layout.legend.colors, _examples(layout), most=MOST_SENTENCES)
         (partial / "summary.html").write_text(html, encoding="utf-8")
     counts = {kind: sum(len(finding["sentences"]) for finding in summary[kind]) for kind in ("failures", "warnings")}
     sizes = {f"data/samples/{split}": count for split, count in summary["samples"].items()}
@@ -108,7 +108,7 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
     tracker.artifact(report / "summary.md", "validation")
     logger = logging.getLogger(__name__)
     for finding in summary["warnings"]:
-        for sentence in finding["sentences"][:SHOWN]:
+        for sentence in finding["sentences"][:MOST_SENTENCES]:
             logger.warning("warning: %s", sentence)
     if not summary["success"]:
         raise UserError(_verdict_sentence(summary["failures"], report))
@@ -190,8 +190,8 @@ def _markdown(summary: dict[str, Any], data: Path) -> str:
         lines += ["", f"## {kind.capitalize()}", ""] + ([] if summary[kind] else ["None."])
         for finding in summary[kind]:
             lines.append(f"**{finding['rule']}**: {len(finding['sentences'])} found in the table `{finding['table']}`.")
-            lines += ["", *(f"* {sentence}" for sentence in finding["sentences"][:SHOWN])]
-            hidden = len(finding["sentences"]) - SHOWN
+            lines += ["", *(f"* {sentence}" for sentence in finding["sentences"][:MOST_SENTENCES])]
+            hidden = len(finding["sentences"]) - MOST_SENTENCES
             lines += [f"* and {hidden} more: see summary.json"] * (hidden > 0) + [""]
     return "\n".join([*lines, "", "Every expectation and its values: data_docs/index.html", ""])
 

@@ -3,15 +3,12 @@
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
+from model_server import model_server
 from PIL import Image
 
 from segdistill import streets
@@ -66,12 +63,7 @@ def test_the_first_hour_leads_from_photos_to_a_server_that_answers_with_a_mask(t
         return done.stdout
 
     run(f"git init --quiet && git add --all && git {identity} commit --quiet --message start")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    init, add, repro, predict, export, serve, *ask = [
-        command.replace("5001", port) for command in commands("docs/quickstart.md")
-    ]
+    init, add, repro, predict, export, serve, *ask = commands("docs/quickstart.md")
     assert "30 images: train 21" in run(init)
     run("segdistill check")
     params = round_trip_yaml().load((clone / "params.yaml").read_text())
@@ -90,27 +82,8 @@ def test_the_first_hour_leads_from_photos_to_a_server_that_answers_with_a_mask(t
     assert len(list((clone / "masks/masks").glob("*.png"))) == 30
     run(export)
     assert (clone / "student.onnx").is_file()
-    with (tmp_path / "server.log").open("wb") as log:
-        server = subprocess.Popen(
-            ["bash", "-c", serve.removesuffix("&")], cwd=clone, env=environment, start_new_session=True,
-            stdout=log, stderr=log,
-        )  # fmt: skip
-    try:
-        wait_for(f"http://127.0.0.1:{port}/ping", server)
+    with model_server(serve.removesuffix("&"), clone, environment) as port:
         for command in ask:
-            run(command)
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
+            run(command.replace("5001", port))
     photo = Image.open(next((tmp_path / "streets/images").glob("train*.jpg")))
     assert Image.open(clone / "mask.png").size == photo.size
-
-
-def wait_for(url: str, server: "subprocess.Popen[bytes]") -> None:
-    while True:
-        assert server.poll() is None, "the server ended"
-        try:
-            urllib.request.urlopen(url, timeout=5)
-            return
-        except OSError:
-            time.sleep(0.2)

@@ -5,11 +5,8 @@ import base64
 import io
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -17,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from model_server import model_server
 from PIL import Image
 from torch import Tensor, nn
 
@@ -138,23 +136,12 @@ def test_mlflow_serves_the_champion_and_the_documented_commands_get_its_mask(
     register(Tiny().eval(), submission, name="segdistill-student", min_gain=0, tracker=run)
     run.close()
     (tmp_path / "photo.jpg").write_bytes(photograph(360, 480))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    serve, *asked = [line.replace("5001", port) for line in commands("A server that is sent photographs")][:3]
+    serve, *asked = commands("A server that is sent photographs")[:3]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"MLFLOW_TRACKING_URI": default_store(tmp_path).uri, "PATH": path}
-    server = subprocess.Popen(serve, shell=True, cwd=tmp_path, env=environment, start_new_session=True)
-    try:
+    with model_server(serve, tmp_path, environment) as port:
         url = f"http://127.0.0.1:{port}"
-        while True:
-            assert server.poll() is None, "the server ended"
-            try:
-                urllib.request.urlopen(f"{url}/ping", timeout=5)
-                break
-            except OSError:
-                time.sleep(0.2)
-        for command in asked:
+        for command in (line.replace("5001", port) for line in asked):
             subprocess.run(command, shell=True, cwd=tmp_path, env=environment, check=True)
         assert Image.open(tmp_path / "mask.png").size == (480, 360)
         (answer,) = json.loads((tmp_path / "answer.json").read_text())["predictions"]
@@ -173,6 +160,3 @@ def test_mlflow_serves_the_champion_and_the_documented_commands_get_its_mask(
                 urllib.request.urlopen(request)
             assert error.value.code == 400
             assert json.loads(error.value.read())["message"] == sentence
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
