@@ -18,6 +18,7 @@ from segdistill.commands import _model
 from segdistill.config import parse, to_dict
 from segdistill.data.decoding import FILE_LIMIT, BadFile, decode_image
 from segdistill.data.layouts.layout import IMAGE_SUFFIXES
+from segdistill.data.parallel import READERS, ahead
 from segdistill.engine.settings import InferenceConfig
 from segdistill.errors import UserError
 from segdistill.files import new_folder, read_bytes, read_text, require_free, require_regular, write_file
@@ -134,8 +135,6 @@ class Source:
         if self.is_video:
             yield from self._frames()
             return
-        from segdistill.data.loader import READERS, ahead
-
         yield from ahead(_read, self.files.items(), READERS)
 
     def _frames(self) -> Iterator[Picture]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segdistill.data.loader import READERS, ahead
+from segdistill.data.parallel import READERS, ahead
 from segdistill.data.shards import ShardDataset
 from segdistill.engine.distributed import Processes
 from segdistill.engine.inference import Network, predict
