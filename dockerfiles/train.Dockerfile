@@ -27,6 +27,7 @@ RUN --mount=type=bind,source=requirements.lock,target=/tmp/requirements.lock --m
        ${TORCH_BACKEND:+--torch-backend ${TORCH_BACKEND} --no-verify-hashes} --constraints /tmp/requirements.lock \
        boto3 kfp matplotlib mlflow numpy onnx onnxruntime onnxscript optuna pillow "psycopg[binary]" pyarrow pydantic \
        pyyaml rich ruamel.yaml safetensors segmentation-models-pytorch timm torch torchvision \
+       transformers \
     && rm -rf /tmp/uv*
 
 FROM libraries AS package
@@ -64,7 +65,7 @@ WORKDIR /home/segdistill
 # The image is good if what its stages and KFP's executor import is there, and torch finds a compiler.
 RUN export HOME=/tmp/check \
     && python3 -c "import torch; torch.compile(lambda x: x.sin() + 1)(torch.ones(8))" \
-    && python3 -c "import boto3, mlflow.pytorch, onnxruntime, onnxscript, kfp.dsl.executor_main, psycopg" \
+    && python3 -c "import boto3, mlflow.pytorch, onnxruntime, onnxscript, kfp.dsl.executor_main, psycopg, transformers" \
     && python3 -c "import segdistill.kubeflow.tasks, segdistill.methods, segdistill.engine.cohort, segdistill.models.segmenter" \
     && python3 -m segdistill distill --help > /dev/null \
     && rm -rf /tmp/*

@@ -6,6 +6,7 @@ students, but for the data and the teacher, which are made later: settings with 
 of the code that uses them. So an edit of params.yaml or of code concerns those cohorts whose file changes.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from segdistill.errors import UserError, nearest
 from segdistill.files import read_json
 from segdistill.identity import code_of, effective
 from segdistill.models.config import ModelConfig
+from segdistill.models.teachers import FAMILIES
 
 if TYPE_CHECKING:
     from segdistill.methods.method import Method
@@ -66,14 +68,34 @@ class TeacherConfig:
     seed: Seed
     """Of its weights, its order of images and its augmentation."""
 
-    import_from: Path | None
-    """A folder with teacher.safetensors and teacher.json to use instead of training; null trains."""
+    import_from: Path | Annotated[list[Path], Field(min_length=1)] | None
+    """A trained teacher's folder, ours, of Hugging Face or of torchvision, to use instead of training; of several, the
+    mean of their logits teaches; null trains. See docs/teachers.md."""
+
+    labels: dict[str, str] = dataclasses.field(default_factory=dict)
+    """A class of an imported teacher: the data set's class that it is part of, where their names differ."""
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where the teacher is imported from; nothing where it is trained."""
+        if self.import_from is None:
+            return []
+        return self.import_from if isinstance(self.import_from, list) else [self.import_from]
+
+    @property
+    def code(self) -> str:
+        """The hash of what makes the teacher; see :func:`segdistill.identity.code_of`."""
+        return code_of([*TRAINING, *(FAMILIES.values() if self.folders else ())])
 
     @model_validator(mode="after")
     def _learns_from_labels(self) -> "TeacherConfig":
         if self.train.unlabelled:
             raise ValueError(
                 f"train.unlabelled: {self.train.unlabelled}, but a teacher learns from labels alone; use 0"
+            )
+        if self.labels and self.import_from is None:
+            raise ValueError(
+                "labels: are those of an imported teacher; name its folder in import_from, or leave them out"
             )
         return self
 
@@ -100,10 +122,10 @@ class ExperimentConfig:
     """The methods, each with its ``name``, ``weight`` and what else its config has; none is the undistilled student."""
 
     supervised: Annotated[float, Field(ge=0, le=1e6)] = 1.0
-    """Weight of the cross-entropy to the labels."""
+    """Weight of what the labels teach: the cross-entropy, and what distill.train.loss has beside it."""
 
     auxiliary: Annotated[float, Field(ge=0, le=1e6)] = 0.4
-    """Weight of the auxiliary head's cross-entropy, as a multiple of supervised; matters with model.aux alone."""
+    """Weight of what the labels teach the auxiliary head, as a multiple of supervised; matters with model.aux alone."""
 
     pseudo_labels: Fraction | None = None
     """To the methods, a pixel without a label has the class of which the teacher, or the mean of students that teach
@@ -264,7 +286,7 @@ def parse_methods(
 def teacher_plan(settings: Any) -> TeacherPlan:
     """The plan of a section ``train_teacher``."""
     config: TeacherConfig = parse(TeacherConfig, settings, "train_teacher")
-    return TeacherPlan(settings=config, code=code_of(TRAINING))
+    return TeacherPlan(settings=config, code=config.code)
 
 
 def cohort_plan(protocol: Any, defined: Any, members: Iterable[Job]) -> CohortPlan:

@@ -105,6 +105,8 @@ class AttentionTransfer(OfflineMethod[ATConfig]):
         super().__init__(config, student, teacher)
         if len(set(config.taps)) < len(config.taps):
             raise UserError(f"at: a tap is named twice in {list(config.taps)}; every tap counts once")
+        for tap in config.taps:
+            teacher.require(tap)
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
         if not self.weights:

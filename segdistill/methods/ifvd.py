@@ -18,7 +18,7 @@ from segdistill.losses import (
     unit,
 )
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod
-from segdistill.models.outputs import Outputs, Tap
+from segdistill.models.outputs import ModelInfo, Outputs, Tap
 
 
 @config
@@ -109,6 +109,10 @@ class IntraClassVariation(OfflineMethod[IFVDConfig]):
     needs = "last feature, labels"
     evidence = "official code"
     term = "variation"
+
+    def __init__(self, config: IFVDConfig, student: ModelInfo, teacher: ModelInfo) -> None:
+        super().__init__(config, student, teacher)
+        teacher.require(config.tap)
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
         if not self.weights:

@@ -210,6 +210,8 @@ class Structured(OfflineMethod[SKDConfig]):
 
     def __init__(self, config: SKDConfig, student: ModelInfo, teacher: ModelInfo) -> None:
         super().__init__(config, student, teacher)
+        if "pairwise" in self.weights:
+            teacher.require(config.tap)
         self.critic: Critic | None = None
         if "holistic" in self.weights:
             self.critic = Critic(student.num_classes, config.critic_channels)

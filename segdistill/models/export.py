@@ -1,6 +1,5 @@
 """Models as files: safetensors + JSON. Nothing that needs unpickling is written, and nothing pickled is read."""
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -15,12 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import segdistill
-from segdistill.config import parse, to_dict
+from segdistill.config import to_dict
 from segdistill.errors import UserError, nearest
 from segdistill.files import SEAL, file_hash, read_json, read_sealed_json, require_regular, write_file
 from segdistill.identity import require_classes
-from segdistill.models.config import ModelConfig
-from segdistill.models.segmenter import Segmenter, build_segmenter, logits_at
+from segdistill.models.outputs import SegmentationNetwork
+from segdistill.models.segmenter import logits_at
+from segdistill.models.teachers import build_network
 from segdistill.models.weights import not_finite, read_safetensors
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -29,7 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 class ExportedSegmenter(nn.Module):
     """What is served: images to logits of the same size, without auxiliary head and taps."""
 
-    def __init__(self, segmenter: Segmenter) -> None:
+    def __init__(self, segmenter: SegmentationNetwork) -> None:
         super().__init__()
         self.segmenter = segmenter
 
@@ -43,7 +43,7 @@ class ExportedSegmenter(nn.Module):
         return logits_at(self.segmenter.logits(images), images.shape[-2:], stride)
 
 
-def save_model(folder: Path, name: str, segmenter: Segmenter, metadata: Mapping[str, Any]) -> None:
+def save_model(folder: Path, name: str, segmenter: SegmentationNetwork, metadata: Mapping[str, Any]) -> None:
     """Writes ``<name>.safetensors`` and ``<name>.json``, each under a temporary name first.
 
     Args:
@@ -61,7 +61,9 @@ def save_model(folder: Path, name: str, segmenter: Segmenter, metadata: Mapping[
         raise ValueError(f"{len(classes)} classes in metadata, {segmenter.info.num_classes} in the model")
     # One layout on disk, whatever the memory format or device in training.
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in segmenter.state_dict().items()}
-    weights = to_safetensors(tensors)
+    # What another library makes of weights is a matter of its settings: the hash of the file covers both.
+    settings = {"model": json.dumps(to_dict(segmenter.config))} if hasattr(segmenter.config, "family") else None
+    weights = to_safetensors(tensors, metadata=settings)
     document = {
         **to_dict(dict(metadata)),
         "name": name,
@@ -79,7 +81,7 @@ def save_model(folder: Path, name: str, segmenter: Segmenter, metadata: Mapping[
 
 def load_model(
     folder: Path, name: str, device: torch.device | str = "cpu", *, classes: Sequence[str] | None = None
-) -> tuple[Segmenter, dict[str, Any]]:
+) -> tuple[SegmentationNetwork, dict[str, Any]]:
     """Reads what :func:`save_model` wrote; no network, no random numbers drawn.
 
     Args:
@@ -100,22 +102,19 @@ def load_model(
         if not needed.is_file():
             raise UserError(f"{needed}: no such file; models in {folder}{nearest(name, model_names(folder))}")
         require_regular(needed)
-    document = _read_document(document_path)
+    document = read_document(document_path)
     if classes is not None:
         require_classes(document_path, [entry["name"] for entry in document.get("classes") or ()], classes)
-    config = parse(ModelConfig, document["model"], f"{document_path}: model")
     if file_hash(path) != document["sha256"]:
         raise UserError(
             f"{path}: not the weights that {document_path.name} describes (sha256 differs); save the model again"
         )
-    with torch.random.fork_rng(devices=[]):  # a loaded teacher must not change the student's initialisation
-        segmenter = build_segmenter(dataclasses.replace(config, encoder_weights="none"), document["num_classes"])
-    segmenter.config = config  # what the weights began from stays known
+    segmenter = build_network(document["model"], document["num_classes"], f"{document_path}: model")
     load_weights(segmenter, path)
     return segmenter.to(device).eval(), document
 
 
-def load_weights(segmenter: Segmenter, path: Path) -> None:
+def load_weights(segmenter: SegmentationNetwork, path: Path) -> None:
     """Fills a whole segmenter from a safetensors file, strictly.
 
     Raises:
@@ -139,17 +138,17 @@ def model_names(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.json") if path.stem in weights)
 
 
-def count_parameters(segmenter: Segmenter) -> int:
+def count_parameters(segmenter: SegmentationNetwork) -> int:
     """Parameters that serving needs: all but the auxiliary head's."""
     head = segmenter.aux_head
     aux = 0 if head is None else sum(parameter.numel() for parameter in head.parameters())
     return sum(parameter.numel() for parameter in segmenter.parameters()) - aux
 
 
-def count_macs(segmenter: Segmenter, size: tuple[int, int]) -> int:
+def count_macs(segmenter: SegmentationNetwork, size: tuple[int, int]) -> int:
     """Multiply-accumulates of serving one image of ``size`` (H, W); convolutions and matrix products are counted."""
     training = segmenter.training
-    image = torch.zeros(1, 3, *size, device=segmenter.mean.device)
+    image = torch.zeros(1, 3, *size, device=next(segmenter.parameters()).device)
     # Attention by its plain products, since fused kernels are not counted on every device.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         ExportedSegmenter(segmenter).eval()(image)
@@ -157,7 +156,12 @@ def count_macs(segmenter: Segmenter, size: tuple[int, int]) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def _read_document(path: Path) -> dict[str, Any]:
+def read_document(path: Path) -> dict[str, Any]:
+    """The JSON document of a saved model.
+
+    Raises:
+        UserError: it is absent, damaged, or not one.
+    """
     if (path.parent / SEAL).exists():
         document = read_sealed_json(path.parent, path.name, mend="make the model again")
     else:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import segdistill
 from segdistill.errors import UserError
 from segdistill.files import parse_json, require_regular
-from segdistill.models.segmenter import Segmenter
+from segdistill.models.outputs import SegmentationNetwork
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -116,19 +116,23 @@ def import_export(module: str) -> Any:
         raise UserError(f"{module} is not installed, which ONNX needs: pip install 'segdistill[export]'") from None
 
 
-def contract(document: Mapping[str, Any], segmenter: Segmenter | None, inference: Mapping[str, Any]) -> dict[str, Any]:
+def contract(
+    document: Mapping[str, Any], segmenter: SegmentationNetwork | None, inference: Mapping[str, Any]
+) -> dict[str, Any]:
     """What a file of this network says of itself.
 
     Args:
         document: the JSON beside the saved model, or a contract.
-        segmenter: whose normalisation to state; None where ``document`` states it.
+        segmenter: whose normalisation to state, if it has one and not each of several its own; None where ``document``
+            states it.
         inference: how images were shown to the network when it was scored: ``input_scale``, ``window``,
             ``window_stride``.
     """
     normalisation = document.get("input", {}).get("normalisation") or {}
     if segmenter is not None:
-        mean, std = (buffer.flatten().tolist() for buffer in (segmenter.mean, segmenter.std))
-        normalisation = {"within the graph": True, "mean": mean, "std": std}
+        buffers = dict(segmenter.named_buffers(recurse=False))
+        values = {key: buffers[key].flatten().tolist() for key in ("mean", "std") if key in buffers}
+        normalisation = {"within the graph": True, **values}
     return {
         "name": document["name"],
         "classes": [{"name": entry["name"], "color": list(entry["color"])} for entry in document["classes"]],

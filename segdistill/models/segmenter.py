@@ -17,7 +17,7 @@ from segdistill.models.batch_norm import allow_single_values
 from segdistill.models.config import ModelConfig
 from segdistill.models.network import build_parts, is_transformer, normalisation, resolve_encoder
 from segdistill.models.operators import first_stage_operators
-from segdistill.models.outputs import ModelInfo, Outputs
+from segdistill.models.outputs import ModelInfo, Outputs, SegmentationNetwork
 from segdistill.models.weights import imagenet_download, load_encoder_file, local_weights_path
 
 MULTIPLE = 32  # the stride of an undilated encoder; every decoder here takes multiples of it
@@ -25,7 +25,7 @@ AUX_CHANNELS = 256  # at most; a stage with fewer channels keeps its own number
 _PROBE = 64  # pixels: the smallest image that leaves a dilated stage more than one cell
 
 
-class Segmenter(nn.Module):
+class Segmenter(SegmentationNetwork):
     """A decoder over an encoder, with the taps that distillation needs.
 
     ``mean`` and ``std`` are buffers of the state dict, so a saved model normalises as it did in training.
@@ -55,8 +55,10 @@ class Segmenter(nn.Module):
         height, width = images.shape[-2:]
         stages, decoded = self._run(self._prepare(images))
         strides = self.info.feature_strides
-        features = tuple(_crop(stage, height, width, stride) for stage, stride in zip(stages, strides, strict=True))
-        last_feature = _crop(decoded, height, width, self.info.last_stride)
+        features = tuple(
+            crop_to_stride(stage, height, width, stride) for stage, stride in zip(stages, strides, strict=True)
+        )
+        last_feature = crop_to_stride(decoded, height, width, self.info.last_stride)
         aux_logits = None if self.aux_head is None else self.aux_head(features[2])
         return Outputs(self.classifier(last_feature), features, last_feature, aux_logits)
 
@@ -64,7 +66,7 @@ class Segmenter(nn.Module):
         """The logits of :meth:`forward` alone, which is what serving computes."""
         _, decoded = self._run(self._prepare(images))
         height, width = images.shape[-2:]
-        return _crop(self.classifier(decoded), height, width, self.info.logits_stride)
+        return crop_to_stride(self.classifier(decoded), height, width, self.info.logits_stride)
 
     @property
     def attention(self) -> nn.Module:
@@ -86,7 +88,7 @@ class Segmenter(nn.Module):
         return (parameter for parameter in self.parameters() if id(parameter) not in encoder)
 
     def _prepare(self, images: Tensor) -> Tensor:
-        return _pad((images - self.mean) / self.std)
+        return pad((images - self.mean) / self.std)
 
     def _run(self, images: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         if self.config.architecture == "DPT":  # its encoder gives class tokens beside the stages
@@ -167,7 +169,8 @@ def logits_at(logits: Tensor, size: Sequence[int], stride: int | None = None) ->
     return enlarge(logits.float(), (height, width), stride)
 
 
-def _pad(images: Tensor) -> Tensor:
+def pad(images: Tensor) -> Tensor:
+    """Images [B, C, H, W] whose edge is repeated at the bottom and right, to multiples of :data:`MULTIPLE`."""
     height, width = images.shape[-2:]
     # Not "-height % 32": written so, the exporter can prove that the sum is a multiple of 32 for every height.
     bottom = (height + MULTIPLE - 1) // MULTIPLE * MULTIPLE - height
@@ -177,7 +180,8 @@ def _pad(images: Tensor) -> Tensor:
     return images
 
 
-def _crop(tap: Tensor, height: int, width: int, stride: int) -> Tensor:
+def crop_to_stride(tap: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """The cells of a tap [B, C, h, w] that stand for an image of height and width before it was padded."""
     return crop(tap, (height + stride - 1) // stride, (width + stride - 1) // stride)
 
 

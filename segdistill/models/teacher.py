@@ -5,8 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from segdistill.models.outputs import ModelInfo, Outputs
-from segdistill.models.segmenter import Segmenter
+from segdistill.models.outputs import ModelInfo, Outputs, SegmentationNetwork
 
 
 class Teacher(nn.Module):
@@ -16,9 +15,9 @@ class Teacher(nn.Module):
     an optimiser does not find it and a checkpoint does not hold it. Moves (``to``, ``cuda``, ``float``) do reach it.
     """
 
-    segmenter: Segmenter
+    segmenter: SegmentationNetwork
 
-    def __init__(self, segmenter: Segmenter) -> None:
+    def __init__(self, segmenter: SegmentationNetwork) -> None:
         super().__init__()
         self.training = False
         segmenter.eval().requires_grad_(False)
@@ -36,7 +35,7 @@ class Teacher(nn.Module):
             images: [B, 3, H, W], float RGB in 0..1.
         """
         with torch.no_grad():
-            return self.segmenter(images)
+            return self.segmenter(images)  # type: ignore[no-any-return]
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stays in eval mode."""

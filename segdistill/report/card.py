@@ -52,7 +52,8 @@ def model_card(
         "| licence of the data | not stated by the data set; it binds the use of this network |",
         "| licence of the teacher's weights | not stated in its file; where they were imported, or first downloaded,"
         " it binds the use of this network |",
-        f"| teacher | test mIoU {text.mean(teacher.test_miou)} %, weights {protocol.teacher_sha256[:16]} |",
+        f"| teacher | test mIoU {text.mean(teacher.test_miou)} %, {protocol.teacher_network or 'a network'} with"
+        f" weights {protocol.teacher_sha256[:16]} |",
         f"| test mIoU | {text.percent(seed.test_miou)} %; over all seeds {text.spread(row.test_miou)} % |",
         f"| validation mIoU | {text.percent(seed.val_miou)} %, by which it was chosen |",
         f"| against its undistilled twin | {against(row, twin, protocol.confidence)} |",

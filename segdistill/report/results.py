@@ -132,6 +132,8 @@ class Protocol:
     data_content: str
     # Of the teacher's weights.
     teacher_sha256: str
+    # What it is, in words; None where its evaluation does not say.
+    teacher_network: str | None = None
     # How an image of the test split was shown to every network.
     inference: InferenceConfig | None = None
     # What ``busy_seconds`` are of: "CPU", "GPU", or "wall" where a training does not say.

@@ -285,7 +285,8 @@ def provenance(comparison: Comparison) -> str:
     identities = {
         name(row): " ".join(seed.identity[:8] for seed in row.seeds if seed.identity) for row in comparison.rows
     }
-    parts = [f"data {protocol.data_content}", f"teacher {protocol.teacher_sha256[:8]}"]
+    network = f" ({protocol.teacher_network})" if protocol.teacher_network else ""
+    parts = [f"data {protocol.data_content}", f"teacher {protocol.teacher_sha256[:8]}{network}"]
     parts += [f"code {' '.join(codes)}"] if codes else []
     named = ", ".join(f"{student} {identity}" for student, identity in identities.items() if identity)
     return ", ".join(parts) + (f"; identities by seed: {named}" if named else "")

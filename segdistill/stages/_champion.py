@@ -8,14 +8,14 @@ from segdistill.errors import UserError
 
 if TYPE_CHECKING:
     from segdistill.adapters.mlflow_registry import ChampionScore
-    from segdistill.models.segmenter import Segmenter
+    from segdistill.models.outputs import SegmentationNetwork
     from segdistill.report.results import Comparison
 
 
 def evaluate_champion(
     champion: Path,
     *,
-    segmenter: "Segmenter",
+    segmenter: "SegmentationNetwork",
     results: "Comparison",
     prepared: Path,
     inference: InferenceConfig,

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ def check(teacher: TeacherConfig, experiments: Mapping[str, ExperimentConfig], *
     from torch import nn
 
     from segdistill.models.network import resolve_encoder
+    from segdistill.models.teachers import family_of, require_labels
     from segdistill.models.weights import local_weights_path
 
     models = {"train_teacher": teacher.model}
@@ -42,16 +43,20 @@ def check(teacher: TeacherConfig, experiments: Mapping[str, ExperimentConfig], *
             resolve_encoder(model.encoder, model.architecture)
             if files and model.encoder_weights not in ("none", "imagenet"):
                 local_weights_path(model.encoder_weights)
-    if files and teacher.import_from is not None and not teacher.import_from.is_dir():
-        raise UserError(f"train_teacher.import_from: {teacher.import_from}: no such folder")
+    imported = teacher.folders if files else []
+    with _at("train_teacher.import_from: "):
+        for folder in imported:
+            family_of(folder)
+    if imported:
+        require_labels(imported, teacher.labels)
     for name, settings in experiments.items():
         for index, (_, method) in enumerate(parse_methods(name, settings)[1]):
             for path in _paths(method):
                 if files and not path.is_file():
                     raise UserError(f"experiments.{name}.methods.{index}: {path}: no such file")
-    asked = repr((teacher.model, experiments))
+    asked = repr((teacher.model, imported, experiments))
     if outlines and asked not in _BUILT:
-        _build(teacher.model, experiments, models)
+        _build(teacher.model, imported, experiments, models)
         _BUILT.add(asked)
 
 
@@ -69,17 +74,25 @@ def _at(where: str) -> Any:
 
 
 def _build(
-    teacher: ModelConfig, experiments: Mapping[str, ExperimentConfig], models: Mapping[str, ModelConfig]
+    teacher: ModelConfig,
+    imported: Sequence[Path],
+    experiments: Mapping[str, ExperimentConfig],
+    models: Mapping[str, ModelConfig],
 ) -> None:
     import torch
 
     from segdistill.methods import build_offline, build_online
+    from segdistill.models.teachers import outline as teacher_outline
 
     built: dict[str, Segmenter] = {}
     for where, model in models.items():
         if repr(model) not in built:
             with _at(f"{where}."):
                 built[repr(model)] = outline(model)
+    teaching = built[repr(teacher)].info
+    if imported:
+        with _at("train_teacher.import_from: "):
+            teaching = dataclasses.replace(teacher_outline(imported), num_classes=CLASSES)
     for name, settings in experiments.items():
         kind, parsed = parse_methods(name, settings)
         configs = [config for _, config in parsed]
@@ -89,7 +102,7 @@ def _build(
         infos = {key: student.info for key, student in students.items()}
         with _at(f"experiments.{name}: "), torch.random.fork_rng(devices=[]), torch.device("meta"):
             if kind == "offline":
-                methods = build_offline(configs, next(iter(infos.values())), built[repr(teacher)].info)
+                methods = build_offline(configs, next(iter(infos.values())), teaching)
             else:
                 methods = build_online(configs, infos)
             for method in methods.values():

@@ -244,6 +244,7 @@ def _protocol(
         block=config.block,
         data_content=info.content_hash,
         teacher_sha256=taught.test["weights_sha256"],
+        teacher_network=taught.test.get("network"),
         inference=parse(InferenceConfig, inference, "inference")
         if (inference := taught.test.get("inference"))
         else None,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from segdistill.data.shards import DatasetInfo, ShardDataset
     from segdistill.engine.distributed import Processes
     from segdistill.engine.evaluate import Evaluation
-    from segdistill.models.segmenter import Segmenter
+    from segdistill.models.outputs import SegmentationNetwork
 
 
 AGAIN, TRAIN = "run the stage 'evaluate' again", "run the stage that trains it again"
@@ -130,6 +130,7 @@ def _evaluate(
     test_set: "ShardDataset", identity: str, tracker: Tracker, processes: "Processes",
 ) -> None:  # fmt: skip
     from segdistill.models.export import load_model
+    from segdistill.models.teachers import title
 
     models: dict[str, Any] = {}
     counts: dict[str, Any] = {}
@@ -142,6 +143,7 @@ def _evaluate(
             network, document = load_model(model, name, processes.device, classes=classes)
             models[name], counts[name] = _measure(network, name, test_set, info, config, folder, processes)
             models[name]["weights_sha256"] = document["sha256"]
+            models[name]["network"] = title(document["model"])
         report = {
             "models": models, "split": "test", "samples": len(test_set), "classes": classes,
             "data_content": info.content_hash, "identity": identity,
@@ -155,8 +157,8 @@ def _evaluate(
 
 
 def _measure(
-    network: "Segmenter", name: str, test_set: "ShardDataset", info: "DatasetInfo", config: Config, folder: Path,
-    processes: "Processes",
+    network: "SegmentationNetwork", name: str, test_set: "ShardDataset", info: "DatasetInfo", config: Config,
+    folder: Path, processes: "Processes",
 ) -> tuple[dict[str, Any], "NDArray[np.int64]"]:  # fmt: skip
     """What evaluation.json says of a network, and its counts of each image; the files of one network are written."""
     import numpy as np
@@ -234,7 +236,9 @@ def _write_images(
     pyarrow.parquet.write_table(pyarrow.concat_tables(tables), folder / "per_image.parquet")
 
 
-def _pass_seconds(network: "Segmenter", size: tuple[int, int], repeats: int, processes: "Processes") -> list[float]:
+def _pass_seconds(
+    network: "SegmentationNetwork", size: tuple[int, int], repeats: int, processes: "Processes"
+) -> list[float]:
     """Seconds of each of some forward passes of one image, when warm."""
     import torch
 
@@ -252,7 +256,7 @@ def _pass_seconds(network: "Segmenter", size: tuple[int, int], repeats: int, pro
 
 
 def _pictures(
-    network: "Segmenter", name: str, test_set: "ShardDataset", info: "DatasetInfo", evaluation: "Evaluation",
+    network: "SegmentationNetwork", name: str, test_set: "ShardDataset", info: "DatasetInfo", evaluation: "Evaluation",
     config: Config, folder: Path, processes: "Processes",
 ) -> None:  # fmt: skip
     """The confusion map, and predictions on evenly spread test images: the same ones for every network.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-    from segdistill.models.segmenter import Segmenter
+    from segdistill.models.outputs import SegmentationNetwork
     from segdistill.report.results import Comparison
 
 COMPARE = "run the stage 'compare' again"
@@ -214,7 +214,9 @@ def onnx_file(program: "ExportedProgram", network: "nn.Module", document: Mappin
         return path.read_bytes()
 
 
-def overlays(segmenter: "Segmenter", prepared: Path, inference: InferenceConfig, number: int = 4) -> dict[str, bytes]:
+def overlays(
+    segmenter: "SegmentationNetwork", prepared: Path, inference: InferenceConfig, number: int = 4
+) -> dict[str, bytes]:
     """Evenly spread test images with labels and prediction, as PNG files by their names in the version's artefact."""
     from segdistill.data.decoding import encode_png
     from segdistill.data.shards import ShardDataset, read_dataset_info

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from segdistill.config import flatten, to_dict
 from segdistill.engine.tracker import Tracker
 from segdistill.identity import Identity, effective
-from segdistill.plan import TEACHER, TRAINING, TeacherConfig, TeacherPlan, code_of, read_plan
+from segdistill.plan import TEACHER, TeacherConfig, TeacherPlan, read_plan
 from segdistill.report.highlights import Highlights, trained
 from segdistill.stages._cohort import made_by
 
@@ -36,14 +36,14 @@ def run(
     from segdistill.engine.distributed import processes as join
 
     config: TeacherConfig = read_plan(TeacherPlan, plan).settings
-    if config.import_from is not None:
-        return _import(config, config.import_from, prepared, teacher, tracker, device)
+    if config.folders:
+        return _import(config, prepared, teacher, tracker, device)
     settings = {
         "model": to_dict(config.model), "optimizer": to_dict(config.optimizer),
         "inference": to_dict(config.inference), "train": effective(config.train),
     }  # fmt: skip
     content = read_dataset_info(prepared).content_hash
-    identity = Identity(content, None, config.seed, settings, code_of(TRAINING))
+    identity = Identity(content, None, config.seed, settings, config.code)
     if made_by(teacher, "metrics.json") == identity.key:
         return {}
     with join(device) as processes:
@@ -65,13 +65,18 @@ def _train(
     from segdistill.engine.building import build_learner
     from segdistill.engine.cohort import Cohort
     from segdistill.engine.progress import TrainingBar
+    from segdistill.engine.supervision import class_weights
     from segdistill.engine.trainer import Ended, Training
     from segdistill.stages._training import dataset, forget, write
 
     info, train_set, val_set = dataset(prepared, Memory(config.train.cache_gib))
     work = work or teacher.with_name(teacher.name + ".work")
+    learner = build_learner(
+        {TEACHER: config.model}, seed=config.seed, num_classes=info.num_classes, loss=config.train.loss,
+        class_weights=class_weights(config.train.loss, prepared, "train_teacher.train.loss"),
+    )  # fmt: skip
     training = Training(
-        name=TEACHER, learner=build_learner({TEACHER: config.model}, seed=config.seed, num_classes=info.num_classes),
+        name=TEACHER, learner=learner,
         optimizers={TEACHER: config.optimizer}, fingerprint=identity.key, work=work, trackers={TEACHER: tracker},
     )  # fmt: skip
     with TrainingBar(TEACHER, [[TEACHER]], [1], enabled=processes.is_main) as bar:
@@ -95,32 +100,35 @@ def _train(
     return cohort.seconds
 
 
-def _import(
-    config: TeacherConfig, folder: Path, prepared: Path, teacher: Path, tracker: Tracker, device: str
-) -> dict[str, float]:
-    """Takes a trained teacher as it is, and measures its validation score here."""
+def _import(config: TeacherConfig, prepared: Path, teacher: Path, tracker: Tracker, device: str) -> dict[str, float]:
+    """Takes a trained teacher as it is, and measures its validation score here, unless that is done."""
     from segdistill.engine.distributed import processes as join
     from segdistill.engine.evaluate import evaluate
     from segdistill.engine.learner import Learner
     from segdistill.engine.trainer import Result
-    from segdistill.models.export import load_model
+    from segdistill.models.teachers import files_hash, open_teacher
     from segdistill.stages._training import dataset, write
 
     started = time.monotonic()
     info, _, val_set = dataset(prepared)
+    settings = {
+        "imported": files_hash(config.folders), "labels": config.labels, "inference": to_dict(config.inference)
+    }  # fmt: skip
+    identity = Identity(info.content_hash, None, config.seed, settings, config.code)
+    if made_by(teacher, "metrics.json") == identity.key:
+        return {}
     with join(device) as processes:
-        network, document = load_model(folder, TEACHER, classes=[item.name for item in info.classes])
+        network = open_teacher(config.folders, [item.name for item in info.classes], config.labels)
         network.to(processes.device)
         evaluation = evaluate(network, val_set, config.inference, num_classes=info.num_classes, processes=processes)
         if processes.is_main:
-            settings = {"imported": document["sha256"], "inference": to_dict(config.inference)}
-            identity = Identity(info.content_hash, None, config.seed, settings, code_of(TRAINING))
             child = _child(tracker, config, identity)
             child.metrics({"val/miou": evaluation.miou, "val/pixel_accuracy": evaluation.accuracy}, 0)
             result = Result(0, 0.0, 0.0, {TEACHER: evaluation}, {TEACHER: []})
             facts = {"config": to_dict(config)}
+            networks: Any = {TEACHER: network}  # a learner of which nothing is asked but to hold it
             write(
-                teacher, Learner({TEACHER: network}), result, info, identity=identity, facts=facts,
+                teacher, Learner(networks), result, info, identity=identity, facts=facts,
                 trackers={TEACHER: child},
             )  # fmt: skip
             child.close()

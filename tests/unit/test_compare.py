@@ -21,7 +21,7 @@ from segdistill.data.shards import read_dataset_info
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker
 from segdistill.errors import UserError
 from segdistill.files import seal
-from segdistill.metrics import iou, iou_counts
+from segdistill.metrics import iou_counts, mean_iou, per_class_iou
 from segdistill.plan import Job
 from segdistill.report import charts, page
 from segdistill.report.inputs import Diverged
@@ -182,12 +182,11 @@ class Inputs:
         overlays.mkdir(parents=True, exist_ok=True)
         for index in (0, 4, 8, len(self.ids) - 1):
             Image.fromarray(prediction[index]).save(overlays / f"{self.ids[index]}.png")
-        ious = iou(confusion)
         return {
-            "test/miou": np.nanmean(ious),
+            "test/miou": mean_iou(confusion),
             "test/pixel_accuracy": np.trace(confusion) / confusion.sum(),
             "test/ece": 0.05,
-            "per_class_iou": dict(zip(CLASSES, ious.tolist(), strict=True)),
+            "per_class_iou": per_class_iou(confusion, list(CLASSES)),
             "params": PARAMS[name],
             "macs": 300 * PARAMS[name],
             "latency_ms": PARAMS[name] / 1e5,

@@ -127,8 +127,8 @@ class AdaptivePerspective(OfflineMethod[APDConfig]):
             return
         if "prototype" in self.weights:
             _require_one_width(config, student, teacher)
-        self.student_head = _head(config.student_head, student.last_channels, config)
-        self.teacher_head = _head(config.teacher_head, teacher.last_channels, config)
+        self.student_head = _head(config.student_head, student.channels("last_feature"), config)
+        self.teacher_head = _head(config.teacher_head, teacher.channels("last_feature"), config)
         self.teacher_head.requires_grad_("teacher_head" in self.weights)
 
     def term_weights(self) -> dict[str, float]:
@@ -224,4 +224,4 @@ def _require_one_width(config: APDConfig, student: ModelInfo, teacher: ModelInfo
 
 
 def _width(head: Head, model: ModelInfo, config: APDConfig) -> int:
-    return model.last_channels if head == "identity" else config.out_channels
+    return model.channels("last_feature") if head == "identity" else config.out_channels

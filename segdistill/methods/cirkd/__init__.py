@@ -189,17 +189,20 @@ class CrossImageRelations(OfflineMethod[CIRKDConfig]):
     def __init__(self, config: CIRKDConfig, student: ModelInfo, teacher: ModelInfo) -> None:
         super().__init__(config, student, teacher)
         self.num_classes = student.num_classes
+        if self.weights:
+            teacher.require("last_feature")
         self.projector: nn.Module | None = None
         self.queues: dict[str, ClassQueues] = {}
         kept = {"pixel": config.pixel_queue, "region": config.region_queue}
         kept = {term: size for term, size in kept.items() if term in self.weights}
         if not kept:
             return
-        self.projector = _projector(config.projector, student.last_channels, teacher.last_channels)
-        needed = sum(kept.values()) * self.num_classes * teacher.last_channels * 4 / 2**20
+        width = teacher.last_channels
+        self.projector = _projector(config.projector, student.last_channels, width)
+        needed = sum(kept.values()) * self.num_classes * width * 4 / 2**20
         share = min(1.0, config.memory_mib / needed)
         for term, size in kept.items():
-            self.queues[term] = ClassQueues(self.num_classes, max(int(size * share), 1), teacher.last_channels)
+            self.queues[term] = ClassQueues(self.num_classes, max(int(size * share), 1), width)
         self._queues = nn.ModuleDict(self.queues)  # for registration; the dict is for reading
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,107 @@
+"""Where a teacher may come from: a family of files each, in a module each.
+
+A module has ``outline(folder)``, what is known of the network without its weights; ``read(folder, classes, labels)``,
+the network whose logits are those of the data set's classes; ``build(description, num_classes, where)``, the same from
+the ``config`` of such a network, as ``teacher.json`` keeps it, without weights; and ``names(folder)``, its classes.
+Importing this package imports no torch, and a family's libraries are imported where one of its teachers is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segdistill.errors import UserError, nearest
+from segdistill.files import file_hash
+
+if TYPE_CHECKING:
+    from segdistill.models.outputs import ModelInfo, SegmentationNetwork
+
+FAMILIES = {
+    "segdistill": "segdistill.models.teachers.own",
+    "huggingface": "segdistill.models.teachers.huggingface",
+    "torchvision": "segdistill.models.teachers.torchvision",
+    "ensemble": "segdistill.models.teachers.ensemble",
+}
+MARKERS = {"teacher.json": "segdistill", "torchvision.json": "torchvision", "config.json": "huggingface"}
+"""The file by which a folder's family is known."""
+
+
+def family_of(folder: Path) -> str:
+    """The family of the teacher in a folder.
+
+    Raises:
+        UserError: there is no folder, or none of the files that tell.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    found = next((family for marker, family in MARKERS.items() if (folder / marker).is_file()), None)
+    if found is None:
+        raise UserError(f"{folder}: no teacher in it; allowed: a folder with one of {', '.join(MARKERS)}")
+    return found
+
+
+def require_labels(folders: Sequence[Path], labels: Mapping[str, str]) -> None:
+    """Raises a UserError for an entry of ``train_teacher.labels`` that is a class of none of the teachers."""
+    names = [name for folder in folders for name in _module(family_of(folder)).names(folder)]
+    for name in labels:
+        if name not in names:
+            raise UserError(f"train_teacher.labels: no teacher has a class '{name}'{nearest(name, names)}")
+
+
+def outline(folders: Sequence[Path]) -> ModelInfo:
+    """What is known of the teacher without its weights; of several, of the mean of them."""
+    infos = [_module(family_of(folder)).outline(folder) for folder in folders]
+    return infos[0] if len(infos) == 1 else _module("ensemble").mean_info(infos)  # type: ignore[no-any-return]
+
+
+def open_teacher(folders: Sequence[Path], classes: Sequence[str], labels: Mapping[str, str]) -> SegmentationNetwork:
+    """The trained network in a folder, or the mean of several, with the data set's classes.
+
+    Args:
+        folders: of one teacher or several.
+        classes: the data set's, in order.
+        labels: a class of a teacher -> the data set's, where their names differ.
+
+    Raises:
+        UserError: a file is absent, damaged or of a kind that is not read, or a class has no source.
+    """
+    require_labels(folders, labels)
+    networks = [_module(family_of(folder)).read(folder, classes, labels) for folder in folders]
+    return networks[0] if len(networks) == 1 else _module("ensemble").mean_of(networks)  # type: ignore[no-any-return]
+
+
+def build_network(description: Mapping[str, Any], num_classes: int, where: str) -> SegmentationNetwork:
+    """A network from its description, without weights; no network is asked, and random numbers are left alone."""
+    family = description.get("family", "segdistill")
+    if family not in FAMILIES:
+        raise UserError(f"{where}.family: unknown family '{family}'{nearest(str(family), FAMILIES)}")
+    return _module(family).build(dict(description), num_classes, where)  # type: ignore[no-any-return]
+
+
+def title(description: Mapping[str, Any]) -> str:
+    """A network's description in a few words."""
+    if "members" in description:
+        return f"the mean of {', '.join(title(member) for member in description['members'])}"
+    if "origin" in description:
+        return f"{description['architecture']} from '{description['origin']}'"
+    return f"{description['architecture']} over {description['encoder']}"
+
+
+def files_hash(folders: Sequence[Path]) -> str:
+    """One hash of all files that decide what a teacher is: their names, their content, and the order of folders."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        family_of(folder)
+        for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+            if path.is_file():
+                digest.update(f"{path.name} {file_hash(path)}\n".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _module(family: str) -> Any:
+    return importlib.import_module(FAMILIES[family])
