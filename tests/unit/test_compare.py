@@ -845,7 +845,7 @@ def test_pickled_counts_are_never_loaded(inputs: Inputs) -> None:
     content = dict(np.load(path))
     content["ids"] = np.array(inputs.ids, dtype=object)
     np.savez(path, **content)
-    with pytest.raises(UserError, match=r"cnn\.npz: not the confusion counts"):
+    with pytest.raises(UserError, match=r"cnn\.npz: not the counts that this version of evaluate writes"):
         inputs.compare(["none", "kd"], [0, 1])
 
 
