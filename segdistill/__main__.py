@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     importing.add_argument(
         "layout", help="folder: photos and masks below one, split or not; csv: a list of pairs; or a known layout"
     )
-    importing.add_argument("source", type=Path)
+    importing.add_argument("source", type=Path, help="a folder, a list of pairs, or an archive (zip, tar)")
     importing.add_argument("--out", type=Path, default=Path("data"), help="(%(default)s)")
     _add_wishes(importing)
     fetching = data.add_parser("fetch", help="bring the version of a git revision from its S3 remote, verified")

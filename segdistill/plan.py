@@ -122,10 +122,10 @@ class ExperimentConfig:
     """The methods, each with its ``name``, ``weight`` and what else its config has; none is the undistilled student."""
 
     supervised: Annotated[float, Field(ge=0, le=1e6)] = 1.0
-    """Weight of the cross-entropy to the labels."""
+    """Weight of what the labels teach: the cross-entropy, and what distill.train.loss has beside it."""
 
     auxiliary: Annotated[float, Field(ge=0, le=1e6)] = 0.4
-    """Weight of the auxiliary head's cross-entropy, as a multiple of supervised; matters with model.aux alone."""
+    """Weight of what the labels teach the auxiliary head, as a multiple of supervised; matters with model.aux alone."""
 
     pseudo_labels: Fraction | None = None
     """To the methods, a pixel without a label has the class of which the teacher, or the mean of students that teach

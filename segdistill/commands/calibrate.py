@@ -83,6 +83,7 @@ def run(
     from segdistill.engine.cohort import Cohort
     from segdistill.engine.distributed import processes as join
     from segdistill.engine.progress import TrainingBar
+    from segdistill.engine.supervision import class_weights
     from segdistill.engine.trainer import Diverged, Training
     from segdistill.models.export import load_model
     from segdistill.models.teacher import Teacher
@@ -106,6 +107,7 @@ def run(
             {name: student.model for name, student in settings.students.items()}, [method for _, method in methods],
             seed=seed, num_classes=info.num_classes, teacher=frozen.info if frozen else None,
             supervised=settings.supervised, auxiliary=settings.auxiliary, pseudo_labels=settings.pseudo_labels,
+            loss=train.loss, class_weights=class_weights(train.loss, prepared, "distill.train.loss"),
         )  # fmt: skip
         optimizers = {name: student.optimizer for name, student in settings.students.items()}
         memory = Memory(train.cache_gib)

@@ -20,15 +20,24 @@ def command(arguments: argparse.Namespace) -> None:
 
 
 def _check_data(params: Mapping[str, Any]) -> None:
-    """Whether the data set, if it is here, has the images without labels that are asked for."""
+    """Whether the data set, if it is here, has the images without labels, and the classes, that are asked for."""
     from segdistill.data.layouts import WITHOUT_MASKS, open_layout
+    from segdistill.engine.supervision import require_known
 
     folder, wanted = Path(BY_NAME["prepare"].inputs["data"]), params["distill"]["train"].get("unlabelled", 0)
     all_labelled = params["prepare"].get("labelled", 1.0) == 1.0
-    if not (wanted and all_labelled and folder.is_dir()):
+    weights = {
+        f"{section}.train.loss.class_weights": (params[section]["train"].get("loss", {}).get("class_weights") or {})
+        for section in ("train_teacher", "distill")
+    }
+    named = any(rule.get("weights") for rule in weights.values())
+    if not ((wanted and all_labelled) or named) or not folder.is_dir():
         return
-    if WITHOUT_MASKS not in open_layout(params["prepare"]["layout"], folder).splits:
+    layout = open_layout(params["prepare"]["layout"], folder)
+    if wanted and all_labelled and WITHOUT_MASKS not in layout.splits:
         raise UserError(
             f"distill.train.unlabelled: {wanted}, but {folder} has no images in the split '{WITHOUT_MASKS}'; give the"
             " data set some, lower prepare.labelled, or set it to 0"
         )
+    for key, rule in weights.items():
+        require_known(rule.get("weights", {}), [entry.name for entry in layout.classes], key)

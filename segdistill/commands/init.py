@@ -167,8 +167,9 @@ def _bring(arguments: argparse.Namespace) -> str:
             f"{DATA}: has a data set, and is not overwritten; for that one: segdistill init; for {folder}: first remove"
             f" {DATA} (the streets come back by segdistill data synth --out {DATA})"
         )
-    say(DATA, import_dataset(layout, folder, DATA, wishes=wishes_of(arguments)))
-    return "folder"
+    imported = import_dataset(layout, folder, DATA, wishes=wishes_of(arguments))
+    say(DATA, imported)
+    return imported.layout
 
 
 def _facts(layout: "Layout") -> Facts:

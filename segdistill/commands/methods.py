@@ -37,7 +37,7 @@ In the terminal, `segdistill methods` prints the table below and `segdistill met
 ## In an experiment
 
 An experiment in `params.yaml` has students and a list of methods. Any number of methods of one kind go together; their
-weighted terms are added to the cross-entropy:
+weighted terms are added to what the labels teach, by default the cross-entropy:
 
 ```yaml
 experiments:
@@ -58,7 +58,8 @@ the reason.
 
 ## Weights
 
-    loss = supervised * cross-entropy + sum over methods of  r * weight * term_weight * term
+    loss = supervised * labels + sum over methods of  r * weight * term_weight * term
+    labels = cross_entropy * ce + dice * dice + lovasz * lovasz, by default ce
 
 * A *term* is raw: in float32 a mean over the valid pixels of the batch that a process holds, so that its size depends
   neither on the batch nor on the resolution, unless the method says otherwise. Raw and weighted terms are both logged.
@@ -69,6 +70,44 @@ the reason.
   orders of magnitude. The defaults are published weights in our reduction; "Weights" under a method says how.
 * For another data set or other networks, `segdistill calibrate --experiment NAME` measures the terms and prints the
   weights that give them a chosen strength beside the cross-entropy.
+
+## What the labels teach
+
+`distill.train.loss` says it for every experiment, with methods and without, `train_teacher.train.loss` for the teacher:
+
+```yaml
+loss: {cross_entropy: 1.0, class_weights: {name: median_frequency}, lovasz: 0.5}
+loss: {ohem: {threshold: 0.7, min_kept: 10000}, dice: 1.0}
+loss: {class_weights: {name: given, weights: {pedestrian: 5.0, sky: 0.5}}}
+```
+
+Every part is taken at the labels' size, over the pixels that have a label, void and images without masks left out, and
+is logged under its own name (`train/loss/ce`, `dice`, `lovasz`). An auxiliary head has the same (`aux_ce`, ...), times
+`auxiliary`. What a method compares with labels is its own affair. A part of weight 0 is not computed, but for the
+cross-entropy. p is the softmax over classes, y the label of a pixel, w the weight of its class.
+
+```text
+ce                sum w(y) * -log p(y) / sum w(y), over all pixels, or with ohem over the hard ones
+median_frequency  w(c) = median(f) / f(c), f(c) = pixels of c / pixels of the images that have c
+effective_number  w(c) = (1 - beta) / (1 - beta^n(c)), n(c) = pixels of c, scaled to a mean of 1 over the classes
+ohem              hard: p(y) < threshold; if they are fewer than min_kept an image, the hardest up to that number
+dice              mean over c of 1 - 2 * sum p_c y_c / (sum p_c + sum y_c)
+lovasz            mean over c of the Lovasz extension of 1 - IoU at the errors |y_c - p_c|
+```
+
+* Pixels are counted by `prepare`, in the labelled training images as they are stored; a class that none of them has is
+  left out and weighs 0. Beta is 1 - 1 / N in the paper; left out, N is the pixels of a mean class. With the paper's
+  0.9 to 0.9999, made for counts of images, all classes of many pixels weigh alike.
+* Dice and Lovasz-softmax are means over the classes that the labels at hand have: of the pixels of a forward pass
+  together, not image by image.
+* **In parts.** A batch that is accumulated, or shared by processes, has the cross-entropy of the whole batch, class
+  weights included: sums are divided by the weight of the labels in an average part. Which pixels are hard, Dice and
+  Lovasz-softmax are not sums over pixels, so they go by the part: their value and gradient depend on how many parts
+  there are.
+* From Eigen and Fergus 2015, arXiv:1411.4734 (median frequency); Cui et al. 2019, arXiv:1901.05555 (effective number);
+  Shrivastava et al. 2016, arXiv:1604.03540 (OHEM, of regions; pixels and the threshold are public segmentation code's);
+  Milletari et al. 2016, arXiv:1606.04797 (Dice; there with squares below the line); Berman et al. 2018,
+  arXiv:1705.08790 (Lovasz-softmax, classes of the batch).
 
 ## What a number obtained here is
 

@@ -15,7 +15,7 @@ from PIL import __version__ as pillow_version
 
 from segdistill.data.checks import load_sample
 from segdistill.data.decoding import FILE_LIMIT, BadFile, encode_png, image_format
-from segdistill.data.layouts import IGNORE_INDEX, Layout, Legend, Sample
+from segdistill.data.layouts import IGNORE_INDEX, UNLABELLED, Layout, Legend, Sample
 from segdistill.data.parallel import ordered_map
 from segdistill.data.shards import (
     INFO_FILE,
@@ -178,6 +178,7 @@ def _encode(sample: Sample, root: Path, legend: Legend, max_side: int | None) ->
         "sha256": sample_hash(content, label),
         "image_file": sample.image.relative_to(root).as_posix(),
         "mask_file": sample.mask.relative_to(root).as_posix() if sample.mask else None,
+        "class_pixels": np.trim_zeros(np.bincount(labels.ravel())[:UNLABELLED], "b").tolist(),
         "sequence": sample.sequence,
     }
 
@@ -192,7 +193,8 @@ def _key(shard: Shard, layout: Layout, max_side: int | None) -> str:
             require_regular(path, limit=FILE_LIMIT)
             state = path.stat()
             files.append([sample.id, path.relative_to(layout.root).as_posix(), state.st_size, state.st_mtime_ns])
-    made_by = [pillow_version, pyarrow.__version__, layout.legend.label_map.tolist(), layout.legend.colors, max_side]
+    layout_facts = [layout.legend.label_map.tolist(), layout.legend.colors, max_side]
+    made_by = ["class_pixels", pillow_version, pyarrow.__version__, *layout_facts]
     return hashlib.sha256(json.dumps([made_by, files]).encode()).hexdigest()
 
 

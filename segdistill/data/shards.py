@@ -215,13 +215,29 @@ def shard_schema() -> Any:
     )
 
 
-def _read_manifest(prepared: Path, split: str) -> Any:
-    """A ``pyarrow.Table`` of the samples of a split: their names and places."""
+def read_class_pixels(prepared: Path, split: str) -> np.ndarray:
+    """How many pixels of each class the labels of each sample have.
+
+    Shape:
+        returns [N, K] int64.
+
+    Raises:
+        UserError: the folder was not written by this version of the stage ``prepare``, or is damaged.
+    """
+    rows = _read_manifest(prepared, split, "class_pixels")["class_pixels"].to_pylist()
+    pixels = np.zeros((len(rows), read_dataset_info(prepared).num_classes), dtype=np.int64)
+    for sample, row in zip(pixels, rows, strict=True):  # a row goes as far as the last class that is there
+        sample[: len(row)] = row
+    return pixels
+
+
+def _read_manifest(prepared: Path, split: str, *more: str) -> Any:
+    """A ``pyarrow.Table`` of the samples of a split: their names and places, and more columns."""
     import pyarrow.compute
     import pyarrow.parquet
 
     content = read_sealed(prepared, MANIFEST_FILE, mend=MEND, limit=MANIFEST_LIMIT)
-    names = ["split", "id", *PLACE]
+    names = ["split", "id", *PLACE, *more]
     try:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(content), columns=names, use_threads=False)
         table = table.select(names).filter(pyarrow.compute.field("split") == split).combine_chunks()

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from segdistill.engine.learner import Learner
+from segdistill.engine.settings import LossConfig
+from segdistill.engine.supervision import Supervision
 from segdistill.methods import build_offline, build_online
 from segdistill.models.config import ModelConfig
 from segdistill.models.outputs import ModelInfo
@@ -22,6 +24,8 @@ def build_learner(
     supervised: float = 1.0,
     auxiliary: float = 0.4,
     pseudo_labels: float | None = None,
+    loss: LossConfig | None = None,
+    class_weights: Sequence[float] | None = None,
 ) -> Learner:
     """A learner whose weights depend on the seed alone.
 
@@ -31,9 +35,11 @@ def build_learner(
         seed: of all weights.
         num_classes: of the data set.
         teacher: what is known of the teacher's network.
-        supervised: weight of the cross-entropy to the labels.
-        auxiliary: weight of the auxiliary head's, times ``supervised``.
+        supervised: weight of what the labels teach.
+        auxiliary: weight of what they teach the auxiliary head, times ``supervised``.
         pseudo_labels: how sure who teaches must be to give an unlabelled pixel its class; None gives none.
+        loss: what the labels teach; None is the cross-entropy.
+        class_weights: how much a pixel of each class counts in it; None counts all alike.
 
     Raises:
         UserError: a network that cannot be built, or methods and networks that do not go together.
@@ -45,4 +51,7 @@ def build_learner(
         built = build_online(methods, infos)
     else:
         built = build_offline(methods, infos[next(iter(infos))], teacher)
-    return Learner(networks, built, supervised=supervised, auxiliary=auxiliary, pseudo_labels=pseudo_labels)
+    return Learner(
+        networks, built, supervised=supervised, auxiliary=auxiliary, pseudo_labels=pseudo_labels,
+        supervision=Supervision(loss, class_weights),
+    )  # fmt: skip

@@ -3,8 +3,9 @@
 A single training is a cohort of one. Laws (tests/contracts/test_loop_laws.py, test_cohort_laws.py): a cohort of K gives
 what K cohorts of one give, bit for bit on one CPU process, in any order; so does one that is interrupted and resumed,
 and one of which a member diverges. One batch of 8 = four of 2 accumulated = two processes of 4: this holds for the
-cross-entropy wherever labels are missing. Of a method's terms it holds for means over images or over all pixels; a mean
-over labelled pixels is one of the piece that a process has before it, and so is what relates the images of a batch.
+cross-entropy wherever labels are missing, with class weights too. Which pixels are hard, Dice and Lovasz go by the
+piece that a process has before it, and so do a method's means over labelled pixels, and what relates the images of a
+batch; for a method's means over images or over all pixels the law holds.
 """
 
 import contextlib
@@ -23,9 +24,10 @@ from segdistill.engine.evaluate import Evaluation, evaluate_together
 from segdistill.engine.progress import Advance
 from segdistill.engine.settings import InferenceConfig, TrainConfig
 from segdistill.engine.stopwatch import timed
+from segdistill.engine.supervision import Supervision
 from segdistill.engine.trainer import AGREE_EVERY, Diverged, Ended, Result, Trainer, Training, autocast
 from segdistill.errors import GOES_ON, Interrupted, UserError, stop_on_signal
-from segdistill.losses import labelled_mask
+from segdistill.losses import above_zero
 from segdistill.models.segmenter import Segmenter
 from segdistill.models.teacher import Teacher
 
@@ -39,7 +41,7 @@ class Cohort:
     resume, waits for them; one whose budget is used leaves.
 
     Args:
-        trainings: the members.
+        trainings: the members; what labels teach is the same in all of them.
         train_set: what is learned from.
         val_set: what is validated on; None never validates.
         config: the loop.
@@ -197,7 +199,7 @@ class Cohort:
             waited = time.monotonic() - asked
             self.seconds["data"] += waited
             self.seconds["training"] -= waited
-            pixels = self._pixels([labels for _, labels in pieces])
+            mass = self._mass([labels for _, labels in pieces], takers[0].learner.supervision)
         for number, (images, labels) in enumerate(pieces):
             last = number == len(pieces) - 1
             with timed(device, *(member.stopwatch for member in takers)):
@@ -211,19 +213,19 @@ class Cohort:
                 with timed(device, member.stopwatch):
                     outputs = teacher_outputs if member.learner.needs_teacher else None
                     part = slice(None) if member.takes_unlabelled else labelled
-                    member.learn(images[part], target[part], pixels, outputs, last=last)
+                    member.learn(images[part], target[part], mass, outputs, last=last)
                     if last:
                         member.step()
         for member in takers:
             member.look_at_the_clock()
 
-    def _pixels(self, targets: list[Tensor]) -> Tensor | None:
-        """The labelled pixels of an average piece of the batch, over all processes; None if there is one piece."""
+    def _mass(self, targets: list[Tensor], supervision: Supervision) -> Tensor | None:
+        """The labels' mass in an average piece of the batch, over all processes; None if there is one piece."""
         count = len(targets) * self.processes.world_size
         if count == 1:
             return None
-        labelled = torch.stack([labelled_mask(target).sum() for target in targets]).sum()
-        return self.processes.sum(labelled).clamp_min(1) / count
+        mass = torch.stack([supervision.mass(target) for target in targets]).sum()
+        return above_zero(self.processes.sum(mass)) / count
 
     def _agree(self, stop: threading.Event, iteration: int, takers: Mapping[str, Trainer]) -> bool:
         """Whether all processes stop now, because any of them was told to; makes all see the slowest clock."""

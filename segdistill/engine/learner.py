@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from segdistill.losses import cross_entropy, with_pseudo_labels
+from segdistill.engine.supervision import Supervision
+from segdistill.losses import with_pseudo_labels
 from segdistill.methods.method import Method, OfflineMethod
 from segdistill.models.outputs import Outputs
 from segdistill.models.segmenter import Segmenter
@@ -15,7 +16,8 @@ from segdistill.models.segmenter import Segmenter
 class Learner(nn.Module):
     """One forward gives every student's raw terms, :meth:`weights` what each term counts for, whichever student's.
 
-    A term is ``ce`` or ``aux_ce``, or a method's: ``kd.kl``, the method's name and the method's own name of it.
+    A term is the labels' (``ce``, or ``aux_ce`` of the auxiliary head; see :class:`Supervision`) or a method's:
+    ``kd.kl``, the method's name and the method's own name of it.
 
     Students and methods are submodules, so that one DDP wraps them together. The teacher is none of it: a cohort of
     learners shares one.
@@ -23,10 +25,11 @@ class Learner(nn.Module):
     Args:
         students: name -> segmenter; one with offline methods, several with online ones.
         methods: the experiment's methods by the names that their terms carry.
-        supervised: weight of the cross-entropy to the labels.
-        auxiliary: weight of the auxiliary head's cross-entropy, times ``supervised``.
+        supervised: weight of what the labels teach.
+        auxiliary: weight of what they teach the auxiliary head, times ``supervised``.
         pseudo_labels: to the methods, an unlabelled pixel has the class of which the teacher, or the mean of students
             that teach each other, is at least so sure; None leaves it unlabelled.
+        supervision: what the labels teach; None is the cross-entropy.
     """
 
     def __init__(
@@ -37,14 +40,17 @@ class Learner(nn.Module):
         supervised: float = 1.0,
         auxiliary: float = 0.4,
         pseudo_labels: float | None = None,
+        supervision: Supervision | None = None,
     ) -> None:
         super().__init__()
-        self.pseudo_labels = pseudo_labels
+        self.pseudo_labels, self.supervision = pseudo_labels, supervision or Supervision()
         # Plain dicts for reading, ModuleDicts for registration: nn.ModuleDict forgets what its values are.
         self.students, self.methods = dict(students), dict(methods or {})
         self._students, self._methods = nn.ModuleDict(students), nn.ModuleDict(self.methods)
         self.needs_teacher = any(isinstance(method, OfflineMethod) for method in self.methods.values())
-        self.factors = {"ce": supervised, "aux_ce": supervised * auxiliary}
+        labels = self.supervision.factors.items()
+        self.factors = {term: supervised * factor for term, factor in labels}
+        self.factors |= {f"aux_{term}": supervised * auxiliary * factor for term, factor in labels}
         self.ramps: dict[str, float] = {}  # the part of the budget over which a factor rises, where it does
         for label, method in self.methods.items():
             self.factors |= {f"{label}.{term}": weight for term, weight in method.weights.items()}
@@ -55,17 +61,17 @@ class Learner(nn.Module):
         self._features: dict[str, Tensor] | None = None
 
     def forward(
-        self, images: Tensor, target: Tensor, pixels: Tensor | None = None, teacher_outputs: Outputs | None = None
+        self, images: Tensor, target: Tensor, mass: Tensor | None = None, teacher_outputs: Outputs | None = None
     ) -> dict[str, dict[str, Tensor]]:
         """The raw terms of one batch, float32 scalars, by student and term.
 
         Args:
-            pixels: what the sums of cross-entropies are divided by if this is a piece of a batch; see
+            mass: what the sums of cross-entropies are divided by if this is a piece of a batch; see
                 :func:`segdistill.losses.cross_entropy`.
             teacher_outputs: what the teacher gives for the images, where :attr:`needs_teacher`.
 
         Shape:
-            images: [B, 3, H, W] float RGB in 0..1; target: [B, H, W] int64; pixels: scalar.
+            images: [B, 3, H, W] float RGB in 0..1; target: [B, H, W] int64; mass: scalar.
         """
         outputs = {name: student(images) for name, student in self.students.items()}
         if self._features is not None:
@@ -73,9 +79,10 @@ class Learner(nn.Module):
         terms: dict[str, dict[str, Tensor]] = {}
         for name, output in outputs.items():
             # With a weight of 0 the cross-entropy is still reported, but nothing flows through it.
-            terms[name] = {"ce": cross_entropy(output.logits, target, pixels)}
+            terms[name] = self.supervision(output.logits, target, mass)
             if output.aux_logits is not None:
-                terms[name]["aux_ce"] = cross_entropy(output.aux_logits, target, pixels)
+                auxiliary = self.supervision(output.aux_logits, target, mass)
+                terms[name] |= {f"aux_{term}": loss for term, loss in auxiliary.items()}
         if self.pseudo_labels is not None:
             judges = [output.logits for output in outputs.values()]
             if self.needs_teacher and teacher_outputs is not None:
@@ -92,8 +99,8 @@ class Learner(nn.Module):
         return terms
 
     def banks(self) -> list[str]:
-        """Names, in the state, of what methods remember: buffers that every process fills alike."""
-        return [name for name, _ in self.named_buffers() if name.startswith("_methods.")]
+        """Names of buffers that are alike in every process: what methods remember, and the weights of classes."""
+        return [name for name, _ in self.named_buffers() if name.startswith(("_methods.", "supervision."))]
 
     @staticmethod
     def short_name(key: str) -> str:

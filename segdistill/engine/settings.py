@@ -16,6 +16,7 @@ Images = Annotated[int, Field(ge=1, le=65536)]
 WindowSide = Annotated[int, Field(ge=16, le=16384)]  # pixels
 Decay = Annotated[float, Field(ge=0, le=10)]
 Multiplier = Annotated[float, Field(ge=1e-3, le=1000)]
+LossWeight = Annotated[float, Field(ge=0, le=1e6)]
 # In one forward pass of all processes. A thousand times what one GPU takes at 1024 x 1024; beyond it is a slip.
 MOST_PIXELS = 2**30
 
@@ -124,6 +125,79 @@ OptimizerConfig = Annotated[SGDConfig | AdamWConfig | AdamConfig, Field(discrimi
 
 
 @config
+class MedianFrequencyConfig:
+    """Of class c: median over classes of f / f(c); f(c): its pixels over those of the training images that have it."""
+
+    name: Literal["median_frequency"] = "median_frequency"
+
+
+@config
+class EffectiveNumberConfig:
+    """Of class c with n(c) training pixels: (1 - beta) / (1 - beta^n(c)), times what makes the mean of classes 1."""
+
+    name: Literal["effective_number"] = "effective_number"
+    beta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """How few pixels say all that there is to know of a class: 1 / (1 - beta). Null: the pixels of a mean class."""
+
+
+@config
+class GivenWeightsConfig:
+    """Weights by the names of classes."""
+
+    name: Literal["given"] = "given"
+    weights: Annotated[dict[str, LossWeight], Field(min_length=1)]
+    """Class name -> weight; a class that is not named has 1."""
+
+
+ClassWeightsConfig = Annotated[
+    MedianFrequencyConfig | EffectiveNumberConfig | GivenWeightsConfig, Field(discriminator="name")
+]
+
+
+@config
+class OhemConfig:
+    """Which pixels the cross-entropy is taken over: the hard ones."""
+
+    threshold: Fraction
+    """A pixel is hard where the probability of its class is below this; 0 keeps the min_kept hardest alone."""
+
+    min_kept: Annotated[int, Field(ge=1, le=MOST_PIXELS)]
+    """Pixels an image: if fewer are hard in a forward pass, the hardest up to as many times its images."""
+
+
+@config
+class LossConfig:
+    """What the labels teach, whatever the method: a weighted sum, times ``supervised`` of an experiment; an auxiliary
+    head the same, times ``auxiliary`` too. A loss of weight 0 is not computed, but for the cross-entropy, which every
+    log has."""
+
+    cross_entropy: LossWeight = 1.0
+    """Weight of the cross-entropy, the term ce."""
+
+    class_weights: ClassWeightsConfig | None = None
+    """How much a pixel of each class counts in the cross-entropy, whose mean is divided by the sum of the weights; null
+    is alike."""
+
+    ohem: OhemConfig | None = None
+    """Online hard example mining: takes the cross-entropy over hard pixels alone; null takes it over all."""
+
+    dice: LossWeight = 0.0
+    """Weight of the Dice loss, the term dice: over the pixels of a forward pass, mean of the classes in its labels."""
+
+    lovasz: LossWeight = 0.0
+    """Weight of the Lovasz-softmax loss, the term lovasz: likewise."""
+
+    @pydantic.model_validator(mode="after")
+    def _teaches(self) -> "LossConfig":
+        if not (self.cross_entropy or self.dice or self.lovasz):
+            raise ValueError(
+                "cross_entropy, dice and lovasz are all 0: nothing would learn from labels; give one of them a weight"
+                " (an experiment without labels has supervised: 0)"
+            )
+        return self
+
+
+@config
 class TrainConfig:
     """One training loop: budget, batch, augmentation, precision, and how often it speaks, validates and saves."""
 
@@ -179,6 +253,9 @@ class TrainConfig:
     unlabelled: Annotated[int, Field(ge=0, le=65536)] = 0
     """Images without labels beside those of batch_size in each step, from the split 'unlabelled'. Methods see them;
     what has no method does not."""
+
+    loss: LossConfig = Field(default_factory=LossConfig)
+    """What the labels teach: cross-entropy, over all or hard pixels, with class weights, Dice, Lovasz."""
 
     @pydantic.model_validator(mode="after")
     def _one_budget(self) -> "TrainConfig":

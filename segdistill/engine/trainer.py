@@ -224,12 +224,12 @@ class Trainer:
         return self.fraction >= 1.0 and (alone or self.progress.iteration % AGREE_EVERY == 0)
 
     def learn(
-        self, images: Tensor, target: Tensor, pixels: Tensor | None, teacher_outputs: Outputs | None, *, last: bool
+        self, images: Tensor, target: Tensor, mass: Tensor | None, teacher_outputs: Outputs | None, *, last: bool
     ) -> None:
         """Forward and backward pass of one micro-batch; gradients travel between processes with the last one only.
 
         Args:
-            images, target, pixels, teacher_outputs: see :meth:`Learner.forward`.
+            images, target, mass, teacher_outputs: see :meth:`Learner.forward`.
             last: whether it is the last one before the step.
         """
         share: Any = contextlib.nullcontext()
@@ -240,7 +240,7 @@ class Trainer:
         look: Any = self.learner.last_features() if measured else contextlib.nullcontext()
         with self._own_random_state(), share, look as features:
             with autocast(self.config, images.device):
-                terms = self.wrapped(images, target, pixels, teacher_outputs)
+                terms = self.wrapped(images, target, mass, teacher_outputs)
             if measured:
                 self._log_gradient_shares(terms, features)
             loss = self.learner.total(terms, self.fraction) / self.config.accumulate

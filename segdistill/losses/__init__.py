@@ -16,7 +16,14 @@ from segdistill.losses.masks import (
 )
 from segdistill.losses.precision import in_float32
 from segdistill.losses.pseudo_labels import with_pseudo_labels
-from segdistill.losses.supervised import cross_entropy
+from segdistill.losses.supervised import (
+    above_zero,
+    cross_entropy,
+    dice,
+    hard_cross_entropy,
+    label_mass,
+    lovasz_softmax,
+)
 from segdistill.losses.vectors import unit
 
 __all__ = [
@@ -24,14 +31,19 @@ __all__ = [
     "LEFT_OUT",
     "UNLABELLED",
     "Projection",
+    "above_zero",
     "align_logits",
     "class_members",
     "cross_entropy",
+    "dice",
     "divergence",
     "finest",
+    "hard_cross_entropy",
     "in_float32",
+    "label_mass",
     "labelled_mask",
     "labelled_only",
+    "lovasz_softmax",
     "masked_mean",
     "pixel_kl",
     "projection",

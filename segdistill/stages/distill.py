@@ -103,6 +103,7 @@ class Common:
     val_set: "ShardDataset"
     unlabelled_set: "ShardDataset | None"
     teacher: "Teacher | None"
+    class_weights: Sequence[float] | None  # how much a pixel of each counts
     processes: "Processes"
     work: Path  # for checkpoints, a folder a member
     advanced: "Callable[[Advance], None]"  # is told how far they are
@@ -178,6 +179,7 @@ def in_parts(
     from segdistill.data.memory import Memory
     from segdistill.engine.parts import divided, run_parts
     from segdistill.engine.progress import TrainingBar
+    from segdistill.engine.supervision import class_weights
     from segdistill.stages._training import dataset, unlabelled_set
 
     # Those that the teacher teaches first, so that few parts need it. A clock that several trainings share is not
@@ -192,6 +194,7 @@ def in_parts(
     memory = Memory(room if room == "auto" else room / max(1, len(parts)))
     info, train_set, val_set = dataset(prepared, memory)
     beside = unlabelled_set(prepared, protocol.train.unlabelled, memory)
+    weights = class_weights(protocol.train.loss, prepared, "distill.train.loss")
 
     together = [group for groups in parts for group in groups]
     bar = TrainingBar(
@@ -205,7 +208,7 @@ def in_parts(
         if any(member.needs_teacher for group in groups for member in group):
             frozen = _verified_teacher(teacher, info, val_set, protocol, processes)
         first = sum(map(len, parts[:number]))
-        common = Common(protocol, info, train_set, val_set, beside, frozen, processes, work, bar.update)
+        common = Common(protocol, info, train_set, val_set, beside, frozen, weights, processes, work, bar.update)
         return [
             act(group, replace(common, advanced=functools.partial(bar.update, group=first + index)))
             for index, group in enumerate(groups)
@@ -316,7 +319,8 @@ def _training(member: Member, common: Common, trackers: Mapping[str, Tracker]) -
         {name: student.model for name, student in students.items()}, member.methods, seed=planned.seed,
         num_classes=common.info.num_classes, teacher=frozen.info if frozen and member.needs_teacher else None,
         supervised=planned.settings.supervised, auxiliary=planned.settings.auxiliary,
-        pseudo_labels=planned.settings.pseudo_labels,
+        pseudo_labels=planned.settings.pseudo_labels, loss=member.protocol.train.loss,
+        class_weights=common.class_weights,
     )  # fmt: skip
     return Training(
         name=member.name,

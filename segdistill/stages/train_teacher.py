@@ -65,13 +65,18 @@ def _train(
     from segdistill.engine.building import build_learner
     from segdistill.engine.cohort import Cohort
     from segdistill.engine.progress import TrainingBar
+    from segdistill.engine.supervision import class_weights
     from segdistill.engine.trainer import Ended, Training
     from segdistill.stages._training import dataset, forget, write
 
     info, train_set, val_set = dataset(prepared, Memory(config.train.cache_gib))
     work = work or teacher.with_name(teacher.name + ".work")
+    learner = build_learner(
+        {TEACHER: config.model}, seed=config.seed, num_classes=info.num_classes, loss=config.train.loss,
+        class_weights=class_weights(config.train.loss, prepared, "train_teacher.train.loss"),
+    )  # fmt: skip
     training = Training(
-        name=TEACHER, learner=build_learner({TEACHER: config.model}, seed=config.seed, num_classes=info.num_classes),
+        name=TEACHER, learner=learner,
         optimizers={TEACHER: config.optimizer}, fingerprint=identity.key, work=work, trackers={TEACHER: tracker},
     )  # fmt: skip
     with TrainingBar(TEACHER, [[TEACHER]], [1], enabled=processes.is_main) as bar:

@@ -7,11 +7,17 @@ import pytest
 import tiny
 import torch
 
+from segdistill.config import parse
 from segdistill.engine.distributed import Processes
+from segdistill.engine.learner import Learner
+from segdistill.engine.settings import LossConfig
+from segdistill.engine.supervision import Supervision
 from segdistill.engine.tracker import NullTracker
 from segdistill.errors import UserError
+from segdistill.identity import effective
 from segdistill.losses import IGNORE_INDEX, UNLABELLED, resize_logits
 from segdistill.methods import METHODS
+from segdistill.models.outputs import Outputs
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 IMAGES, TARGET = torch.rand(2, 3, *tiny.SIZE), torch.randint(tiny.CLASSES, (2, *tiny.SIZE))
@@ -171,6 +177,34 @@ def test_a_training_that_diverges_stops_and_names_the_terms(tmp_path: Path) -> N
     trainer = tiny.make_trainer(tmp_path, ALONE, method="fitnet", settings={"weight": 1e9}, iterations=40, **late)
     with pytest.raises(UserError, match=r"^cnn: ce, fitnet\.regression is not finite by iteration 4: the training div"):
         trainer.run()
+
+
+def test_every_loss_has_a_term_of_its_own_for_both_heads_of_a_network_under_any_method(tmp_path: Path) -> None:
+    class TwoHeads(tiny.TinySegmenter):
+        def forward(self, images: torch.Tensor) -> Outputs:
+            return super().forward(images)._replace(aux_logits=self.classifier(self.encoder(images)))
+
+    config: LossConfig = parse(LossConfig, {"cross_entropy": 0.5, "dice": 2.0, "lovasz": 3.0}, "loss")
+    kd = tiny.make_training("tiny", tmp_path, method="kd").learner.methods
+    learner = Learner({"cnn": TwoHeads()}, kd, supervised=10.0, auxiliary=0.1, supervision=Supervision(config))
+    terms, weights = learner(*BATCH), learner.weights()
+    expected = {
+        "ce": 5.0,
+        "dice": 20.0,
+        "lovasz": 30.0,
+        "aux_ce": 0.5,
+        "aux_dice": 2.0,
+        "aux_lovasz": 3.0,
+        "kd.kl": 1.0,
+    }
+    assert weights == pytest.approx(expected) and terms["cnn"].keys() == expected.keys()
+    total = sum(expected[term] * loss for term, loss in terms["cnn"].items())
+    torch.testing.assert_close(learner.total(terms), total)
+
+
+def test_another_loss_against_the_labels_is_another_training() -> None:
+    plain, other = (effective(tiny.train_config(loss=loss)) for loss in ({}, {"dice": 1.0}))
+    assert plain == effective(tiny.train_config()) != other
 
 
 @pytest.mark.parametrize("method", ["dkd", "kdcl"])

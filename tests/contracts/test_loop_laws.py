@@ -99,6 +99,22 @@ def test_one_batch_of_eight_equals_four_of_two_accumulated(
         torch.testing.assert_close(pieces[name], value, **tolerance)
 
 
+WEIGHTED = [0.1, 1.0, 5.0]  # of the three classes
+
+
+def test_with_class_weights_one_batch_of_eight_equals_four_of_two_and_two_processes_of_four(tmp_path: Path) -> None:
+    _, whole = trained(tmp_path / "a", void=0.95, class_weights=WEIGHTED)
+    _, plain = trained(tmp_path / "b", void=0.95)
+    _, pieces = trained(tmp_path / "c", void=0.95, class_weights=WEIGHTED, accumulate=4)
+    options = ["void=0.95", f"class_weights={','.join(map(str, WEIGHTED))}"]
+    assert [finished(process) for process in two(tmp_path / "work", tmp_path / "out", *options)] == [0, 0]
+    shared = result(tmp_path / "out")["weights"]
+    assert max((plain[name] - value).abs().max() for name, value in whole.items()) > 1e-3
+    for name, value in whole.items():
+        torch.testing.assert_close(pieces[name], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(shared[name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_a_mean_over_labelled_pixels_that_a_method_takes_is_one_of_the_piece(tmp_path: Path) -> None:
     # The condition of the law: pieces weigh alike in a method's terms, however few labels they have.
     _, whole = trained(tmp_path / "a", method="kd", settings=MASKED, void=0.95)

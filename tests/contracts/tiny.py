@@ -21,6 +21,7 @@ from segdistill.engine.cohort import Cohort
 from segdistill.engine.distributed import Processes, processes
 from segdistill.engine.learner import Learner
 from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
+from segdistill.engine.supervision import Supervision
 from segdistill.engine.tracker import NullTracker, Tracker
 from segdistill.engine.trainer import Diverged, Result, Trainer, Training
 from segdistill.errors import Interrupted
@@ -120,6 +121,7 @@ def make_training(
     fingerprint: str = "tiny",
     budget: float = 1.0,
     pseudo_labels: float | None = None,
+    class_weights: Sequence[float] | None = None,
 ) -> Training:
     """One student, alone or under an offline method, or two peers (SGD, AdamW) of an online one."""
     torch.manual_seed(0)
@@ -134,7 +136,10 @@ def make_training(
             students["vit"] = TinySegmenter(width=6, dropout=dropout)
             optimizers["vit"] = parse(OptimizerConfig, ADAMW, "optimizer")
             methods = build_online([config], {name: student.info for name, student in students.items()})
-    learner = Learner(students, dict(methods), supervised=supervised, pseudo_labels=pseudo_labels)
+    labels = Supervision(class_weights=class_weights)
+    learner = Learner(
+        students, dict(methods), supervised=supervised, pseudo_labels=pseudo_labels, supervision=labels
+    )  # fmt: skip
     trackers_of = dict.fromkeys(students, trackers or NullTracker())
     return Training(name, learner, optimizers, fingerprint, work, trackers_of, budget)
 
@@ -161,7 +166,17 @@ def make_trainer(work: Path, here: Processes, **options: Any) -> Any:
     Args:
         options: of :func:`make_training` and :func:`make_cohort`.
     """
-    keys = ("method", "dropout", "trackers", "settings", "supervised", "fingerprint", "budget", "pseudo_labels")
+    keys = (
+        "method",
+        "dropout",
+        "trackers",
+        "settings",
+        "supervised",
+        "fingerprint",
+        "budget",
+        "pseudo_labels",
+        "class_weights",
+    )
     own = {key: options.pop(key) for key in keys if key in options}
     cohort = make_cohort([make_training("tiny", work, **own)], here, **options)
     (trainer,) = cohort.members.values()
@@ -183,8 +198,9 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 def main(work: str, out: str, *options: str) -> int:
     """Keys: method, dropout, supervised, void, any of TrainConfig's, slow, started, stop_after, and steps of signals.
 
-    Several methods, with commas between them, make a cohort; ``dead`` is a method whose loss is not finite. Signals, to
-    this process, are ``die_at`` and ``die_in_save`` (SIGKILL), and ``told_in_save`` (SIGTERM).
+    ``class_weights`` are numbers with commas between them. Several methods, with commas between them, make a cohort;
+    ``dead`` is a method whose loss is not finite. Signals, to this process, are ``die_at`` and ``die_in_save``
+    (SIGKILL), and ``told_in_save`` (SIGTERM).
     """
     changes: dict[str, Any] = dict(option.split("=") for option in options)
     die_at, slow = int(changes.pop("die_at", -1)), float(changes.pop("slow", 0))
@@ -194,7 +210,9 @@ def main(work: str, out: str, *options: str) -> int:
     methods, dead = changes.pop("method", "none").split(","), changes.pop("dead", "")
     changes |= {key: int(text) for key, text in changes.items() if text.isdigit()}
     changes |= {key: float(changes[key]) for key in ("dropout", "supervised", "void") if key in changes}
-    own = {key: changes.pop(key) for key in ("dropout", "supervised") if key in changes}
+    if "class_weights" in changes:
+        changes["class_weights"] = [float(weight) for weight in changes["class_weights"].split(",")]
+    own = {key: changes.pop(key) for key in ("dropout", "supervised", "class_weights") if key in changes}
     torch.set_num_threads(1)
     with processes("cpu") as here:
         folders = [Path(work), *(Path(work) / method for method in methods[1:])]

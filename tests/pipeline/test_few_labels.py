@@ -27,6 +27,11 @@ def params() -> dict[str, Any]:
     small = copy.deepcopy(tiny(whole))
     small["prepare"] |= {"labelled": 0.25, "shard_samples": 4}
     small["distill"]["train"]["unlabelled"] = 2
+    # Every loss against the labels, none of which may mind images that have none.
+    small["train_teacher"]["train"]["loss"] = {
+        "class_weights": {"name": "median_frequency"}, "ohem": {"threshold": 0.7, "min_kept": 100},
+    }  # fmt: skip
+    small["distill"]["train"]["loss"] = {"class_weights": {"name": "effective_number"}, "dice": 0.5, "lovasz": 0.5}
     student = small["experiments"]["none"]["students"]["cnn"]
     small["experiments"] |= {
         "none_longer": {"students": {"cnn": student}, "methods": [], "budget": 1.5},

@@ -173,3 +173,54 @@ def apd_local(
         "prototype": 0.5 * mean(distances),
         "teacher_head": cross_entropy(bilinear(slots, (target.shape[1], target.shape[2]), align_corners), target),
     }
+
+
+def _labelled(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, int]]:
+    """Of each labelled pixel its log probabilities [K] and its class."""
+    return [
+        (log_softmax(logits[b, :, i, j]), int(labels[b, i, j])) for b, i, j in pixels(logits) if labels[b, i, j] < 254
+    ]
+
+
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: list[float]) -> Tensor:
+    """sum of w(y) * -log p(y) over the sum of w(y)."""
+    cases = _labelled(logits, labels)
+    mass = sum(weights[label] for _, label in cases)
+    return sum((weights[label] * -log_p[label] for log_p, label in cases), 0.0 * logits.sum()) / (mass or 1)
+
+
+def hard_cross_entropy(
+    logits: Tensor, labels: Tensor, threshold: float, min_kept: int, weights: list[float] | None = None
+) -> Tensor:
+    """The weighted mean over pixels with p(y) < threshold, or, if they are fewer, over the min_kept * B hardest."""
+    cases = sorted(_labelled(logits, labels), key=lambda case: case[0][case[1]].item())
+    hard = [case for case in cases if math.exp(case[0][case[1]].item()) < threshold]
+    kept = hard if len(hard) > min_kept * len(labels) else cases[: min_kept * len(labels)]
+    own = [1.0 if weights is None else weights[label] for _, label in kept]
+    losses = [weight * -log_p[label] for weight, (log_p, label) in zip(own, kept, strict=True)]
+    return sum(losses, 0.0 * logits.sum()) / (sum(own) or 1)
+
+
+def dice(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the classes of the labels of 1 - 2 sum p y / (sum p + sum y)."""
+    cases, losses = _labelled(logits, labels), []
+    for c in sorted({label for _, label in cases}):
+        probabilities = [torch.exp(log_p[c]) for log_p, _ in cases]
+        shared = sum(p for p, (_, label) in zip(probabilities, cases, strict=True) if label == c)
+        losses.append(1 - 2 * shared / (sum(probabilities) + sum(label == c for _, label in cases)))
+    return mean(losses)
+
+
+def lovasz_softmax(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the classes of the labels of the Lovasz extension of |wrong| / |class or wrong|, sets as sets."""
+    cases, losses = _labelled(logits, labels), []
+    for c in sorted({label for _, label in cases}):
+        own = {number for number, (_, label) in enumerate(cases) if label == c}
+        errors = [1 - torch.exp(log_p[c]) if label == c else torch.exp(log_p[c]) for log_p, label in cases]
+        wrong, before, loss = set[int](), 0.0, torch.zeros((), dtype=torch.float64)
+        for number in sorted(range(len(cases)), key=lambda number: -errors[number].item()):
+            wrong.add(number)
+            jaccard = len(wrong) / len(own | wrong)
+            loss, before = loss + errors[number] * (jaccard - before), jaccard
+        losses.append(loss)
+    return mean(losses)

@@ -252,7 +252,8 @@ def test_a_line_that_is_no_name_and_a_folder_without_the_data_set_are_named(tmp_
         open_layout("cityscapes", tmp_path / "voc")
     assert str(caught.value) == (
         f"{tmp_path}/voc: has no leftImg8bit/train and gtFine/train; the layout 'cityscapes' is what "
-        "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip unpack to"
+        "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip unpack to: "
+        "segdistill data import cityscapes FOLDER_OF_ARCHIVES"
     )
 
 

@@ -18,7 +18,7 @@ from _folders import CLASSES, make_folder, prepare, read_mask, save, truncate, w
 from PIL import Image
 
 from segdistill.data import sharding, shards
-from segdistill.data.shards import ShardDataset, read_dataset_info
+from segdistill.data.shards import ShardDataset, read_class_pixels, read_dataset_info
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker
 from segdistill.errors import UserError
 from segdistill.files import SEAL, seal
@@ -103,6 +103,27 @@ def test_dataset_json_and_manifest_describe_the_shards(prepared: Path) -> None:
     assert len(manifest) == sum(SAMPLES.values())
     assert manifest[4]["id"] == "0004" and manifest[4]["shard"] == "train-00001.arrow" and manifest[4]["row"] == 1
     assert manifest[4]["image_file"] == "images/train/0004.png" and manifest[4]["height"] == 8
+
+
+def test_the_pixels_of_each_class_are_those_of_the_labels(prepared: Path) -> None:
+    dataset = ShardDataset(prepared, "train")
+    pixels = read_class_pixels(prepared, "train")
+    assert pixels.shape == (SAMPLES["train"], len(CLASSES)) and pixels.any()
+    for index, counts in enumerate(pixels.tolist()):
+        label = dataset[index][1]
+        assert counts == [int((label == number).sum()) for number in range(len(CLASSES))]
+
+
+def test_data_prepared_by_a_version_that_did_not_count_pixels_are_refused_where_they_are_asked_for(
+    prepared: Path, tmp_path: Path
+) -> None:
+    older = shutil.copytree(prepared, tmp_path / "older")
+    table = pyarrow.parquet.read_table(older / "manifest.parquet").drop_columns("class_pixels")
+    pyarrow.parquet.write_table(table, older / "manifest.parquet")
+    seal(older, leave=["shards"])
+    assert len(ShardDataset(older, "train")) == SAMPLES["train"]
+    with pytest.raises(UserError, match=r"manifest\.parquet: written by another version; remove the folder and run"):
+        read_class_pixels(older, "train")
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers_or_the_place(data: Path, prepared: Path, tmp_path: Path) -> None:

@@ -157,3 +157,15 @@ def test_check_finds_that_the_data_have_no_images_without_labels(
     params["train_teacher"]["train"]["unlabelled"] = 8
     (project / "params.yaml").write_text(json.dumps(params))
     assert "a teacher learns from labels alone" in refused(capsys, "check")
+
+
+def test_check_finds_a_weight_of_a_class_that_the_data_have_not(
+    project: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    params = read_yaml(project / "params.yaml")
+    params["distill"]["train"]["loss"] = {"class_weights": {"name": "given", "weights": {"rood": 2.0}}}
+    (project / "params.yaml").write_text(json.dumps(params))
+    make_folder(project / "data")
+    said = refused(capsys, "check")
+    assert "distill.train.loss.class_weights.weights: 'rood' is no class of the data set; did you mean 'road'?" in said

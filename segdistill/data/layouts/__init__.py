@@ -21,6 +21,7 @@ from segdistill.data.layouts.layout import (
 )
 from segdistill.data.layouts.pascal_context import PascalContext59, PascalContext60
 from segdistill.data.layouts.voc import Voc, VocAugmented
+from segdistill.data.zips import with_zips
 from segdistill.errors import UserError, nearest
 
 # Of several that recognise a folder the first counts; the others are chosen by name.
@@ -43,19 +44,21 @@ LAYOUTS: dict[str, type[Layout]] = {
 
 
 def open_layout(name: str, root: Path) -> Layout:
-    """The data set in a folder.
+    """The data set in a folder, in which zips stand for what they hold.
 
     Raises:
-        UserError: no such layout or folder, or a description (class list, split list) that cannot be read.
+        UserError: no such layout or folder, an archive that is not safe, or a description (class list, split list)
+            that cannot be read.
     """
     if name not in LAYOUTS:
         raise UserError(f"unknown layout '{name}'{nearest(name, LAYOUTS)}")
-    return LAYOUTS[name](root)
+    return LAYOUTS[name](with_zips(root))
 
 
 def recognised_layout(root: Path) -> str:
     """The name of the first layout that a folder looks like: "folder" if it looks like none."""
-    return next((name for name, layout in LAYOUTS.items() if layout.recognises(root)), Folder.name)
+    folder = with_zips(root)
+    return next((name for name, layout in LAYOUTS.items() if layout.recognises(folder)), Folder.name)
 
 
 __all__ = [

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from segdistill.data.layouts.benchmark import Benchmark, class_table, list_images
+from segdistill.data.layouts.benchmark import Benchmark, class_table, list_pairs
 from segdistill.data.layouts.layout import IGNORE_INDEX, WITHOUT_MASKS, Sample
 
 CLASSES = class_table("""
@@ -59,6 +59,4 @@ class Ade20k(Benchmark):
         return self.top / "images" / place, self.top / "annotations" / place
 
     def list_samples(self, split: str) -> Iterator[Sample]:
-        images, masks = self.folders(split)
-        for image in list_images(images):
-            yield Sample(image.stem, split, image, masks / f"{image.stem}.png")
+        return list_pairs(split, *self.folders(split))

@@ -1,4 +1,4 @@
-"""What the layouts of published data sets share: the archives are unpacked, and the files are read as they lie."""
+"""What the layouts of published data sets share: files are read as they lie, unpacked or in their zips."""
 
 import re
 from abc import abstractmethod
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
-from segdistill.data.layouts.layout import IMAGE_SUFFIXES, ClassInfo, Layout, Sample, list_folder
+from segdistill.data.layouts.layout import IMAGE_SUFFIXES, WITHOUT_MASKS, ClassInfo, Layout, Sample, list_folder
 from segdistill.errors import UserError
 from segdistill.files import MIB, read_text
 
@@ -29,7 +29,10 @@ class Benchmark(Layout):
         top = self._top(root)
         if top is None:
             missing = " and ".join(self.required)
-            raise UserError(f"{root}: has no {missing}; the layout '{self.name}' is what {self.archives} unpack to")
+            raise UserError(
+                f"{root}: has no {missing}; the layout '{self.name}' is what {self.archives} unpack to: segdistill data"
+                f" import {self.name} FOLDER_OF_ARCHIVES"
+            )
         self.top = top  # the folder that has the required ones
         self._samples: dict[str, tuple[Sample, ...]] = {}
 
@@ -78,6 +81,12 @@ def class_table(text: str) -> tuple[ClassInfo, ...]:
 def list_images(folder: Path) -> Iterator[Path]:
     """The JPEG and PNG files of a folder, in the order of their names."""
     return (path for path in list_folder(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def list_pairs(split: str, images: Path, masks: Path) -> Iterator[Sample]:
+    """The images of a folder, each with the mask of its name; of the split without masks none."""
+    for image in list_images(images):
+        yield Sample(image.stem, split, image, None if split == WITHOUT_MASKS else masks / f"{image.stem}.png")
 
 
 def read_names(path: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from segdistill.data.layouts.benchmark import Benchmark, list_images
+from segdistill.data.layouts.benchmark import Benchmark, list_pairs
 from segdistill.data.layouts.layout import IGNORE_INDEX, WITHOUT_MASKS, ClassInfo, Sample, hue
 
 # Of value 0 on, which is one less than the number in labels.txt; a hyphen is a thing that COCO never labelled.
@@ -56,7 +56,4 @@ class CocoStuff(Benchmark):
         return self.top / "images" / place, self.first_folder(f"annotations/{place}", f"stuffthingmaps/{place}")
 
     def list_samples(self, split: str) -> Iterator[Sample]:
-        images, masks = self.folders(split)
-        for image in list_images(images):
-            mask = None if split == WITHOUT_MASKS else masks / f"{image.stem}.png"
-            yield Sample(image.stem, split, image, mask)
+        return list_pairs(split, *self.folders(split))
