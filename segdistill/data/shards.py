@@ -235,12 +235,6 @@ def read_class_pixels(prepared: Path, split: str) -> np.ndarray:
     return pixels
 
 
-def read_sequences(prepared: Path, split: str) -> dict[str, str | None]:
-    """The drive or film of each sample of a split, by its name and in their order; None where the source says none."""
-    table = _read_manifest(prepared, split, "sequence")
-    return dict(zip(table["id"].to_pylist(), table["sequence"].to_pylist(), strict=True))
-
-
 def _read_manifest(prepared: Path, split: str, *more: str) -> Any:
     """A ``pyarrow.Table`` of the samples of a split: their names and places, and more columns."""
     import pyarrow.compute

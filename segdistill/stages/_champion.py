@@ -37,7 +37,7 @@ def evaluate_champion(
         UserError: the champion cannot be loaded, or its scores are not finite.
     """
     from segdistill.adapters.mlflow_registry import ChampionScore
-    from segdistill.data.shards import ShardDataset, read_sequences
+    from segdistill.data.shards import ShardDataset
     from segdistill.engine.distributed import processes as join
     from segdistill.engine.evaluate import evaluate_together
     from segdistill.engine.inference import Network
@@ -62,7 +62,7 @@ def evaluate_champion(
         name: {None: evaluation.counts} for name, evaluation in evaluations.items()
     }
     paired = ""
-    sequences = list(read_sequences(prepared, "test").values())
+    sequences = [test_set.sequence(index) for index in range(len(test_set))]
     if len(block_starts(len(sequences), protocol.block, sequences)) > 1:
         difference = differences(
             counts, {"student": "champion"}, confidence=protocol.confidence, block=protocol.block, sequences=sequences

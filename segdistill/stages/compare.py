@@ -82,7 +82,7 @@ def run(
         data_md5: the data's version, where it is known.
         git_commit: of the code that compares, where it is known.
     """
-    from segdistill.data.shards import read_dataset_info, read_sequences
+    from segdistill.data.shards import ShardDataset, read_dataset_info
     from segdistill.report import text
     from segdistill.report.inputs import Diverged, check_same_images, read_job, read_networks, read_settings
     from segdistill.report.intervals import block_starts
@@ -111,7 +111,8 @@ def run(
     if not measured:
         raise UserError(f"{students[0]}: every job diverged, and nothing is left to compare; {diverged[0].reason}")
     check_same_images([taught, *measured])
-    sequence_of = read_sequences(prepared, "test")
+    test_set = ShardDataset(prepared, "test")
+    sequence_of = {test_set.sample_id(index): test_set.sequence(index) for index in range(len(test_set))}
     sequences = [sequence_of.get(image) for image in taught.accuracies]
     blocks = len(block_starts(len(sequences), config.block, sequences))
     if blocks < 2:
