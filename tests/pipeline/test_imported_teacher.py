@@ -10,8 +10,10 @@ from tiny_params import tiny
 from segdistill.config import parse, read_yaml
 from segdistill.data.shards import read_dataset_info
 from segdistill.engine.tracker import NullTracker
-from segdistill.plan import Job, TeacherConfig, cohort_plan, teacher_plan
+from segdistill.errors import UserError
+from segdistill.plan import Job, TeacherConfig, cohort_plan, experiments, teacher_plan
 from segdistill.stages import distill, evaluate, evaluate_teacher, train_teacher
+from segdistill.stages._networks import check
 from segdistill.stages.plan import as_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,5 +62,17 @@ def test_a_segformer_of_hugging_face_teaches_a_student(tiny_prepared: Path, tmp_
 
 def test_labels_without_an_imported_teacher_are_refused() -> None:
     section = {**tiny(read_yaml(ROOT / "params.yaml"))["train_teacher"], "labels": {"a": "b"}}
-    with pytest.raises(Exception, match="labels: are those of an imported teacher"):
+    with pytest.raises(UserError, match="labels: are those of an imported teacher"):
         parse(TeacherConfig, section, "train_teacher")
+
+
+def test_a_method_whose_feature_the_teacher_has_not_is_refused_before_anything_is_trained(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "torchvision.json").write_text('{"model": "lraspp_mobilenet_v3_large", "classes": ["a", "b"]}')
+    params = tiny(read_yaml(ROOT / "params.yaml"))
+    teacher = parse(TeacherConfig, {**params["train_teacher"], "import_from": str(tmp_path)}, "train_teacher")
+    entry = {**params["experiments"]["kd"], "methods": [{"name": "at"}]}
+    with pytest.raises(UserError, match=r"experiments\.at: the teacher has no feature 'last_feature'"):
+        check(teacher, experiments({"at": entry}), outlines=True, files=True)
+    check(teacher, experiments({"kd": params["experiments"]["kd"]}), outlines=True, files=True)

@@ -8,6 +8,7 @@ Importing this package imports no torch, and a family's libraries are imported w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 from collections.abc import Mapping, Sequence
@@ -53,9 +54,18 @@ def require_labels(folders: Sequence[Path], labels: Mapping[str, str]) -> None:
 
 
 def outline(folders: Sequence[Path]) -> ModelInfo:
-    """What is known of the teacher without its weights; of several, of the mean of them."""
-    infos = [_module(family_of(folder)).outline(folder) for folder in folders]
+    """What is known of the teacher without its weights, nor memory for them; of several, of the mean of them."""
+    infos = [_outline(folder) for folder in folders]
     return infos[0] if len(infos) == 1 else _module("ensemble").mean_info(infos)  # type: ignore[no-any-return]
+
+
+def _outline(folder: Path) -> ModelInfo:
+    import torch
+
+    module = _module(family_of(folder))
+    with contextlib.suppress(Exception), torch.device("meta"):
+        return module.outline(folder)  # type: ignore[no-any-return]
+    return module.outline(folder)  # type: ignore[no-any-return]  # some networks read values while they are built
 
 
 def open_teacher(folders: Sequence[Path], classes: Sequence[str], labels: Mapping[str, str]) -> SegmentationNetwork:

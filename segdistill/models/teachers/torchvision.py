@@ -70,9 +70,7 @@ def names(folder: Path) -> list[str]:
 
 def outline(folder: Path) -> ModelInfo:
     """What is known of it without its weights."""
-    every = names(folder)
-    with torch.device("meta"):
-        return Torchvision(_config(folder, [[index] for index in range(len(every))])).info
+    return build_from(_config(folder, [[index] for index in range(len(names(folder)))])).info
 
 
 def read(folder: Path, classes: Sequence[str], labels: Mapping[str, str]) -> SegmentationNetwork:
