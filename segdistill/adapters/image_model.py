@@ -2,7 +2,7 @@
 
 A registered model has a copy of this file, of data/decoding.py, and the network as ONNX, and MLflow runs that copy. So
 it imports nothing of this package, and a server needs no more than mlflow, numpy, pillow and onnxruntime. Images go the
-way of engine/evaluate.py, whose resizing and windows stand here once more, without torch; a test compares the masks.
+way of engine/inference.py, whose resizing and windows stand here once more, without torch; a test compares the masks.
 """
 
 import base64

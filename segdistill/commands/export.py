@@ -22,7 +22,7 @@ from segdistill.files import folder_place, write_file
 
 if TYPE_CHECKING:
     from segdistill.data.shards import ShardDataset
-    from segdistill.engine.evaluate import Network
+    from segdistill.engine.inference import Network
 
 Images = Annotated[int, Field(ge=1, le=100_000)]
 Points = Annotated[float, Field(ge=0, le=100)]

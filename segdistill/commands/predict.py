@@ -7,9 +7,7 @@ windows as when the network was scored, and the class of a pixel is the highest 
 import argparse
 import csv
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from segdistill.commands import _model
 from segdistill.config import parse, to_dict
 from segdistill.data.decoding import FILE_LIMIT, BadFile, decode_image
 from segdistill.data.layouts.layout import IMAGE_SUFFIXES
+from segdistill.data.parallel import READERS, ahead
 from segdistill.engine.settings import InferenceConfig
 from segdistill.errors import UserError
 from segdistill.files import new_folder, read_bytes, read_text, require_free, require_regular, write_file
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 EXTRAS = ("color", "overlay", "confidence")  # folders beside the masks, each where its switch is given
-READERS = 4  # threads that decode ahead
 
 
 @dataclass(frozen=True)
@@ -137,18 +135,7 @@ class Source:
         if self.is_video:
             yield from self._frames()
             return
-        waiting: deque[Future[Picture]] = deque()
-        with ThreadPoolExecutor(READERS) as pool:
-            try:
-                for item in self.files.items():
-                    waiting.append(pool.submit(_read, *item))
-                    if len(waiting) > 2 * READERS:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+        yield from ahead(_read, self.files.items(), READERS)
 
     def _frames(self) -> Iterator[Picture]:
         try:
@@ -168,7 +155,8 @@ class Source:
             raise UserError(f"{self.path}: damaged, or of a kind that FFmpeg does not know: {error.strerror}") from None
 
 
-def _read(name: str, file: Path) -> Picture:
+def _read(named: tuple[str, Path]) -> Picture:
+    name, file = named
     try:
         return Picture(name, np.asarray(decode_image(read_bytes(file, limit=FILE_LIMIT))))
     except BadFile as error:
@@ -197,20 +185,19 @@ def predict(
     """
     import torch
 
-    from segdistill.engine import evaluate
+    from segdistill.engine import inference as engine
 
     pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
     images = pixels.permute(0, 3, 1, 2).to(device).float() / 255
     height, width = pictures[0].pixels.shape[:2]
     with torch.inference_mode():
-        scores = evaluate.predict(network, images, (height, width), inference)
-        highest, classes = scores.max(1)
-        if not highest.isfinite().all():
+        prediction = engine.predict(network, images, (height, width), inference, probability=confidence)
+        if not prediction.finite:
             raise UserError(f"{pictures[0].name}: the network's scores are not finite; it is no use")
-        masks = classes.to(torch.uint8).cpu().numpy()
+        masks = prediction.classes.to(torch.uint8).cpu().numpy()
         shares = None
-        if confidence:  # softmax of the highest: no further array of all classes
-            shares = (255 * (highest - scores.logsumexp(1)).exp()).round().to(torch.uint8).cpu().numpy()
+        if prediction.probability is not None:
+            shares = (255 * prediction.probability).round().to(torch.uint8).cpu().numpy()
     for index, mask in enumerate(masks):
         yield Prediction(mask, None if shares is None else shares[index])
 

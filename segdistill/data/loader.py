@@ -2,22 +2,17 @@
 
 import functools
 import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from segdistill.data.parallel import ahead
 from segdistill.data.settings import AugmentationConfig
 from segdistill.data.shards import ShardDataset
 from segdistill.data.transforms import Augmentation, Crop, cut
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 CPU = torch.device("cpu")
 
@@ -69,7 +64,7 @@ def training_batches(
     augment, cuda = Augmentation(augmentation), device.type == "cuda"
     sources = (source,) if beside is None else (source, beside)
     read = functools.partial(_read, sources, augment, seed, pinned=cuda)
-    samples = _ahead(read, _places(share, first_iteration), workers)
+    samples = ahead(read, _places(share, first_iteration), workers)
     images = share.micro_batch + share.beside.micro_batch
     stream = torch.cuda.Stream(device) if cuda else None
     while True:
@@ -120,19 +115,3 @@ def _read(
 def _order(seed: int, epoch: int, samples: int, which: int) -> np.ndarray:
     """Shuffled anew each epoch, and for each data set."""
     return np.random.default_rng((seed, epoch, which)[: 2 + which]).permutation(samples)
-
-
-def _ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """``function`` over ``items``, in order; threads are at most two items each ahead of who asks."""
-    if not workers:
-        yield from map(function, items)
-        return
-    waiting: deque[Future[R]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="reader")
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)

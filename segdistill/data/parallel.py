@@ -1,4 +1,4 @@
-"""Work over many files: processes, results in order, bounded memory, a progress bar."""
+"""Work over many files: processes or threads, results in order, bounded memory, a progress bar."""
 
 import functools
 import multiprocessing
@@ -8,7 +8,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ R = TypeVar("R")
 
 
 FEW = 200  # files that are read sooner than processes start
+READERS = 4  # threads that decode ahead of a network that is only applied
 
 
 def worker_count(workers: int, tasks: int) -> int:
@@ -63,6 +64,24 @@ def ordered_map(function: Callable[[T], R], items: Sequence[T], *, workers: int)
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """``function`` over ``items``, in order; threads are at most two items each ahead of who asks."""
+    if not workers:
+        yield from map(function, items)
+        return
+    waiting: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="reader")
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def progress(items: Iterable[T], label: str, total: int, weight: Callable[[T], int] = lambda item: 1) -> Iterator[T]:

@@ -121,6 +121,10 @@ class ShardDataset:
         """The name of a sample, as in the source."""
         return self._value("id", index)
 
+    def sequence(self, index: int) -> str | None:
+        """The drive or film of which a sample is a frame, where the source says so."""
+        return self._value("sequence", index) if "sequence" in self._samples.column_names else None
+
     @property
     def content_hash(self) -> str:
         """What this split is, however it is cut into shards."""
@@ -239,8 +243,10 @@ def _read_manifest(prepared: Path, split: str, *more: str) -> Any:
     content = read_sealed(prepared, MANIFEST_FILE, mend=MEND, limit=MANIFEST_LIMIT)
     names = ["split", "id", *PLACE, *more]
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content), columns=names, use_threads=False)
-        table = table.select(names).filter(pyarrow.compute.field("split") == split).combine_chunks()
+        optional = [*names, "sequence"]
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content), columns=optional, use_threads=False)
+        table.select(names)  # all of them are there
+        table = table.filter(pyarrow.compute.field("split") == split).combine_chunks()
     except (pyarrow.ArrowException, KeyError):
         raise UserError(f"{prepared / MANIFEST_FILE}: written by another version; {MEND}") from None
     # Both become names of files.

@@ -71,20 +71,16 @@ def iou(confusion: NDArray[np.integer]) -> NDArray[np.float64]:
     Shape:
         confusion: [..., K, K]; result: [..., K].
     """
-    intersection = np.diagonal(confusion, axis1=-2, axis2=-1)
-    return iou_from_counts(intersection, confusion.sum(axis=-1), confusion.sum(axis=-2))
+    return iou_from_counts(*iou_counts(confusion))
 
 
-def iou_counts(confusion: NDArray[np.integer]) -> NDArray[np.float64]:
+def iou_counts(confusion: Any) -> tuple[Any, Any, Any]:
     """What the IoU of each class depends on: pixels in the intersection, in the truth, in the prediction.
 
-    float64 holds these integers exactly up to 2^53.
-
     Shape:
-        confusion: [..., K, K]; result: [..., 3, K].
+        confusion: [..., K, K], an array or a tensor; results: [..., K], as it is.
     """
-    intersection = np.diagonal(confusion, axis1=-2, axis2=-1)
-    return np.stack([intersection, confusion.sum(axis=-1), confusion.sum(axis=-2)], axis=-2).astype(np.float64)
+    return confusion.diagonal(0, -2, -1), confusion.sum(-1), confusion.sum(-2)
 
 
 def iou_from_counts(intersection: NDArray[Any], truth: NDArray[Any], prediction: NDArray[Any]) -> NDArray[np.float64]:

@@ -20,7 +20,6 @@ from segdistill.metrics import iou_counts, mean_iou
 from segdistill.plan import DIVERGED, TRAINED
 
 TRAIN, EVALUATE = "run the stage that trains it again", "run the stage 'evaluate' again"
-COUNTS_LIMIT = 4 * 2**30  # bytes of one network's counts, which grow with the test images
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Measured:
     validation: dict[str, float]  # this network's entry in it
     test: dict[str, Any]  # this network's entry in evaluation.json
     confusion: NDArray[np.int64]  # [K, K]
-    counts: NDArray[np.float64]  # [N, 3, K], see iou_counts
+    counts: NDArray[np.int64]  # [N, 3, K], iou_counts of each test image
     accuracies: dict[str, float]  # share of right pixels of each test image, by id
     curve: dict[int, float]  # validation mIoU by the step at which it was measured
     losses: dict[int, float]  # cross-entropy of the training batches before each step that was logged
@@ -106,14 +105,14 @@ def read_networks(
             if name not in entries:
                 raise UserError(f"{file}: nothing about '{name}'; it holds {', '.join(entries) or 'nothing'}")
         _require_same_weights(model, evaluation, name, evaluated[name])
-        confusion, per_image, ids = _read_counts(evaluation, name, class_names)
+        confusion, counts, ids = _read_counts(evaluation, name, class_names)
         stated = evaluated[name].get("test/miou")
         if stated is None or not math.isclose(stated, mean_iou(confusion), abs_tol=1e-3):
             raise UserError(
                 f"{report_path}: test/miou of '{name}' is {stated}, its counts give "
                 f"{mean_iou(confusion):.4f}; the folder mixes two evaluations, run evaluate again"
             )
-        right, total = np.trace(per_image, axis1=1, axis2=2), per_image.sum(axis=(1, 2))
+        right, total, _ = np.moveaxis(counts.sum(axis=-1), -1, 0)
         accuracies = (right / np.maximum(total, 1)).tolist()
         networks.append(
             Measured(
@@ -124,7 +123,7 @@ def read_networks(
                 validation=scores[name],
                 test=evaluated[name],
                 confusion=confusion,
-                counts=iou_counts(per_image),
+                counts=counts,
                 accuracies=dict(zip(ids, accuracies, strict=True)),
                 curve=_read_curve(model, name, "val/miou"),
                 losses=_read_curve(model, name, "train/loss/ce"),
@@ -194,23 +193,23 @@ def _require_same_weights(model: Path, evaluation: Path, name: str, evaluated: M
 def _read_counts(
     folder: Path, name: str, class_names: Sequence[str]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
-    """The confusion matrix of the split, that of each image, and the images' ids."""
+    """The confusion matrix of the split, the counts of each image, and the images' ids."""
     path = folder / f"{name}.npz"
-    content = read_sealed(folder, path.name, mend=EVALUATE, limit=COUNTS_LIMIT)
+    content = read_sealed(folder, path.name, mend=EVALUATE)
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            confusion, per_image, ids = file["confusion"], file["per_image"], file["ids"].tolist()
+            confusion, counts, ids = file["confusion"], file["counts"], file["ids"].tolist()
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not the confusion counts that evaluate writes: {error}") from None
+        raise UserError(f"{path}: not the counts that this version of evaluate writes: {error}; {EVALUATE}") from None
     classes = len(class_names)
-    if confusion.shape != (classes, classes) or per_image.shape != (len(ids), classes, classes):
+    if confusion.shape != (classes, classes) or counts.shape != (len(ids), 3, classes):
         raise UserError(
-            f"{path}: counts of shape {confusion.shape} and {per_image.shape} for {len(ids)} images, but the data set "
+            f"{path}: counts of shape {confusion.shape} and {counts.shape} for {len(ids)} images, but the data set "
             f"has {classes} classes; run evaluate again"
         )
-    if not np.array_equal(per_image.sum(axis=0), confusion):
+    if not np.array_equal(counts.sum(axis=0), np.stack(iou_counts(confusion))):
         raise UserError(f"{path}: the counts of the images do not add up to those of the split; run evaluate again")
-    return confusion, per_image, ids
+    return confusion, counts, ids
 
 
 def _read_curve(model: Path, name: str, column: str) -> dict[int, float]:

@@ -18,7 +18,7 @@ is no first part, and the interval covers images alone. ``benchmarks/coverage.py
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +49,7 @@ class Difference:
 
 
 def differences(
-    networks: Mapping[Name, Mapping[Seed, NDArray[np.float64]]],
+    networks: Mapping[Name, Mapping[Seed, NDArray[Any]]],
     references: Mapping[Name, Name],
     *,
     confidence: float = 0.95,
@@ -103,7 +103,7 @@ def differences(
     return {name: results[name] for name in rows}
 
 
-def leave_one_out(counts: NDArray[np.float64], block: int) -> NDArray[np.float64]:
+def leave_one_out(counts: NDArray[Any], block: int) -> NDArray[np.float64]:
     """The mIoU of all images but those of one block, for each block: [N, 3, K] -> [G], G = ceil(N / block)."""
     blocks = np.add.reduceat(counts, np.arange(0, len(counts), block), axis=0)  # [G, 3, K]
     return _miou(counts.sum(axis=0) - blocks)
@@ -139,7 +139,7 @@ def combined(parts: Sequence[tuple[float, int]]) -> tuple[float, float]:
     return total**0.5, total**2 / uncertainty if uncertainty else float(parts[0][1])
 
 
-def _miou(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+def _miou(counts: NDArray[Any]) -> NDArray[np.float64]:
     """mIoU of summed counts: [..., 3, K] -> [...]."""
     miou = mean_over_present(iou_from_counts(*np.moveaxis(counts, -2, 0)))
     if np.isnan(miou).any():

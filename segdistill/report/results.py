@@ -84,7 +84,7 @@ class Row:
     val_miou: Spread | None
     test_pixel_accuracy: Spread | None
     per_class_iou: dict[str, float | None]
-    # Further ways to evaluate (flip, multi_scale), where every seed has them.
+    # Further ways to evaluate (flip, multi_scale, boundary), where every seed has them.
     views: dict[str, Spread]
     params: int | None
     macs: int | None
@@ -351,7 +351,7 @@ def _row(
         for network in networks
     )
     views = {}
-    for view in ("flip", "multi_scale"):
+    for view in ("flip", "multi_scale", "boundary"):
         scores = [network.test[view]["test/miou"] for network in networks if network.test.get(view)]
         if len(scores) == len(seeds) and (spread := Spread.of(scores)):
             views[view] = spread

@@ -6,7 +6,7 @@ from segdistill.report.intervals import Difference
 from segdistill.report.results import Comparison, Protocol, Row, Spread
 
 NOTHING = "–"
-VIEWS = {"flip": "with flip", "multi_scale": "multi-scale"}
+VIEWS = {"flip": "with flip", "multi_scale": "multi-scale", "boundary": "boundary IoU"}
 
 
 def percent(value: float | None, decimals: int = 1) -> str:
@@ -214,8 +214,12 @@ def protocol(comparison: Comparison) -> list[tuple[str, str]]:
         ("Budget", f"{budgets} training iterations, {same}"),
         ("Seeds", ", ".join(str(seed) for seed in facts.seeds) + "; the same for every student"),
         ("Data", ", ".join(f"{name} {number:,}" for name, number in facts.splits.items()) + " images"),
-        ("Classes", f"{len(facts.classes)}; a class absent from truth and prediction is left out of the mean"),
-        ("Score", "mIoU from one confusion matrix over the whole test split, at the resolution of the labels"),
+        ("Classes", _classes(comparison)),
+        (
+            "Score",
+            "mIoU from one confusion matrix over the whole test split, at the resolution of the labels, to which "
+            "logits are resized bilinearly (align_corners false)",
+        ),
         ("Interval", _interval(comparison)),
     ]
     if comparison.teacher.ece:
@@ -229,6 +233,14 @@ def protocol(comparison: Comparison) -> list[tuple[str, str]]:
         stated.append(("Cost", f"parameters, multiply-accumulates and the fastest forward pass of one {size} image"))
     stated.append(("Provenance", provenance(comparison)))
     return stated
+
+
+def _classes(comparison: Comparison) -> str:
+    """How many there are, and which of them have no score."""
+    names = comparison.protocol.classes
+    absent = [name for name in names if all(row.per_class_iou.get(name) is None for row in comparison.scored)]
+    of_these = f"; {len(absent)} of them have no pixel in the test split ({', '.join(absent)})" if absent else ""
+    return f"{len(names)}{of_these}; a class absent from truth and prediction is left out of the mean"
 
 
 def _interval(comparison: Comparison) -> str:

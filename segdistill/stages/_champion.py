@@ -39,8 +39,8 @@ def evaluate_champion(
     from segdistill.adapters.mlflow_registry import ChampionScore
     from segdistill.data.shards import ShardDataset
     from segdistill.engine.distributed import processes as join
-    from segdistill.engine.evaluate import Network, evaluate_together
-    from segdistill.metrics import iou_counts
+    from segdistill.engine.evaluate import evaluate_together
+    from segdistill.engine.inference import Network
     from segdistill.models.portable import ProgramNetwork, load_program
     from segdistill.report.intervals import differences
 
@@ -59,7 +59,7 @@ def evaluate_champion(
     if not evaluations["champion"].finite:
         raise UserError("its scores are not finite")
     counts: dict[str, dict[int | None, Any]] = {
-        name: {None: iou_counts(evaluation.per_image)} for name, evaluation in evaluations.items()
+        name: {None: evaluation.counts} for name, evaluation in evaluations.items()
     }
     paired = ""
     if len(test_set) > protocol.block:

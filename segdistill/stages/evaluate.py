@@ -25,6 +25,9 @@ from segdistill.report.highlights import Highlights, scores_of
 from segdistill.stages._cohort import RECORD, diverged, job_folders, made_by, remove_others, write_record
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from segdistill.data.shards import DatasetInfo, ShardDataset
     from segdistill.engine.distributed import Processes
     from segdistill.engine.evaluate import Evaluation
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
 
 AGAIN, TRAIN = "run the stage 'evaluate' again", "run the stage that trains it again"
 CODE = ("segdistill.stages.evaluate",)  # what decides an evaluation, with what it leads to
-COUNTS_LIMIT = 4 * 2**30  # bytes of one network's counts, which grow with the test images
 
 
 @config_class
@@ -55,11 +57,14 @@ class Config:
     latency_repeats: Annotated[int, Field(ge=1, le=100_000)]
     """Forward passes of one image; the fastest is the latency, and their median is what a budget looks at."""
 
+    boundary: bool = False
+    """A further column beside the headline: Boundary IoU, over the pixels within 2 % of the diagonal of an edge."""
+
 
 def run(
     config: Config, *, prepared: Path, students: Path, evaluations: Path, tracker: Tracker, device: str = "auto"
 ) -> dict[str, float]:
-    """Writes ``evaluations``, one folder an experiment: ``evaluation.json``, confusion counts and overlays.
+    """Writes ``evaluations``, one folder an experiment: ``evaluation.json``, counts, scores of each image, overlays.
 
     What was evaluated before by the same code and settings, on the same data, with the same weights, stays.
     """
@@ -128,6 +133,7 @@ def _evaluate(
     from segdistill.models.teachers import title
 
     models: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
     classes = [item.name for item in info.classes]
     # The other ranks count with us and keep nothing.
     place: Any = new_folder(evaluation) if processes.is_main else tempfile.TemporaryDirectory()
@@ -135,7 +141,7 @@ def _evaluate(
         folder = Path(written)
         for name in names:
             network, document = load_model(model, name, processes.device, classes=classes)
-            models[name] = _measure(network, name, test_set, info, config, folder, processes)
+            models[name], counts[name] = _measure(network, name, test_set, info, config, folder, processes)
             models[name]["weights_sha256"] = document["sha256"]
             models[name]["network"] = title(document["model"])
         report = {
@@ -143,6 +149,7 @@ def _evaluate(
             "data_content": info.content_hash, "identity": identity,
         }  # fmt: skip
         (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+        _write_images(folder, counts, test_set, classes)
         seal(folder)
     if processes.is_main:
         for name, run_of_training in names.items():
@@ -152,7 +159,8 @@ def _evaluate(
 def _measure(
     network: "SegmentationNetwork", name: str, test_set: "ShardDataset", info: "DatasetInfo", config: Config,
     folder: Path, processes: "Processes",
-) -> dict[str, Any]:  # fmt: skip
+) -> tuple[dict[str, Any], "NDArray[np.int64]"]:  # fmt: skip
+    """What evaluation.json says of a network, and its counts of each image; the files of one network are written."""
     import numpy as np
 
     from segdistill.engine.evaluate import evaluate
@@ -169,9 +177,9 @@ def _measure(
         return {"test/miou": averaged.miou, "test/pixel_accuracy": averaged.accuracy}
 
     network.eval()
-    headline = evaluated(calibration=True)
+    headline = evaluated(calibration=True, boundary=config.boundary)
     np.savez_compressed(
-        folder / f"{name}.npz", confusion=headline.confusion, per_image=headline.per_image, ids=np.array(headline.ids)
+        folder / f"{name}.npz", confusion=headline.confusion, counts=headline.counts, ids=np.array(headline.ids)
     )
     _pictures(network, name, test_set, info, headline, config, folder, processes)
     height, width = test_set[0][1].shape
@@ -180,7 +188,7 @@ def _measure(
     seconds = _pass_seconds(network, size, config.latency_repeats, processes)
     latency = min(seconds)  # slower ones tell what else the machine was doing
     per_class = [None if np.isnan(value) else float(value) for value in iou(headline.confusion)]
-    return {
+    scores = {
         "test/miou": headline.miou,
         "test/pixel_accuracy": headline.accuracy,
         "test/ece": headline.ece,
@@ -192,9 +200,40 @@ def _measure(
         "images_per_second": 1 / latency,
         "input_size": list(size),
         "inference": to_dict(config.inference),
+        "align_corners": False,  # how logits are resized to the label
         "flip": score(flip=True) if config.flip else None,
         "multi_scale": score(flip=True, scales=config.scales) if config.scales else None,
+        "boundary": {"test/miou": headline.boundary_miou} if config.boundary else None,
     }
+    return scores, headline.counts
+
+
+def _write_images(
+    folder: Path, counts: Mapping[str, "NDArray[np.int64]"], test_set: "ShardDataset", classes: Sequence[str]
+) -> None:
+    """``per_image.parquet``: the scores of every network on every image, empty for a class that the image has not."""
+    import numpy as np
+    import pyarrow
+    import pyarrow.parquet
+
+    from segdistill.metrics import iou_from_counts, mean_over_present
+
+    images = range(len(test_set))
+    tables = []
+    for network, of_images in counts.items():
+        iou = iou_from_counts(*np.moveaxis(of_images, 1, 0))  # [N, K]
+        right, labelled, _ = np.moveaxis(of_images.sum(-1), 1, 0)
+        columns = {
+            "network": [network] * len(images),
+            "id": [test_set.sample_id(index) for index in images],
+            "sequence": pyarrow.array([test_set.sequence(index) for index in images], pyarrow.string()),
+            "miou": mean_over_present(iou),
+            "pixel_accuracy": np.divide(right, labelled, out=np.full(len(images), np.nan), where=labelled > 0),
+            **{f"iou/{name}": values for name, values in zip(classes, iou.T, strict=True)},
+        }
+        arrays = {name: pyarrow.array(values, from_pandas=True) for name, values in columns.items()}  # NaN is null
+        tables.append(pyarrow.table(arrays))
+    pyarrow.parquet.write_table(pyarrow.concat_tables(tables), folder / "per_image.parquet")
 
 
 def _pass_seconds(
@@ -259,7 +298,7 @@ def _track(tracker: Tracker, name: str, result: dict[str, Any], folder: Path) ->
             **{f"test/iou/{key}": value for key, value in result["per_class_iou"].items() if value is not None},
         }
     )
-    for column in ("flip", "multi_scale"):
+    for column in ("flip", "multi_scale", "boundary"):
         if result[column]:
             tracker.metrics({f"{key}_{column}": value for key, value in result[column].items()})
     tracker.artifact(folder / "pictures" / name, "pictures")
@@ -286,7 +325,7 @@ def highlights_of(folders: Sequence[Path]) -> Highlights:
         return Highlights()  # all diverged
     best = max(networks, key=lambda label: networks[label]["test/miou"])
     folder, file = places[best]
-    with np.load(io.BytesIO(read_sealed(folder, file, mend=AGAIN, limit=COUNTS_LIMIT))) as counted:
+    with np.load(io.BytesIO(read_sealed(folder, file, mend=AGAIN))) as counted:
         confusion = counted["confusion"].tolist()
     names = ("test/miou", "test/pixel_accuracy", "test/ece", "params", "images_per_second")
     return Highlights(scores_of(networks, names), (list(networks[best]["per_class_iou"]), confusion))

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from tiny_params import tiny
 
 from segdistill.config import parse, read_yaml, to_dict
+from segdistill.data.shards import ShardDataset, read_dataset_info
 from segdistill.engine.tracker import NullTracker
 from segdistill.files import file_hash
 from segdistill.plan import Job, cohort_plan, teacher_plan
@@ -200,3 +203,22 @@ def test_a_plan_says_all_that_decides_a_job(params: dict[str, Any]) -> None:
     assert job["settings"]["methods"][0]["temperature"] == 1.0, "defaults are spelled out"
     assert len(job["code"]) == 16
     assert job["settings"]["budget"] == 1.0, "how long it trains is part of its identity"
+
+
+def test_the_scores_of_every_test_image_lie_beside_those_of_the_split(
+    params: dict[str, Any], train: Callable[..., Names], tiny_prepared: Path, tmp_path: Path
+) -> None:
+    train("none")
+    evaluated(params, tiny_prepared, tmp_path / "s0", tmp_path / "measured")
+    table = pyarrow.parquet.read_table(tmp_path / "measured/none/per_image.parquet")
+    test_set, classes = ShardDataset(tiny_prepared, "test"), read_dataset_info(tiny_prepared).classes
+    assert table["id"].to_pylist() == [test_set.sample_id(index) for index in range(len(test_set))]
+    assert set(table["network"].to_pylist()) == {"cnn"}
+    with np.load(tmp_path / "measured/none/cnn.npz") as counted:
+        counts = counted["counts"]
+    image = table.slice(1, 1).to_pylist()[0]
+    ious = [image[f"iou/{entry.name}"] for entry in classes]
+    unions = counts[1, 1] + counts[1, 2] - counts[1, 0]
+    assert ious == [right / union if union else None for right, union in zip(counts[1, 0], unions, strict=True)]
+    assert image["miou"] == pytest.approx(np.mean([iou for iou in ious if iou is not None]))
+    assert image["pixel_accuracy"] == counts[1, 0].sum() / counts[1, 1].sum()

@@ -19,6 +19,7 @@ from segdistill.config import parse
 from segdistill.engine import checkpoint
 from segdistill.errors import UserError
 from segdistill.files import read_sealed_json, seal
+from segdistill.metrics import iou_counts
 from segdistill.models.config import ModelConfig
 from segdistill.models.export import load_model, save_model
 from segdistill.models.segmenter import build_segmenter
@@ -82,7 +83,8 @@ def job(tmp_path: Path) -> tuple[Path, Path]:
     (model / "cnn.json").write_text(json.dumps({"sha256": "0" * 64}))
     per_image = np.arange(12, dtype=np.int64).reshape(3, 2, 2)
     confusion = per_image.sum(0)
-    np.savez_compressed(evaluation / "cnn.npz", confusion=confusion, per_image=per_image, ids=np.array(["a", "b", "c"]))
+    counts = np.stack(iou_counts(per_image), axis=-2)
+    np.savez_compressed(evaluation / "cnn.npz", confusion=confusion, counts=counts, ids=np.array(["a", "b", "c"]))
     iou = np.diag(confusion) / (confusion.sum(0) + confusion.sum(1) - np.diag(confusion))
     scores = {"test/miou": float(iou.mean()), "weights_sha256": "0" * 64}
     (evaluation / "evaluation.json").write_text(json.dumps({"models": {"cnn": scores}, "classes": CLASSES}))

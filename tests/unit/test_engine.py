@@ -14,12 +14,16 @@ from segdistill.data.settings import AugmentationConfig
 from segdistill.data.shards import ShardDataset
 from segdistill.data.transforms import Augmentation, cut
 from segdistill.engine import checkpoint
+from segdistill.engine import evaluate as evaluate_module
+from segdistill.engine import inference as inference_module
 from segdistill.engine.distributed import Processes
-from segdistill.engine.evaluate import evaluate, predict
+from segdistill.engine.evaluate import evaluate
+from segdistill.engine.inference import class_scores, predict
 from segdistill.engine.optim import build_optimizer, factor, set_learning_rates
 from segdistill.engine.settings import AdamWConfig, InferenceConfig, OptimizerConfig, PolySchedule, SGDConfig
 from segdistill.errors import UserError
-from segdistill.metrics import calibration_gaps, expected_calibration_error
+from segdistill.metrics import calibration_gaps, expected_calibration_error, iou_counts
+from segdistill.metrics.boundary import boundary_counts
 from segdistill.models.outputs import ModelInfo
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -144,19 +148,66 @@ def inference(**changes: Any) -> InferenceConfig:
 def test_sliding_windows_cover_every_pixel_and_agree_with_the_whole_image(window: tuple[int, int]) -> None:
     images = torch.rand(2, 3, 20, 30)
     network: Any = Bright()
-    whole = predict(network, images, (20, 30), inference())
-    slid = predict(network, images, (20, 30), inference(window=window))
+    (whole,) = class_scores(network, images, (20, 30), inference())
+    (slid,) = class_scores(network, images, (20, 30), inference(window=window))
     torch.testing.assert_close(slid, whole)
 
 
 def test_flip_averaging_of_an_equivariant_network_changes_nothing() -> None:
     images = torch.rand(2, 3, 20, 30)
     network: Any = Bright()
-    plain = predict(network, images, (20, 30), inference())
-    torch.testing.assert_close(predict(network, images, (20, 30), inference(), flip=True), plain.softmax(1))
+    (plain,) = class_scores(network, images, (20, 30), inference())
+    (flipped,) = class_scores(network, images, (20, 30), inference(), flip=True)
+    torch.testing.assert_close(flipped, plain.softmax(1))
 
 
-def test_counts_do_not_depend_on_the_batch_and_sum_to_the_labelled_pixels(tiny_prepared: Path) -> None:
+class Coarse(nn.Module):
+    """Six classes by chance, a cell a block of pixels."""
+
+    def __init__(self, stride: int, layout: torch.memory_format) -> None:
+        super().__init__()
+        self.info = ModelInfo(6, (3,) * 4, (stride,) * 4, 3, stride, stride, "cnn")
+        self.layout = layout
+        self.convolution = nn.Conv2d(3, 6, 3, stride, padding=1)
+
+    def logits(self, images: Tensor) -> Tensor:
+        return (20 * self.convolution(images)).contiguous(memory_format=self.layout)
+
+
+@pytest.mark.parametrize("size", [(224, 272), (201, 257), (112, 136)], ids=str)
+@pytest.mark.parametrize(
+    ("stride", "layout"), [(4, torch.contiguous_format), (4, torch.channels_last), (32, torch.channels_last)], ids=str
+)
+@pytest.mark.parametrize(
+    ("shown", "views"),
+    [({}, {}), ({"window": (90, 136)}, {}), ({"input_scale": 0.5}, {}),
+     ({"window": (160, 272), "input_scale": 2.0}, {}), ({}, {"flip": True}),
+     ({}, {"flip": True, "scales": (0.5, 1.0, 2.0)})],
+    ids=["whole", "windows", "half", "windows over twice the size", "flip", "scales"],
+)  # fmt: skip
+@torch.inference_mode()
+def test_bands_of_rows_give_the_bits_of_the_whole(
+    size: tuple[int, int], layout: torch.memory_format, stride: int, shown: dict[str, Any], views: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    network: Any = Coarse(stride, layout)
+    arguments = (network, torch.rand(2, 3, 224, 272), size, inference(**shown))
+    monkeypatch.setattr(inference_module, "BAND", 2**20)
+    (scores,) = class_scores(*arguments, **views)
+    whole = predict(*arguments, **views, probability=True)
+    monkeypatch.setattr(inference_module, "BAND", 1)
+    bands = list(class_scores(*arguments, **views))
+    in_bands = predict(*arguments, **views, probability=True)
+    assert len(bands) > 1 or size == (201, 257)
+    assert torch.equal(torch.cat(bands, 2), scores)
+    assert torch.equal(in_bands.classes, whole.classes) and torch.equal(in_bands.probability, whole.probability)
+    assert torch.equal(whole.classes, scores.argmax(1))
+
+
+def test_counts_do_not_depend_on_the_batch_or_on_readers_and_sum_to_the_labelled_pixels(
+    tiny_prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = ShardDataset(tiny_prepared, "test")
 
     class Guess(Bright):
@@ -167,10 +218,14 @@ def test_counts_do_not_depend_on_the_batch_and_sum_to_the_labelled_pixels(tiny_p
 
     network: Any = Guess().train()
     found = [evaluate(network, data, inference(batch_size=size), num_classes=11, processes=ALONE) for size in (1, 3, 8)]
+    monkeypatch.setattr(evaluate_module, "MANY", 1)
+    found.append(evaluate(network, data, inference(), num_classes=11, processes=ALONE))
     for other in found[1:]:
-        assert np.array_equal(other.per_image, found[0].per_image)
+        assert np.array_equal(other.confusion, found[0].confusion)
+        assert np.array_equal(other.counts, found[0].counts)
     labelled = sum(int((data[index][1] != 255).sum()) for index in range(len(data)))
     assert found[0].confusion.dtype == np.int64 and found[0].confusion.sum() == labelled
+    assert np.array_equal(found[0].counts.sum(0), iou_counts(found[0].confusion))
     assert found[0].ids == [data.sample_id(index) for index in range(len(data))]
     assert network.training, "the mode is restored"
 
@@ -189,7 +244,23 @@ def test_shares_of_two_processes_sum_to_the_whole(tiny_prepared: Path) -> None:
         for rank in (0, 1)
     ]
     whole = evaluate(network, data, inference(), num_classes=11, processes=ALONE)
-    assert np.array_equal(halves[0].per_image + halves[1].per_image, whole.per_image)
+    assert np.array_equal(halves[0].confusion + halves[1].confusion, whole.confusion)
+    assert np.array_equal(halves[0].counts + halves[1].counts, whole.counts)
+    seen = [half.counts.any((1, 2)) for half in halves]
+    assert not (seen[0] & seen[1]).any() and (seen[0] | seen[1]).all(), "an image is one process's"
+
+
+def test_boundary_iou_is_of_all_images_and_is_not_computed_unasked(tiny_prepared: Path) -> None:
+    data = ShardDataset(tiny_prepared, "test")
+    network: Any = Bright()
+    plain = evaluate(network, data, inference(), num_classes=11, processes=ALONE)
+    asked = evaluate(network, data, inference(), num_classes=11, processes=ALONE, boundary=True)
+    expected = torch.zeros(3, 11, dtype=torch.int64)
+    for image, label in (data[index] for index in range(len(data))):
+        guess = network.logits(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255).argmax(1)
+        expected += boundary_counts(guess, torch.from_numpy(label)[None], 11)
+    assert plain.boundary is plain.boundary_miou is None and np.array_equal(asked.confusion, plain.confusion)
+    assert np.array_equal(asked.boundary, expected) and 0 < asked.boundary_miou < 1
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -5,8 +5,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
+from segdistill import metrics
 from segdistill.errors import UserError
-from segdistill.metrics import iou_counts, mean_iou
+from segdistill.metrics import mean_iou
 from segdistill.report.intervals import combined, differences, jackknife_variance, leave_one_out, residual_variance
 
 Matrices = NDArray[np.int64]
@@ -21,7 +22,11 @@ def fake_system(accuracy: float, seed: int, images: int = 40, classes: int = 4) 
     return np.stack([errors.multinomial(content[:, k], chances[k]) for k in range(classes)], axis=1)
 
 
-def seeds_of(*accuracies: float, first: int) -> dict[int | None, NDArray[np.float64]]:
+def iou_counts(matrices: Matrices) -> NDArray[np.int64]:
+    return np.stack(metrics.iou_counts(matrices), axis=-2)
+
+
+def seeds_of(*accuracies: float, first: int) -> dict[int | None, NDArray[np.int64]]:
     return {seed: iou_counts(fake_system(accuracy, first + seed)) for seed, accuracy in enumerate(accuracies)}
 
 
