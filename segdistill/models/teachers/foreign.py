@@ -144,8 +144,8 @@ def sources_of(where: Path, names: Sequence[str], classes: Sequence[str], labels
             raise UserError(
                 f"train_teacher.labels.{name}: '{label}' is no class of the data set; allowed: {', '.join(classes)}"
             )
-    plain = [_plain(labels.get(name, name)) for name in names]
-    sources = [[index for index, name in enumerate(plain) if name == _plain(label)] for label in classes]
+    table = {**matched(names, classes), **labels}
+    sources = [[index for index, name in enumerate(names) if table.get(name) == label] for label in classes]
     missing = [label for label, own in zip(classes, sources, strict=True) if not own]
     if missing:
         raise UserError(
@@ -153,6 +153,12 @@ def sources_of(where: Path, names: Sequence[str], classes: Sequence[str], labels
             f" {', '.join(classes)}; say which is which in train_teacher.labels, {{its name: the data set's}}"
         )
     return sources
+
+
+def matched(names: Sequence[str], classes: Sequence[str]) -> dict[str, str]:
+    """Those of a teacher's ``names`` that one of ``classes`` has but for case, spaces, hyphens and underscores."""
+    plain = {_plain(label): label for label in classes}
+    return {name: plain[_plain(name)] for name in names if _plain(name) in plain}
 
 
 def _plain(name: str) -> str:
