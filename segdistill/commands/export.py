@@ -93,10 +93,10 @@ def to_file(model: Model, path: Path) -> float:
 
     from segdistill.models import portable
     from segdistill.models.export import ExportedSegmenter
-    from segdistill.models.segmenter import Segmenter
+    from segdistill.models.outputs import SegmentationNetwork
 
     expected: torch.nn.Module
-    if isinstance(model.network, Segmenter):
+    if isinstance(model.network, SegmentationNetwork):
         expected = ExportedSegmenter(model.network).eval()
         program = portable.to_program(expected)
     elif model.program is not None:
