@@ -169,7 +169,9 @@ def to_program(network: nn.Module) -> "ExportedProgram":
         raise UserError(f"torch cannot trace this network for images of any size: {reason}") from error
 
 
-def save_checked(program: "ExportedProgram", expected: nn.Module, path: Path, document: Mapping[str, Any]) -> float:
+def save_checked(
+    program: "ExportedProgram", expected: nn.Module, path: Path, document: Mapping[str, Any]
+) -> tuple[float, PortableNetwork]:
     """Writes a program with its contract as ``.pt2`` or ``.onnx``, as the path ends, and compares what it gives.
 
     Args:
@@ -179,7 +181,7 @@ def save_checked(program: "ExportedProgram", expected: nn.Module, path: Path, do
         document: its contract.
 
     Returns:
-        The largest difference of logits, as a share of the largest logit.
+        The largest difference of logits, as a share of the largest logit, and the network in the file.
 
     Raises:
         UserError: it is more than rounding; the file is there nevertheless.
@@ -187,7 +189,7 @@ def save_checked(program: "ExportedProgram", expected: nn.Module, path: Path, do
     save = save_onnx if path.suffix == ".onnx" else save_program
     save(program, path, document)
     network, _ = load_portable(path, torch.device("cpu"))
-    return check_same(expected, network, path.name)
+    return check_same(expected, network, path.name), network
 
 
 def save_program(program: "ExportedProgram", path: Path, document: Mapping[str, Any]) -> None:

@@ -40,6 +40,7 @@ def segformer(folder: Path, names: Sequence[str]) -> None:
     )
 
 
+@pytest.mark.slow  # every stage, and the student is traced
 def test_a_teacher_of_hugging_face_is_named_with_its_licence_by_the_student_that_is_registered(
     tiny_data: Path, tmp_path: Path, database: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

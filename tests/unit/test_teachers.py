@@ -16,7 +16,7 @@ from segdistill.methods import build_offline, parse_method
 from segdistill.models.config import ModelConfig
 from segdistill.models.export import load_model, save_model
 from segdistill.models.segmenter import build_segmenter
-from segdistill.models.teachers import files_hash, open_teacher, outline, require_labels
+from segdistill.models.teachers import files_hash, licence, open_teacher, outline, require_labels
 
 NAMES = ("Road", "side walk", "sky", "car", "truck")
 CLASSES = ["sky", "sidewalk", "road", "vehicle"]
@@ -226,6 +226,25 @@ def test_a_class_without_source_is_refused_with_both_lists(folder: Path) -> None
 def test_a_table_of_labels_names_classes_that_exist(folder: Path, labels: dict[str, str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         open_teacher([folder], CLASSES, labels)
+
+
+@pytest.mark.parametrize(
+    ("card", "stated"),
+    [
+        ("---\nlicense: other\nlicense_name: a | b\ntags: [x]\n---\n# Card\n", "other, a b (of 'one')"),
+        ("# A card without a head\n", None),
+        ("---\nlicense: [\n---\n", None),
+    ],
+)
+def test_a_licence_is_what_the_head_of_a_card_states(card: str, stated: str | None, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    (one / "README.md").write_text(card)
+    assert licence([one]) == stated
+    (two / "metrics.json").write_text(json.dumps({"licence": "mit"}))
+    first = stated or "not stated (of 'one')"
+    assert licence([one, two]) == f"{first}; mit (of 'two')"
 
 
 def copy_of(folder: Path, tmp_path: Path) -> Path:

@@ -44,10 +44,10 @@ def family_of(folder: Path) -> str:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = next((family for marker, family in MARKERS.items() if (folder / marker).is_file()), None)
-    if found is None:
+    family = next((family for marker, family in MARKERS.items() if (folder / marker).is_file()), None)
+    if family is None:
         raise UserError(f"{folder}: no teacher in it; allowed: a folder with one of {', '.join(MARKERS)}")
-    return found
+    return family
 
 
 def names(folder: Path) -> list[str]:
