@@ -55,14 +55,22 @@ def names(folder: Path) -> list[str]:
     return _module(family_of(folder)).names(folder)  # type: ignore[no-any-return]
 
 
+def matched(names: Sequence[str], classes: Sequence[str]) -> dict[str, str]:
+    """Those of a teacher's ``names`` that one of ``classes`` has but for case, spaces, hyphens and underscores."""
+    plain = {_plain(label): label for label in classes}
+    return {name: plain[_plain(name)] for name in names if _plain(name) in plain}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name.casefold())
+
+
 def table(folder: Path, classes: Sequence[str]) -> dict[str, str]:
-    """The classes of a teacher that are the data set's by name: its -> the data set's; see :func:`foreign.matched`.
+    """The classes of a teacher that are the data set's by name: its -> the data set's.
 
     Raises:
         UserError: there is none, or it is a teacher of ours and of other classes.
     """
-    from segdistill.models.teachers.foreign import matched
-
     own = names(folder)
     if family_of(folder) == "segdistill":
         require_classes(folder / "teacher.json", own, classes)
