@@ -149,9 +149,10 @@ def validation_miou(model: Model, network: "Network", dataset: "ShardDataset") -
 
     from segdistill.engine.distributed import Processes
     from segdistill.engine.evaluate import evaluate
+    from segdistill.engine.inference import Views
 
     processes, classes = Processes(0, 1, torch.device("cpu")), len(model.contract["classes"])
-    return evaluate(network, dataset, model.inference, num_classes=classes, processes=processes).miou
+    return evaluate(network, dataset, Views(model.inference), num_classes=classes, processes=processes).miou
 
 
 def calibration(dataset: "ShardDataset", images: int, scale: float) -> Iterator[np.ndarray]:

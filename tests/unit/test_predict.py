@@ -17,6 +17,7 @@ from segdistill.config import parse
 from segdistill.data.shards import ShardDataset, read_dataset_info
 from segdistill.engine.distributed import Processes
 from segdistill.engine.evaluate import evaluate
+from segdistill.engine.inference import Views
 from segdistill.engine.settings import InferenceConfig
 from segdistill.metrics import confusion_matrix, mean_iou
 
@@ -42,7 +43,7 @@ def test_the_masks_give_the_miou_that_evaluate_gives(shown: dict, data: Path, mo
     assert main(["predict", str(model), str(data / "data/images/test"), "--out", str(tmp_path / "out"), *options]) == 0
     network = open_model(str(model), None, torch.device("cpu")).network
     expected = evaluate(
-        network, ShardDataset(data / "prepared", "test"), parse(InferenceConfig, settings, "inference"),
+        network, ShardDataset(data / "prepared", "test"), Views(parse(InferenceConfig, settings, "inference")),
         num_classes=3, processes=Processes(0, 1, torch.device("cpu")),
     )  # fmt: skip
     assert read_dataset_info(data / "prepared").splits["test"] == len(list((tmp_path / "out/masks").iterdir()))
