@@ -152,6 +152,13 @@ def test_a_teacher_of_whose_classes_none_is_the_data_sets_is_refused(
     assert not (project / "params.yaml").exists()
 
 
+@pytest.mark.parametrize("wish", [["--student", "resnet81"], ["--teacher", "teachers/pets"]])
+def test_data_are_not_brought_for_a_wish_that_is_refused(project: Path, wish: list[str]) -> None:
+    write_teacher(project / "teachers/pets", ["cat", "dog"])
+    assert main(["init", str(photos(project.parent / "mine")), *wish]) == 2
+    assert not (project / "data").exists()
+
+
 def test_data_that_are_there_are_not_overwritten(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_folder(project / "data")
     before = sorted(project.rglob("*"))
