@@ -18,7 +18,7 @@ from rich.table import Table
 from segdistill.commands._model import Model, open_model
 from segdistill.config import parse
 from segdistill.errors import UserError
-from segdistill.files import folder_place, write_file
+from segdistill.files import disk_errors, folder_place, write_file
 
 if TYPE_CHECKING:
     from segdistill.data.shards import ShardDataset
@@ -68,8 +68,9 @@ def command(arguments: argparse.Namespace) -> None:
             facts.append(sentence)
         seconds = {name: portable.latency(network, size) for name, network in networks.items()}
         content = exported.read_bytes()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(out, content)
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(out, content)
     opset = f", opset {portable.OPSET}" if format_name == "onnx" else ""
     console = Console()
     console.print(f"{out}: {len(content) / 1e6:.1f} MB{opset}, any batch and size; {'; '.join(facts)}", soft_wrap=True)

@@ -20,7 +20,7 @@ from segdistill.commands.data import say, wishes_of
 from segdistill.config import TAKEN, parse_yaml
 from segdistill.data.layouts import SPLITS, WITHOUT_MASKS, open_layout, recognised_layout
 from segdistill.errors import UserError, nearest
-from segdistill.files import write_file
+from segdistill.files import disk_errors, folder_place, read_bytes, write_file
 
 if TYPE_CHECKING:
     from segdistill.data.layouts import Layout
@@ -79,7 +79,7 @@ def command(arguments: argparse.Namespace) -> None:
     if arguments.preset:
         content = read_preset(arguments.preset)
         require_replaceable(target, force=arguments.force, content=content)
-        write_file(target, content)
+        _write(target, content)
         print(f"{target}: presets/{arguments.preset}.yaml")
         return
     require_replaceable(target, force=arguments.force)
@@ -94,7 +94,7 @@ def command(arguments: argparse.Namespace) -> None:
         from segdistill.execution import check_params
 
         check_params(parse_yaml(text, str(target)), here=True)
-        write_file(target, text.encode())
+        _write(target, text.encode())
     except BaseException:
         if arguments.folder.resolve() != DATA.resolve():  # what was brought would refuse the next try
             shutil.rmtree(DATA, ignore_errors=True)
@@ -103,6 +103,12 @@ def command(arguments: argparse.Namespace) -> None:
         print(reason)
     again = "dvc repro" if target == Path("params.yaml") else f"cp {target} params.yaml && dvc repro"
     print(f"{target} is written. Next: dvc add {DATA}, then {again}")
+
+
+def _write(target: Path, content: bytes) -> None:
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_file(target, content)
 
 
 def read_preset(name: str) -> bytes:
@@ -119,9 +125,12 @@ def read_preset(name: str) -> bytes:
 
 def require_replaceable(path: Path, *, force: bool, content: bytes | None = None) -> None:
     """Raises a UserError where a params file has what git and the presets have not, unless that is what is written."""
-    if force or not path.exists():
+    folder_place(path.parent)
+    if not path.exists():
         return
-    present = path.read_bytes()
+    present = read_bytes(path)
+    if force:
+        return
     presets = [preset.read_bytes() for preset in (ROOT / "presets").glob("*.yaml")]
     if present in (content, *presets):
         return

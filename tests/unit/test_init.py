@@ -110,6 +110,8 @@ def test_a_published_layout_in_data_stays_as_it_lies(project: Path) -> None:
         (["--teacher", "teachers/gone"], "teachers/gone: no such folder"),
         (["--time", "soon"], "--time: 'soon' is no time; expected minutes, hours or days, such as 30m"),
         (["elsewhere"], "elsewhere: no such folder"),
+        (["--params", "data", "--preset", "smoke", "--force"], "data: a folder; expected a regular file"),
+        (["--params", "data/classes.json/x.yaml"], "classes.json: exists and is no folder"),
         (["--preset", "smok"], "presets/smok.yaml: no such preset; did you mean 'smoke'?"),
     ],
 )
