@@ -107,7 +107,7 @@ def _import(config: TeacherConfig, prepared: Path, teacher: Path, tracker: Track
     from segdistill.engine.inference import Views
     from segdistill.engine.learner import Learner
     from segdistill.engine.trainer import Result
-    from segdistill.models.teachers import files_hash, open_teacher
+    from segdistill.models.teachers import files_hash, licence, open_teacher
     from segdistill.stages._training import dataset, write
 
     started = time.monotonic()
@@ -127,7 +127,7 @@ def _import(config: TeacherConfig, prepared: Path, teacher: Path, tracker: Track
             child = _child(tracker, config, identity)
             child.metrics({"val/miou": evaluation.miou, "val/pixel_accuracy": evaluation.accuracy}, 0)
             result = Result(0, 0.0, 0.0, {TEACHER: evaluation}, {TEACHER: []})
-            facts = {"config": to_dict(config)}
+            facts = {"config": to_dict(config), "licence": licence(config.folders)}
             networks: Any = {TEACHER: network}  # a learner of which nothing is asked but to hold it
             write(
                 teacher, Learner(networks), result, info, identity=identity, facts=facts,
