@@ -145,6 +145,8 @@ def check_params(params: Any, *, networks: bool = True, here: bool = False) -> N
     for key, layout in (layouts | ({"evaluate.out_of_domain.layout": second.layout} if second else {})).items():
         if layout not in LAYOUTS:
             raise UserError(f"{key}: unknown layout '{brief(layout)}'{nearest(layout, LAYOUTS)}")
+    if second and here and not second.data.is_dir():
+        raise UserError(f"evaluate.out_of_domain.data: {second.data}: no such folder")
     if configs["validate"].layout != configs["prepare"].layout:
         raise UserError(
             f"prepare.layout: '{configs['prepare'].layout}', but validate.layout is '{configs['validate'].layout}';"

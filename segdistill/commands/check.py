@@ -16,25 +16,7 @@ def command(arguments: argparse.Namespace) -> None:
     params = read_yaml(arguments.params)
     execution.check_params(params, here=True)
     _check_data(params)
-    _check_second_set(params, Path("dvc.yaml"))
     print(f"{arguments.params}: in order")
-
-
-def _check_second_set(params: Mapping[str, Any], graph: Path) -> None:
-    """Whether DVC would notice a change of the second test set, if there is one: its deps cannot depend on params."""
-    second = params["evaluate"].get("out_of_domain")
-    if not second:
-        return
-    folder = Path(second["data"])
-    if not folder.is_dir():
-        raise UserError(f"evaluate.out_of_domain.data: {folder}: no such folder")
-    stages = (read_yaml(graph)["stages"] if graph.is_file() else {}).items()
-    for name, stage in stages:
-        if "evaluate" in stage.get("params", []) and str(second["data"]) not in stage["deps"]:
-            raise UserError(
-                f"evaluate.out_of_domain.data: {graph} does not watch it; write '- {second['data']}' under the deps of"
-                f" {name}"
-            )
 
 
 def _check_data(params: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import statistics
 import tempfile
 import time
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 
 AGAIN, TRAIN = "run the stage 'evaluate' again", "run the stage that trains it again"
+ELSEWHERE = Path("elsewhere")  # what dvc.yaml names: a second test set lies in it
+logger = logging.getLogger(__name__)
 CODE = ("segdistill.stages.evaluate",)  # what decides an evaluation, with what it leads to
 
 
@@ -50,7 +53,7 @@ class OutOfDomain:
     """
 
     data: Path
-    """Its folder, as its publisher lays it out; dvc.yaml must name it under deps, too (docs/datasets.md)."""
+    """Its folder, as its publisher lays it out; below elsewhere/, which DVC watches."""
 
     layout: str
     """Its layout: folder, or a published data set's own; its test split is read."""
@@ -160,6 +163,11 @@ def _second_set(config: Config, info: "DatasetInfo") -> "MappedDataset | None":
     from segdistill.data.mapped import MappedDataset
 
     settings, names = config.out_of_domain, [item.name for item in info.classes]
+    if not settings.data.resolve().is_relative_to(ELSEWHERE.resolve()):
+        logger.warning(
+            "evaluate.out_of_domain.data: %s is not below %s, which DVC watches; after a change of its files:"
+            " dvc repro --force evaluate_teacher evaluate", settings.data, ELSEWHERE
+        )  # fmt: skip
     return MappedDataset(settings.data, settings.layout, settings.classes, names, "evaluate.out_of_domain")
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segdistill.commands.check import _check_second_set
 from segdistill.data.mapped import MappedDataset
 from segdistill.errors import UserError
 
@@ -74,18 +73,3 @@ def test_one_image_is_too_few_for_an_interval(elsewhere: Path) -> None:
         (elsewhere / kind / "test/a.png").unlink()
     with pytest.raises(UserError, match=r"has 1 images with masks in its split 'test'; an interval needs two"):
         MappedDataset(elsewhere, "folder", {}, OURS, KEY)
-
-
-def test_a_graph_that_does_not_watch_the_set_is_refused_with_the_line_that_is_missing(
-    elsewhere: Path, tmp_path: Path
-) -> None:
-    graph = tmp_path / "dvc.yaml"
-    params = {"evaluate": {"out_of_domain": {"data": str(elsewhere), "layout": "folder"}}}
-    stages = {name: {"params": ["evaluate"], "deps": [str(elsewhere)]} for name in ("evaluate_teacher", "evaluate")}
-    graph.write_text(json.dumps({"stages": stages | {"plan": {"deps": []}}}))
-    _check_second_set(params, graph)
-    stages["evaluate"]["deps"] = []
-    graph.write_text(json.dumps({"stages": stages}))
-    with pytest.raises(UserError, match=rf"does not watch it; write '- {elsewhere}' under the deps of evaluate$"):
-        _check_second_set(params, graph)
-    _check_second_set({"evaluate": {}}, graph)
