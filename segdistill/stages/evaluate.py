@@ -232,7 +232,7 @@ def _measure(
     test_set, second_set = sets
     plain = Views(config.inference)
     headline = evaluated(plain, calibration=True, boundary=config.boundary)
-    arrays = {"confusion": headline.confusion, "counts": headline.counts, "ids": np.array(headline.ids)}
+    arrays: dict[str, Any] = {"confusion": headline.confusion, "counts": headline.counts, "ids": np.array(headline.ids)}
     further = {}
     if second_set:
         arrays["out_of_domain"], further["out_of_domain"] = _score_elsewhere(
