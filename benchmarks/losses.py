@@ -7,8 +7,9 @@
 Networks are not run: student and teacher are random outputs of the sizes that a SegFormer-B0 and a ResNet-101 give
 (``_fake.py``), and a loss reads and differentiates them. A method stands in its default config. ``--blocks`` shows
 instead how time and memory of the quadratic maps follow ``block_rows``, ``--maps`` what is held at label size, in
-float32 maps of all classes: 2.5 GB each for 16 images of 512x512 and 150 classes. For the CPU it makes sides, and with
-them the pixels that a block may have, smaller. Prints Markdown.
+float32 maps of all classes, 2.5 GB each for 16 images of 512x512 and 150 classes: all images at once, and a block at a
+time. It divides sides and blocks by ``--smaller``, which leaves these numbers as they are; times mean something with
+``--smaller 1`` alone (with ``--batch 2``). Prints Markdown.
 
 Straightforward code (``_dense.py``) is what the formula says at sight: a loop over classes, a whole quadratic map. Its
 value and gradient are compared with the method's on a small size before anything is timed. How time and memory are
@@ -26,7 +27,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from _cost import MIB, Action, Clock, held_bytes, peak_bytes, seconds
+from _cost import MIB, Action, Clock, held_bytes, peak_bytes
 from _dense import DENSE, Dense
 from _fake import SETTINGS, Inputs, Setting, build, draw, terms
 from _table import machine, markdown
@@ -202,7 +203,6 @@ def block_rows(name: str, dense: Dense, inputs: Inputs, bench: Bench) -> list[li
 
 
 MAPS = Setting((512, 512), 150, 4, "ade20k/4")
-SMALLER = 4  # the sides; pixels are 16 times fewer
 AT_LABEL_SIZE = {
     "apd: global": ("apd", {"local_weight": 0.0, "prototype_weight": 0.0, "teacher_head": "identity"}),
     "c2vkd: pdd": ("c2vkd", {"visual_weight": 0.0, "patch_weight": 0.0, "linguistic_weight": 0.0}),
@@ -221,27 +221,35 @@ SUPERVISION: dict[str, dict[str, Any]] = {
 }
 
 
-def maps_held(batch: int) -> list[list[object]]:
-    """What each loss holds for its backward pass, and at most at one time, in maps of all classes at label size."""
+def maps_held(batch: int, smaller: int) -> list[list[object]]:
+    """What each loss holds for its backward pass, and at most at one time, in maps of all classes at label size.
+
+    Args:
+        smaller: divides the crop's sides and, squared, a block, so that a block has as many images as at full size.
+    """
     height, width = MAPS.size
-    setting = replace(MAPS, size=(height // SMALLER, width // SMALLER))
-    inputs, device = draw(setting, batch, torch.device("cpu"), torch.float32), torch.device("cpu")
+    setting = replace(MAPS, size=(height // smaller, width // smaller))
+    device = torch.device("cpu")
+    inputs = draw(setting, batch, device, torch.float32)
     losses: dict[str, Callable[[], Tensor]] = {}
     for label, changes in SUPERVISION.items():
         supervision = Supervision(LossConfig(**changes))
         losses[label] = lambda of=supervision: sum(of(inputs.student.logits, inputs.target).values())
     for label, (name, changes) in AT_LABEL_SIZE.items():
-        method = build(name, setting, device, **changes)
-        losses[label] = functools.partial(whole(method), inputs)
+        losses[label] = functools.partial(whole(build(name, setting, device, **changes)), inputs)
     one = batch * setting.num_classes * setting.size[0] * setting.size[1] * 4
     rows: list[list[object]] = []
-    with mock.patch("segdistill.losses.blocks.BLOCK", blocks.BLOCK // SMALLER**2):
-        for label, loss in losses.items():
-            print(label, file=sys.stderr)
-            peak = peak_bytes(lambda loss=loss: loss().backward(), device)
-            rows.append(
-                [label, held_bytes(loss) / one, peak / one, 1000 * seconds(lambda loss=loss: loss().backward(), device)]
-            )
+    for label, loss in losses.items():
+        print(label, file=sys.stderr)
+        held, peaks, times = [], [], []
+        for block in (sys.maxsize, blocks.BLOCK // smaller**2):
+            with mock.patch("segdistill.losses.blocks.BLOCK", block):
+                held.append(held_bytes(loss) / one)
+                peaks.append(peak_bytes(lambda loss=loss: loss().backward(), device) / one)
+                started = time.process_time()
+                loss().backward()
+                times.append(time.process_time() - started)
+        rows.append([label, *(f"{maps:.2f}" for maps in (*held, *peaks)), f"{times[1] / times[0]:.2f}"])
     return rows
 
 
@@ -273,13 +281,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="half the crop in both directions, one round")
     parser.add_argument("--blocks", action="store_true", help="time and memory by block_rows, of the quadratic maps")
     parser.add_argument("--maps", action="store_true", help="what is held at label size, in maps of all classes")
+    parser.add_argument("--smaller", type=int, default=8, help="divides the sides for --maps (%(default)s)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the networks' outputs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)
     device, started = torch.device(given.device), time.perf_counter()
     if given.maps:
+        header = ["loss", "held for backward, all at once", "in blocks", "peak, all at once", "in blocks", "x time"]
         print(f"Forward + backward, batch {given.batch or 16}, fp32, cpu. {machine(['torch'])}\n")
-        print(markdown(["loss", "maps held for backward", "maps at the peak", "ms"], maps_held(given.batch or 16)))
+        print(markdown(header, maps_held(given.batch or 16, given.smaller)))
         return
     repeats, limit = (1, given.limit / 5) if given.quick else (given.repeats, given.limit)
     clock = Clock(device, repeats, given.budget, limit)
