@@ -281,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="half the crop in both directions, one round")
     parser.add_argument("--blocks", action="store_true", help="time and memory by block_rows, of the quadratic maps")
     parser.add_argument("--maps", action="store_true", help="what is held at label size, in maps of all classes")
-    parser.add_argument("--smaller", type=int, default=8, help="divides the sides for --maps (%(default)s)")
+    parser.add_argument("--smaller", type=int, default=16, help="divides the sides for --maps (%(default)s)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the networks' outputs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)

@@ -1,6 +1,7 @@
 """Sums over huge maps, a block at a time: what would need the whole map keeps one block in memory."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,14 +10,14 @@ from torch.utils.checkpoint import checkpoint
 from segdistill.geometry import Size, resize_labels, size_of
 from segdistill.losses.align import resize_logits
 
+R = TypeVar("R", Tensor, tuple[Tensor, ...])
+"""What a term gives: a tensor, or several, each with a gradient of its own."""
 BLOCK = 2**25
 """Elements of logits that are compared at one time, 128 MiB in float32; those of one image where it has more. Batches
 of fewer, as tests and small crops have, are one block."""
 
 
-def in_blocks(
-    term: Callable[..., Tensor], rows: Sequence[Tensor], *whole: Tensor, block: int, dim: int = 0
-) -> list[Tensor]:
+def in_blocks(term: Callable[..., R], rows: Sequence[Tensor], *whole: Tensor, block: int, dim: int = 0) -> list[R]:
     """``term(*block of rows, *whole)`` for consecutive blocks of rows.
 
     Each block is computed again in the backward pass, so that the memory of one block bounds the memory of all. Where
@@ -35,9 +36,7 @@ def in_blocks(
     return [term(*part, *whole) for part in parts]
 
 
-def sum_over_blocks(
-    term: Callable[..., Tensor], rows: Sequence[Tensor], *whole: Tensor, block: int, dim: int = 0
-) -> Tensor:
+def sum_over_blocks(term: Callable[..., R], rows: Sequence[Tensor], *whole: Tensor, block: int, dim: int = 0) -> R:
     """The sum of :func:`in_blocks`: value and gradient are those of ``term(*rows, *whole)`` if that sums over rows."""
     return _sum(in_blocks(term, rows, *whole, block=block, dim=dim))
 
@@ -74,20 +73,20 @@ def align_logits(
 
 
 def images_in_blocks(
-    term: Callable[..., Tensor],
+    term: Callable[..., R],
     logits: Sequence[Tensor],
     maps: Sequence[Tensor],
     size: Size,
     *,
     align_corners: bool = False,
-) -> list[Tensor]:
+) -> list[R]:
     """``term(*logits, *maps)`` for consecutive blocks of images, with the logits of a block resized, in float32.
 
     Shape:
         logits: [B, K, ., .] each; maps: [B, ...] each.
     """
 
-    def at_size(*tensors: Tensor) -> Tensor:
+    def at_size(*tensors: Tensor) -> R:
         resized = [resize_logits(each, size, align_corners=align_corners) for each in tensors[: len(logits)]]
         return term(*resized, *tensors[len(logits) :])
 
@@ -95,13 +94,13 @@ def images_in_blocks(
 
 
 def sum_over_images(
-    term: Callable[..., Tensor],
+    term: Callable[..., R],
     logits: Sequence[Tensor],
     maps: Sequence[Tensor],
     size: Size,
     *,
     align_corners: bool = False,
-) -> Tensor:
+) -> R:
     """The sum of :func:`images_in_blocks`, for a term that sums over images."""
     return _sum(images_in_blocks(term, logits, maps, size, align_corners=align_corners))
 
@@ -132,5 +131,8 @@ def mean_over_pixels(
     return sum_over_images(total, logits, [*maps, mask], size, align_corners=align_corners) / mask.sum().clamp_min(1)
 
 
-def _sum(tensors: Sequence[Tensor]) -> Tensor:
-    return sum(tensors[1:], start=tensors[0])
+def _sum(results: Sequence[R]) -> R:
+    first: Any = results[0]
+    if isinstance(first, Tensor):
+        return sum(results[1:], start=first)  # type: ignore[call-overload, no-any-return]
+    return tuple(map(_sum, zip(*results, strict=True)))  # type: ignore[return-value, call-overload, arg-type]

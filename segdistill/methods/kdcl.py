@@ -156,15 +156,17 @@ class CollaborativeEnsemble(OnlineMethod[KDCLConfig]):
         logits = resized_in_one_block(logits, size, align_corners=config.align_corners)
         weights = self._linear_weights(logits, labels, valid) if config.ensemble == "linear" else None
 
-        def sums(*tensors: Tensor) -> Tensor:
+        def sums(*tensors: Tensor) -> tuple[Tensor, ...]:
             *logits, labels, valid = tensors
             ensemble = self._ensemble(torch.stack([each.detach() for each in logits]), labels, valid, weights)
             values = (pixel_divergence(each, ensemble, temperature=config.temperature) for each in logits)
-            return torch.stack([torch.where(valid, each, 0.0).sum() for each in values])
+            return tuple(torch.where(valid, each, 0.0).sum() for each in values)
 
         totals = sum_over_images(sums, logits, [labels, valid], size, align_corners=config.align_corners)
-        means = totals / valid.sum().clamp_min(1) * config.temperature**2
-        return {peer: {"kl": mean} for peer, mean in zip(self.peers, means, strict=True)}
+        count = valid.sum().clamp_min(1)
+        return {
+            peer: {"kl": total / count * config.temperature**2} for peer, total in zip(self.peers, totals, strict=True)
+        }
 
     def _ensemble(self, logits: Tensor, labels: Tensor, valid: Tensor, weights: Tensor | None) -> Tensor:
         if weights is not None:

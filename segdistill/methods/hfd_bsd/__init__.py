@@ -254,9 +254,9 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
             }
         return terms
 
-    def _pixel_sums(self, first: Tensor, second: Tensor, *learning: Tensor) -> Tensor:
+    def _pixel_sums(self, first: Tensor, second: Tensor, *learning: Tensor) -> tuple[Tensor, ...]:
         divergences = mutual_divergences(first, second, temperature=self.config.temperature)
-        return torch.stack(list(map(selected_sum, divergences, learning)))
+        return tuple(map(selected_sum, divergences, learning))
 
     def _region_distances(self, features: list[Tensor], labels: Tensor, grid: tuple[int, int]) -> list[Tensor]:
         mask = labels if self.config.mask_region_features else None
