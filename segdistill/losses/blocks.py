@@ -1,5 +1,7 @@
 """Sums over huge maps, a block at a time: what would need the whole map keeps one block in memory."""
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -134,5 +136,5 @@ def mean_over_pixels(
 def _sum(results: Sequence[R]) -> R:
     first: Any = results[0]
     if isinstance(first, Tensor):
-        return sum(results[1:], start=first)  # type: ignore[call-overload, no-any-return]
+        return functools.reduce(operator.add, results)
     return tuple(map(_sum, zip(*results, strict=True)))  # type: ignore[return-value, call-overload, arg-type]

@@ -1,6 +1,6 @@
 """Decoupled knowledge distillation at every pixel: the labelled class against the rest, and the rest among itself."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -143,7 +143,7 @@ class Decoupled(OfflineMethod[DKDConfig]):
             student.logits, teacher.logits, target, upsample=config.upsample, align_corners=config.align_corners
         )
         losses = {"target": target_kl, "non_target": non_target_kl}
-        settings = {"temperature": config.temperature, "align_corners": config.align_corners}
+        settings: dict[str, Any] = {"temperature": config.temperature, "align_corners": config.align_corners}
         return {term: losses[term](student_logits, teacher_logits, labels, **settings) for term in self.weights}
 
 

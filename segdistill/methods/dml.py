@@ -1,7 +1,7 @@
 """Deep mutual learning: co-trained students imitate each other's predictions."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -70,6 +70,9 @@ class MutualLearning(OnlineMethod[DMLConfig]):
 
     def _divergence(self, sink: str, logits: Mapping[str, Tensor], valid: Tensor) -> Tensor:
         sources = [peer for peer in self.peers if peer != sink]
-        settings = {"temperature": self.config.temperature, "align_corners": self.config.align_corners}
+        settings: dict[str, Any] = {
+            "temperature": self.config.temperature,
+            "align_corners": self.config.align_corners,
+        }
         total = sum(pixel_kl(logits[sink], logits[source], valid, **settings) for source in sources)
         return total / len(sources)  # type: ignore[return-value]

@@ -76,5 +76,11 @@ class PixelWise(OfflineMethod[KDConfig]):
             student.logits, teacher.logits, target, upsample=config.upsample, align_corners=config.align_corners
         )
         valid = counted_mask(labels, mask_ignore=config.mask_ignore)
-        settings = {"temperature": config.temperature, "align_corners": config.align_corners}
-        return {"kl": pixel_kl(student_logits, teacher_logits, valid, **settings)}
+        loss = pixel_kl(
+            student_logits,
+            teacher_logits,
+            valid,
+            temperature=config.temperature,
+            align_corners=config.align_corners,
+        )
+        return {"kl": loss}

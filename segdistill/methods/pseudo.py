@@ -86,5 +86,11 @@ class PseudoLabels(OfflineMethod[PseudoConfig]):
         student_logits, teacher_logits, labels = align_logits(
             student.logits, teacher.logits, target, upsample=config.upsample, align_corners=config.align_corners
         )
-        settings = {"threshold": config.threshold, "align_corners": config.align_corners}
-        return {"ce": hard_label_loss(student_logits, teacher_logits, valid_mask(labels), **settings)}
+        loss = hard_label_loss(
+            student_logits,
+            teacher_logits,
+            valid_mask(labels),
+            threshold=config.threshold,
+            align_corners=config.align_corners,
+        )
+        return {"ce": loss}

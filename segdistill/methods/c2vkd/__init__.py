@@ -333,7 +333,7 @@ class CNNToViT(OfflineMethod[C2VKDConfig]):
         )
         a, b, align_corners = config.target_factor, config.other_factor, config.align_corners
         if config.pdd == "dkd":
-            settings = {"temperature": config.temperature, "align_corners": align_corners}
+            settings: dict[str, Any] = {"temperature": config.temperature, "align_corners": align_corners}
             target_part = target_kl(student, teacher, labels, **settings)
             return a * target_part + b * non_target_kl(student, teacher, labels, **settings)
         return blended_two_way(

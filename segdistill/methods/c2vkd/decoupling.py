@@ -37,12 +37,12 @@ def blended_two_way(
         student_logits, teacher_logits: [B, K, ., .], K at least 2, resized to the labels; labels: [B, h, w] int64.
     """
     valid = labelled_mask(labels)
-    factors = {
-        "target_factor": target_factor,
-        "other_factor": other_factor,
-        "halved": math.log(2) if normalized else 0.0,
-    }
-    values = functools.partial(_two_way_divergence, **factors)
+    values = functools.partial(
+        _two_way_divergence,
+        target_factor=target_factor,
+        other_factor=other_factor,
+        halved=math.log(2) if normalized else 0.0,
+    )
     logits, indices = [student_logits, teacher_logits.detach()], labels.masked_fill(~valid, 0)
     return mean_over_pixels(values, logits, [indices], valid, align_corners=align_corners)
 
