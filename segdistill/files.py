@@ -49,11 +49,7 @@ def read_bytes(path: Path, *, limit: int = TEXT_LIMIT) -> bytes:
         UserError: absent, unreadable, no regular file, or larger than ``limit``.
     """
     size = require_regular(path, limit=limit)
-    if getattr(path, "is_zipped", False):  # of segdistill.data.zips, which this file does not know
-        with _readable(path):
-            return path.read_bytes()
-    # Opening a FIFO that took its place would wait for a writer.
-    with _readable(path), open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+    with _readable(path), path.open("rb") as file:
         content = file.read(size + 1)
     if len(content) > size:
         raise UserError(f"{path}: grew while it was read; wait until it is complete")

@@ -10,8 +10,9 @@ import re
 import stat
 import zlib
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from segdistill.errors import UserError
 
@@ -95,20 +96,20 @@ class ZippedPath(type(Path())):  # type: ignore[misc]  # PosixPath
                 raise
         return (self / name for name in names)
 
-    def read_bytes(self) -> bytes:
-        """The content, compared with the checksum of the archive; never more than the size that stands there.
+    def open(self, mode: str = "r", *args: Any, **kwargs: Any) -> IO[Any]:
+        """The content of a file in an archive as bytes, compared with the archive's checksum; else the file.
 
         Raises:
             OSError: the archive is damaged there.
         """
         if not self.is_zipped:
-            return super().read_bytes()  # type: ignore[no-any-return]
+            return super().open(mode, *args, **kwargs)  # type: ignore[no-any-return]
         from zipfile import BadZipFile
 
         archive, entry = self.contents.files[str(self)]
         try:
             with self.contents.archives[archive].open(entry) as file:
-                return file.read(entry.file_size + 1)  # without a number it would unpack whatever is there at once
+                return BytesIO(file.read(entry.file_size + 1))  # without a number it would unpack whatever is there
         except (BadZipFile, EOFError, zlib.error) as error:
             raise OSError(errno.EIO, f"damaged in {archive}: {error or 'cut off'}") from None
 
