@@ -307,7 +307,7 @@ class Sender:
             write_json(self.spool.position, {"offset": offset})
 
     def _send(self, group: list[dict[str, Any]]) -> None:
-        client, run_id = self._connect()
+        client, run_id = self._connect(group[0]["time"])
         if group[0]["kind"] == "artifact":
             path = self.spool.base.parent / group[0]["values"]["path"]
             if path.exists():  # else it was sent, and the process ended before it noted so
@@ -323,8 +323,8 @@ class Sender:
         else:
             self._send_numbers(client, run_id, group)
 
-    def _connect(self) -> tuple["MlflowClient", str]:
-        """Finds or makes the run, and remembers its id before anything is sent to it."""
+    def _connect(self, since: float) -> tuple["MlflowClient", str]:
+        """Finds or makes the run, which began by ``since``, and remembers its id before anything is sent to it."""
         if self._client is None:
             self._client = self.store.client()
         if self._run_id is None:
@@ -339,7 +339,7 @@ class Sender:
             else:
                 self._run_id = ensure_run(
                     self._client, self.store, meta.pipeline_run, meta.name, meta.tags, meta.dataset,
-                    fresh=meta.fresh, reopen=meta.kind == "run",
+                    fresh=meta.fresh, reopen=meta.kind == "run", since=since,
                 )  # fmt: skip
             self.spool.write_meta(replace(meta, run_id=self._run_id))
         return self._client, self._run_id

@@ -365,11 +365,12 @@ def ensure_run(
     *,
     fresh: bool = False,
     reopen: bool = True,
+    since: float | None = None,
 ) -> str:
     """The id of the run ``name`` in a pipeline execution: the one that is there, set to RUNNING again, or a new one.
 
     Tags that the run has already stay as they are. ``fresh`` makes a new one in any case. Without ``reopen`` a run that
-    is there keeps its status and its end.
+    is there keeps its status and its end. A new one began at ``since``, in seconds of the epoch, or now.
     """
     with store.lock():
         parent = ensure_parent(client, store, pipeline_run, tags)
@@ -383,7 +384,10 @@ def ensure_run(
                     client.set_tag(run.info.run_id, key, value)
         else:
             own = {PIPELINE_TAG: pipeline_run, ROLE_TAG: "run", PARENT_TAG: parent.info.run_id}
-            run = client.create_run(parent.info.experiment_id, run_name=name, tags={**tags, **_source(tags), **own})
+            run = client.create_run(
+                parent.info.experiment_id, None if since is None else round(1000 * since), run_name=name,
+                tags={**tags, **_source(tags), **own},
+            )  # fmt: skip
     if dataset is not None:
         for one in (run, parent):
             if not any(item.dataset.digest == dataset.md5[:36] for item in one.inputs.dataset_inputs):

@@ -38,7 +38,7 @@ def command(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     format_name = arguments.format or out.suffix.removeprefix(".")
     if format_name not in portable.FORMATS:
-        raise UserError(f"--out: {out}: say the format with --format; allowed: {', '.join(portable.FORMATS)}")
+        raise UserError(f"--out: {out}: a file's name ends with {' or '.join(f'.{name}' for name in portable.FORMATS)}")
     if out.suffix != f".{format_name}":
         raise UserError(f"--out: {out}: a file of this format ends with .{format_name}")
     if arguments.int8 and format_name != "onnx":
@@ -51,6 +51,10 @@ def command(arguments: argparse.Namespace) -> None:
         parse(Images, arguments.calibration, "--calibration"),
         parse(Points, arguments.max_loss, "--max-loss"),
     )
+    if arguments.int8:
+        from segdistill.data.shards import read_dataset_info
+
+        read_dataset_info(arguments.prepared)  # before the minute that the rest takes
     model = open_model(arguments.model, arguments.student, torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="segdistill-export-") as scratch:
         exported, facts = Path(scratch) / f"model.{format_name}", []

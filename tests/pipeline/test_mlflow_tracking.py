@@ -134,12 +134,13 @@ def test_what_is_added_to_a_training_that_ended_leaves_its_end_where_it_was(root
     assert other.info.status == "FINISHED"
 
 
-def test_a_training_whose_end_waits_in_the_spool_ends_when_it_ended(root: Path) -> None:
+def test_a_training_that_waits_in_the_spool_begins_and_ends_when_it_did(root: Path) -> None:
     away = {"uri": "http://127.0.0.1:9", "flush_seconds": 0.0}
     training = tracker(root, "kd-s0", **away)
     training.metrics({"val/miou": 0.4}, 10)
     training.close()
-    ended = json.loads((root / "spool" / PIPELINE / "kd-s0.jsonl").read_text().splitlines()[-1])["time"]
+    records = (root / "spool" / PIPELINE / "kd-s0.jsonl").read_text().splitlines()
+    began, ended = (json.loads(records[number])["time"] for number in (0, -1))
     evaluation = tracker(root, "evaluate", **away).child("kd-s0", ended=True)
     evaluation.metrics({"test/miou": 0.5})
     evaluation.close()
@@ -147,6 +148,7 @@ def test_a_training_whose_end_waits_in_the_spool_ends_when_it_ended(root: Path) 
     (run,) = runs(root)["kd-s0"]
     assert run.data.metrics == {"val/miou": 0.4, "test/miou": 0.5}
     assert (run.info.status, run.info.end_time) == ("FINISHED", round(1000 * ended))
+    assert run.info.start_time == round(1000 * began)  # and not when it was sent, which is after its end
 
 
 def test_the_pipeline_run_is_described_and_goes_on_when_the_stage_is_closed(root: Path) -> None:

@@ -143,7 +143,10 @@ def test_what_cannot_be_exported_is_one_sentence(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for options, sentence in (
-        (["--out", str(tmp_path / "a.bin")], "say the format with --format; allowed: onnx, pt2"),
+        (["--out", str(tmp_path / "a.bin")], "a.bin: a file's name ends with .onnx or .pt2"),
+        (["--out", str(tmp_path)], "a file's name ends with"),
+        (["--out", str(tmp_path / "a.onnx"), "--size", "0", "9"], "--size.0: input should be greater"),
+        (["--out", str(tmp_path / "a.onnx"), "--int8", "--prepared", "gone"], "the stage 'prepare' writes it"),
         (["--out", str(tmp_path / "a.pt2"), "--int8"], "only with --format onnx"),
         (["--out", str(tmp_path / "a.onnx")], "is an ONNX file already"),
     ):
