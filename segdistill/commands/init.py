@@ -3,6 +3,7 @@
 import argparse
 import copy
 import io
+import math
 import re
 import shutil
 import subprocess
@@ -35,6 +36,7 @@ _PYRAMID = {"architecture": "UPerNet", "output_stride": 32, "decoder": {"decoder
 _VIT = {"architecture": "Segformer", "output_stride": 32, "decoder": {"decoder_segmentation_channels": 64}}
 _PLAIN_VIT = {"architecture": "DPT", "output_stride": 16, "decoder": {}}
 TEACHER_PART, STUDENT_PART = 0.3, 0.5  # of the time; the rest is start-up, validation, evaluation and report
+LEAST_ITERATIONS = 10  # of a training, however short the time
 STEP_MARGIN = 1.3  # a training step beside its forward and backward passes: optimiser, losses, data
 
 
@@ -283,9 +285,14 @@ def _fit(
     _set_budget(params["train_teacher"]["train"], TEACHER_PART * minutes * 60 / (STEP_MARGIN * teacher.seconds))
     _set_budget(params["distill"]["train"], part * minutes * 60 / (len(seeds) * step))
     budgets = [params[section]["train"]["iterations"] for section in ("train_teacher", "distill")]
+    training = budgets[1] * len(seeds) * step + (0 if folder else budgets[0] * STEP_MARGIN * teacher.seconds)
+    needed = math.ceil(training / 60 / (TEACHER_PART + STUDENT_PART))
+    longer = ""
+    if needed > minutes and LEAST_ITERATIONS in budgets:  # else only the rounding of the iterations
+        minutes, longer = needed, f", which {LEAST_ITERATIONS} iterations of each need at least"
     reasons.append(
         f"{', '.join(members)} with seeds {', '.join(map(str, seeds))}; teacher {budgets[0]} and students {budgets[1]}"
-        f" iterations: about {minutes} minutes by a step's time measured here"
+        f" iterations: about {minutes} minutes by a step's time measured here{longer}"
     )
     if count := facts.samples.get(WITHOUT_MASKS, 0):
         reasons.append(f"{count} images without masks wait: with distill.train.unlabelled {batch} they teach as well")
@@ -482,7 +489,7 @@ def _flow(value: Any) -> Any:
 
 
 def _set_budget(train: Any, most: float) -> None:
-    iterations = max(10, min(200_000, int(float(f"{most:.2g}"))))
+    iterations = max(LEAST_ITERATIONS, min(200_000, int(float(f"{most:.2g}"))))
     train["iterations"] = iterations
     train["log_every"] = max(1, iterations // 20)
     for key in ("validate_every", "checkpoint_every"):

@@ -1,6 +1,7 @@
 """``segdistill init``: from photos and masks to a params.yaml that is in order; and which file is never overwritten."""
 
 import json
+import math
 import shutil
 import subprocess
 from dataclasses import replace
@@ -152,6 +153,18 @@ def test_a_teacher_of_whose_classes_none_is_the_data_sets_is_refused(
     assert main(["init", data, "--classes", "sky,road,car", "--teacher", teacher]) == 2
     assert "none of its classes has a name of the data set's; it has cat, dog" in capsys.readouterr().err
     assert not (project / "params.yaml").exists()
+
+
+def test_a_time_that_is_too_short_is_not_promised(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(init, "_timed", lambda network, *_: replace(network, seconds=10.0, forward=3.0))
+    params = fitted(str(photos(project.parent / "mine")), "--student", "tiny", "--time", "1m")
+    assert params["run"] == ["none", "kd", "apd"]
+    # 3 seeds of 10 steps, each a pass of the teacher and three students' training, and 10 steps of the teacher.
+    minutes = math.ceil((3 * 10 * (3.0 + 1.3 * 3 * 10.0) + 10 * 1.3 * 10.0) / 60 / 0.8)
+    said = capsys.readouterr().out
+    assert f"about {minutes} minutes by a step's time measured here, which 10 iterations of each need at least" in said
 
 
 @pytest.mark.parametrize("wish", [["--student", "resnet81"], ["--teacher", "teachers/pets"]])
