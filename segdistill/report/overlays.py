@@ -14,7 +14,7 @@ from segdistill.data.shards import ShardDataset
 from segdistill.errors import UserError
 from segdistill.files import read_sealed
 from segdistill.report.inputs import EVALUATE, Measured
-from segdistill.report.pictures import evenly_spread
+from segdistill.report.pictures import evenly_spread, visible
 
 IGNORED = 255
 MAX_WIDTH = 512  # pixels; a street scene of 2048 columns says as much at a quarter of them
@@ -76,7 +76,7 @@ def read(
 
 def _scene(
     sample: str,
-    image: NDArray[np.uint8],
+    image: np.ndarray,
     truth: NDArray[np.uint8],
     networks: Sequence[Measured],
     colors: Sequence[tuple[int, int, int]],
@@ -97,7 +97,7 @@ def _scene(
                 accuracy=network.accuracies[sample],
             )
         )
-    photograph = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
+    photograph = Image.fromarray(visible(image)).resize(size, Image.Resampling.LANCZOS)
     return Scene(sample, size, _data_uri(photograph, "JPEG", quality=85), tuple(tiles))
 
 
