@@ -59,7 +59,7 @@ class ImageModel(PythonModel):
 
         Args:
             context: as above.
-            model_input: has a column ``image``: JPEG, PNG or .npy files, as bytes or base64; TIFF where tifffile is installed.
+            model_input: has a column ``image``: JPEG, PNG or .npy files, as bytes or base64; TIFF with tifffile.
             params: none are known.
 
         Raises:

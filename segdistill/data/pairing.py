@@ -1,7 +1,8 @@
 """Photos and masks as people keep them: which files belong together, and which split their place names.
 
 A mask is told from a photo by a folder (``masks/``, ``labels/``), by the end of its name (``a_mask.png``), or by being
-the PNG beside an image of its name and another kind. What is left of the path is the sample's name, in which a folder may name a split.
+the PNG beside another image of its name. What is left of the path is the sample's name, in which a folder may name a
+split.
 """
 
 import csv

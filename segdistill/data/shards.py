@@ -99,7 +99,7 @@ class ShardDataset:
         """The image and its train ids; whoever changes them changes what is kept.
 
         Shape:
-            image [H, W, C] uint8 or uint16, as ``images`` says; label [H, W] uint8, ``losses.IGNORE_INDEX`` where there is no label.
+            image [H, W, C] uint8 or uint16; label [H, W] uint8, ``losses.IGNORE_INDEX`` where there is no label.
 
         Raises:
             UserError: the sample is not what ``prepare`` wrote; names shard and sample.

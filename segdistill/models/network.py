@@ -110,7 +110,7 @@ def build_parts(config: ModelConfig, num_classes: int, *, pretrained: bool) -> P
 
 
 def _adapt_input(encoder: nn.Module, channels: int) -> None:
-    """Gives an encoder of RGB images others, as timm does: weights are repeated and rescaled, or summed for one channel.
+    """Gives an encoder of RGB images others, as timm does: weights are repeated and rescaled, or summed for one.
 
     Here, and not by either library: so encoders of both, downloaded weights and those of a file go the same way.
     """

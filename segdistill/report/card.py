@@ -76,7 +76,8 @@ def model_card(
     lines += [
         "", "## How to load it", "",
         f"    segdistill predict models:/{name}@champion photos/ --out masks", "",
-        f"It takes float32 {'RGB' if images.is_rgb else 'channels'} in 0..1, [batch, {images.channels}, height, width] of any size; the normalisation is within.",
+        f"It takes float32 {'RGB' if images.is_rgb else 'channels'} in 0..1,"
+        f" [batch, {images.channels}, height, width] of any size; the normalisation is within.",
         *(f"* `{path}`: {what}" for path, what in files.items()),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"

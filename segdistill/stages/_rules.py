@@ -59,8 +59,8 @@ def rules(config: "Config", mask_kinds: Sequence[str]) -> list[Rule]:
     return [
         Rule("Every image can be read", "files", NULL, {"column": "image_problem"}, "image",
              itemgetter("image_problem")),
-        Rule("Every image has the channels and bits of the others", "files", NULL, {"column": "pixels_problem"}, "image",
-             itemgetter("pixels_problem")),
+        Rule("Every image has the channels and bits of the others", "files", NULL,
+             {"column": "pixels_problem"}, "image", itemgetter("pixels_problem")),
         Rule("Every image has a mask that can be read", "files", NULL, {"column": "mask_problem"}, "mask",
              lambda row: row["mask_problem"] + _of_image(row)),
         Rule("Every mask holds class indices", "files", IN_SET,

@@ -117,8 +117,8 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
     told = f"{counts['warnings']} warnings" if counts["warnings"] else "no warning"
     logger.info(
         "%s is sound: %d images (%s) with %s, %d classes; %d checks passed, %s; see %s",
-        data, len(samples), images, summary["images"], len(summary["classes"]), sum(verdict.success for verdict in verdicts), told,
-        report / "summary.html",
+        data, len(samples), images, summary["images"], len(summary["classes"]),
+        sum(verdict.success for verdict in verdicts), told, report / "summary.html",
     )  # fmt: skip
 
 
