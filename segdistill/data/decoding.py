@@ -285,7 +285,7 @@ def _read_array(content: bytes, most_pixels: int) -> np.ndarray:
 def _require_values(shape: tuple[int, ...], dtype: np.dtype | None, most_pixels: int) -> None:
     """Refuses what is no image of 8 or 16 bits before its pixels are looked at."""
     height, width, channels = shape
-    if dtype not in (np.uint8, np.uint16):  # in whichever order of bytes
+    if dtype is None or dtype.newbyteorder("=") not in (np.uint8, np.uint16):
         raise BadFile(
             f"values of type {dtype}; uint8 or uint16 is due: scale floats to 0..65535, all files alike, and round"
         )
