@@ -69,10 +69,10 @@ def measure(arguments: argparse.Namespace) -> list[float]:
     if arguments.whole:
         inference.BAND = height * width
     scenes = Scenes(arguments.images, (height, width), arguments.classes)
-    settings = InferenceConfig(batch_size=1, input_scale=1.0, window=None, window_stride=0.67)
+    views = inference.Views(InferenceConfig(batch_size=1, input_scale=1.0, window=None, window_stride=0.67))
     peaks, started = [peak()], time.perf_counter()
     evaluate(
-        Network(arguments.classes, arguments.stride), scenes, settings,  # type: ignore[arg-type]
+        Network(arguments.classes, arguments.stride), scenes, views,  # type: ignore[arg-type]
         num_classes=arguments.classes, processes=Processes(0, 1, torch.device("cpu")), calibration=True,
         progress=lambda _: peaks.append(peak()),
     )  # fmt: skip

@@ -18,6 +18,7 @@ from segdistill.commands.export import quantized, to_file
 from segdistill.data.shards import ShardDataset
 from segdistill.engine.distributed import Processes
 from segdistill.engine.evaluate import evaluate
+from segdistill.engine.inference import Views
 from segdistill.models import portable
 
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def main() -> None:
             for name, network in networks.items():
                 classes = len(model.contract["classes"])
                 scores = evaluate(
-                    network, test_set, model.inference, num_classes=classes, processes=Processes(0, 1, CPU)
+                    network, test_set, Views(model.inference), num_classes=classes, processes=Processes(0, 1, CPU)
                 )
                 seconds = statistics.median(one[name] for one in rounds)
                 megabytes = f"{files[name].stat().st_size / 1e6:.1f}" if name in files else ""

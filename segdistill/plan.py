@@ -21,7 +21,7 @@ from segdistill.errors import UserError, nearest
 from segdistill.files import read_json
 from segdistill.identity import code_of, effective
 from segdistill.models.config import ModelConfig
-from segdistill.models.teachers import FAMILIES
+from segdistill.models.teachers import FAMILIES, files_hash
 
 if TYPE_CHECKING:
     from segdistill.methods.method import Method
@@ -177,6 +177,8 @@ class TeacherPlan:
 
     settings: TeacherConfig
     code: str
+    imported: str | None = None
+    """The hash of an imported teacher's files, where they are on the machine that plans; None for a trained one."""
 
 
 def jobs(run: Any, seeds: Any) -> list[Job]:
@@ -286,7 +288,8 @@ def parse_methods(
 def teacher_plan(settings: Any) -> TeacherPlan:
     """The plan of a section ``train_teacher``."""
     config: TeacherConfig = parse(TeacherConfig, settings, "train_teacher")
-    return TeacherPlan(settings=config, code=config.code)
+    here = bool(config.folders) and all(folder.is_dir() for folder in config.folders)
+    return TeacherPlan(settings=config, code=config.code, imported=files_hash(config.folders) if here else None)
 
 
 def cohort_plan(protocol: Any, defined: Any, members: Iterable[Job]) -> CohortPlan:

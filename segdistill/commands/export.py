@@ -53,11 +53,11 @@ def command(arguments: argparse.Namespace) -> None:
         networks: dict[str, Network] = {}
         if arguments.int8 and arguments.model.endswith(".onnx"):
             shutil.copy(arguments.model, exported)
+            networks[format_name] = model.network
         else:
-            difference = to_file(model, exported)
-            facts.append(f"logits within {difference:.1g} of torch's, as a share of the largest")
             networks["torch"] = model.network
-        networks[format_name] = portable.load_portable(exported, torch.device("cpu"))[0]
+            difference, networks[format_name] = to_file(model, exported)
+            facts.append(f"logits within {difference:.1g} of torch's, as a share of the largest")
         if arguments.int8:
             exported, sentence = quantized(model, exported, arguments.prepared, images, loss)
             networks["int8"] = portable.load_portable(exported, torch.device("cpu"))[0]
@@ -82,11 +82,11 @@ def command(arguments: argparse.Namespace) -> None:
     console.print(table)
 
 
-def to_file(model: Model, path: Path) -> float:
+def to_file(model: Model, path: Path) -> "tuple[float, Network]":
     """Writes a network as ``.pt2`` or ``.onnx``, and compares it with torch at several sizes.
 
     Returns:
-        The largest difference of logits, as a share of the largest logit.
+        The largest difference of logits, as a share of the largest logit, and the network in the file.
 
     Raises:
         UserError: the model is an ONNX file already, or its logits come out otherwise.
@@ -95,10 +95,10 @@ def to_file(model: Model, path: Path) -> float:
 
     from segdistill.models import portable
     from segdistill.models.export import ExportedSegmenter
-    from segdistill.models.segmenter import Segmenter
+    from segdistill.models.outputs import SegmentationNetwork
 
     expected: torch.nn.Module
-    if isinstance(model.network, Segmenter):
+    if isinstance(model.network, SegmentationNetwork):
         expected = ExportedSegmenter(model.network).eval()
         program = portable.to_program(expected, model.images.channels)
     elif model.program is not None:
@@ -151,9 +151,10 @@ def validation_miou(model: Model, network: "Network", dataset: "ShardDataset") -
 
     from segdistill.engine.distributed import Processes
     from segdistill.engine.evaluate import evaluate
+    from segdistill.engine.inference import Views
 
     processes, classes = Processes(0, 1, torch.device("cpu")), len(model.contract["classes"])
-    return evaluate(network, dataset, model.inference, num_classes=classes, processes=processes).miou
+    return evaluate(network, dataset, Views(model.inference), num_classes=classes, processes=processes).miou
 
 
 def calibration(dataset: "ShardDataset", images: int, scale: float) -> Iterator[np.ndarray]:

@@ -5,6 +5,7 @@ import copy
 import io
 import re
 import subprocess
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -53,7 +54,7 @@ class Facts:
     """What the data set is like."""
 
     samples: Mapping[str, int]
-    classes: int
+    classes: tuple[str, ...]
     height: int  # of the median image, upright
     width: int
     largest: int  # side of any image
@@ -82,10 +83,10 @@ def command(arguments: argparse.Namespace) -> None:
         return
     require_replaceable(target, force=arguments.force)
     minutes = None if arguments.time is None else _minutes(arguments.time)
-    machine = _machine()
+    machine, folder = _machine(), _imported(arguments.teacher)
     layout_name = _bring(arguments)
     facts = _facts(open_layout(layout_name, DATA))
-    params, reasons = _fit(facts, machine, arguments, layout_name, minutes or machine.minutes)
+    params, reasons = _fit(facts, machine, arguments, folder, layout_name, minutes or machine.minutes)
     text = _text(params, reasons)
     from segdistill.execution import check_params
 
@@ -172,6 +173,39 @@ def _bring(arguments: argparse.Namespace) -> str:
     return imported.layout
 
 
+def _imported(teacher: str | None) -> Path | None:
+    """The folder of a trained teacher, where ``--teacher`` names one and no encoder."""
+    from segdistill.models.teachers import names
+
+    if teacher is None or ("/" not in teacher and not Path(teacher).is_dir()):
+        return None
+    names(Path(teacher))  # one that cannot be read is refused before anything is written
+    return Path(teacher)
+
+
+def _import_teacher(section: Any, folder: Path, classes: Sequence[str]) -> list[str]:
+    """Names the teacher and which class of its is which of the data set; returns what is left to say of that."""
+    from ruamel.yaml.comments import CommentedMap
+
+    from segdistill.models.teachers import names, table
+
+    labels = table(folder, classes)
+    missing = [label for label in classes if label not in labels.values()]
+    unused = [name for name in names(folder) if name not in labels]
+    section["import_from"] = str(folder)
+    if not missing and all(name == label for name, label in labels.items()) and not unused:
+        return []
+    section["labels"] = CommentedMap(labels)
+    lines = ["its class: the data set's"]
+    lines += [f"left out, for want of a class of the data set: {', '.join(unused)}"] if unused else []
+    lines += [f"TO BE ADDED, of the data set's: {', '.join(missing)}"] if missing else []
+    comment = "\n".join(part for line in lines for part in textwrap.wrap(line, 110))
+    section.yaml_set_comment_before_after_key("labels", before=comment, indent=2)
+    if not missing:
+        return []
+    return [f"the teacher has no class named {', '.join(missing)}: say in train_teacher.labels which of its are"]
+
+
 def _facts(layout: "Layout") -> Facts:
     from segdistill.data.checks import inspect
 
@@ -193,11 +227,11 @@ def _facts(layout: "Layout") -> Facts:
     shares = [[one.ignore_fraction or 0.0 for one in looked_at if one.split == split] for split in SPLITS]
     ignored = max(float(np.mean(share)) for share in shares if share)
     counts = {split: len(samples) for split, samples in by_split.items()}
-    return Facts(counts, len(layout.classes), height, width, int(sizes.max()), ignored)
+    return Facts(counts, tuple(entry.name for entry in layout.classes), height, width, int(sizes.max()), ignored)
 
 
 def _fit(
-    facts: Facts, machine: Machine, arguments: argparse.Namespace, layout: str, minutes: int
+    facts: Facts, machine: Machine, arguments: argparse.Namespace, folder: Path | None, layout: str, minutes: int
 ) -> tuple[Any, list[str]]:
     """The template with what fits, and each choice with its reason."""
     from segdistill.search import round_trip_yaml
@@ -208,16 +242,16 @@ def _fit(
         params[section]["workers"] = 0 if sum(facts.samples.values()) > 1000 else 1
     params["evaluate"]["overlays"] = params["compare"]["overlays"] = min(4, facts.samples["test"])
     crop, batch, reasons = _fit_sizes(params, facts, machine)
-    folder = Path(arguments.teacher) if arguments.teacher and Path(arguments.teacher).is_dir() else None
     encoder = machine.teacher if folder or arguments.teacher is None else arguments.teacher
     weights = _weights_rule(arguments.weights)
     first = "DeepLabV3Plus" if machine.device == "cuda" else "UPerNet"
     networks = [_network("teacher", encoder, weights, first)]
     for label in dict.fromkeys(arguments.student or ["tiny", "vit"]):
         networks.append(_network(label, STUDENTS.get(label, label), weights))
-    teacher, *students = (_timed(network, facts.classes, crop, batch, machine.device) for network in networks)
+    teacher, *students = (_timed(network, len(facts.classes), crop, batch, machine.device) for network in networks)
     _put_model(params["train_teacher"], teacher.model)
-    params["train_teacher"]["import_from"] = str(folder) if folder else None
+    if folder:
+        reasons += _import_teacher(params["train_teacher"], folder, facts.classes)
     members, refused = _experiments(params, teacher, _keyed(students))
     source = f"teacher from {folder}" if folder else _described(teacher)
     reasons += [f"{source}; students {', '.join(map(_described, students))}", *refused]
@@ -400,7 +434,7 @@ def _misfit(params: Any, name: str) -> str | None:
     plain |= {"run": [name], "experiments": {name: plain["experiments"][name]}}
     plain.pop("tune", None)
     try:
-        check_params(plain)
+        check_params(plain, here=True)
     except UserError as error:
         return str(error)
     return None

@@ -203,7 +203,7 @@ def predict(
     images = unit_range(pixels.permute(0, 3, 1, 2).to(device))
     height, width = pictures[0].pixels.shape[:2]
     with torch.inference_mode():
-        prediction = engine.predict(network, images, (height, width), inference, probability=confidence)
+        prediction = engine.predict(network, images, (height, width), engine.Views(inference), probability=confidence)
         if not prediction.finite:
             raise UserError(f"{pictures[0].name}: the network's scores are not finite; it is no use")
         masks = prediction.classes.to(torch.uint8).cpu().numpy()

@@ -21,6 +21,7 @@ from segdistill.data.loader import Share, training_batches
 from segdistill.data.shards import ShardDataset
 from segdistill.engine.distributed import Processes
 from segdistill.engine.evaluate import Evaluation, evaluate_together
+from segdistill.engine.inference import Views
 from segdistill.engine.progress import Advance
 from segdistill.engine.settings import InferenceConfig, TrainConfig
 from segdistill.engine.stopwatch import timed
@@ -278,7 +279,7 @@ class Cohort:
         started = time.monotonic()
         num_classes = next(iter(networks.values())).info.num_classes
         evaluations = evaluate_together(
-            networks, self.val_set, self.inference, num_classes=num_classes, processes=self.processes
+            networks, self.val_set, Views(self.inference), num_classes=num_classes, processes=self.processes
         )
         self.seconds["evaluation"] += time.monotonic() - started
         return evaluations

@@ -12,8 +12,7 @@ from segdistill.data.parallel import READERS, ahead
 from segdistill.data.shards import ShardDataset
 from segdistill.data.transforms import unit_range
 from segdistill.engine.distributed import Processes
-from segdistill.engine.inference import Network, predict
-from segdistill.engine.settings import InferenceConfig
+from segdistill.engine.inference import Network, Views, predict
 from segdistill.errors import UserError
 from segdistill.metrics.boundary import boundary_counts
 from segdistill.metrics.calibration_error import BINS, calibration_gaps, expected_calibration_error
@@ -66,7 +65,7 @@ class Evaluation:
 
 @torch.inference_mode()
 def masks(
-    network: Network, dataset: ShardDataset, indices: Sequence[int], settings: InferenceConfig, device: Any = "cpu"
+    network: Network, dataset: ShardDataset, indices: Sequence[int], views: Views, device: Any = "cpu"
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Some images of a split, with their labels and the classes that the network gives them.
 
@@ -76,19 +75,17 @@ def masks(
     for index in indices:
         image, label = dataset[index]
         pixels = unit_range(torch.from_numpy(image).permute(2, 0, 1)[None].to(device))
-        prediction = predict(network, pixels, (label.shape[0], label.shape[1]), settings)
+        prediction = predict(network, pixels, (label.shape[0], label.shape[1]), views)
         yield image, label, prediction.classes[0].to(torch.uint8).cpu().numpy()
 
 
 def evaluate(
     network: Network,
     dataset: ShardDataset,
-    settings: InferenceConfig,
+    views: Views,
     *,
     num_classes: int,
     processes: Processes,
-    flip: bool = False,
-    scales: Sequence[float] = (1.0,),
     calibration: bool = False,
     boundary: bool = False,
     progress: Any = None,
@@ -105,8 +102,8 @@ def evaluate(
         UserError: scores that are not finite, or no pixel with a label: nothing to make a score of.
     """
     (evaluation,) = evaluate_together(
-        {"": network}, dataset, settings, num_classes=num_classes, processes=processes, flip=flip, scales=scales,
-        calibration=calibration, boundary=boundary, progress=progress,
+        {"": network}, dataset, views, num_classes=num_classes, processes=processes, calibration=calibration,
+        boundary=boundary, progress=progress,
     ).values()  # fmt: skip
     if not evaluation.finite:
         raise UserError("the network's scores are not finite: it diverged, and a mIoU would say nothing of it")
@@ -117,12 +114,10 @@ def evaluate(
 def evaluate_together(
     networks: Mapping[Key, Network],
     dataset: ShardDataset,
-    settings: InferenceConfig,
+    views: Views,
     *,
     num_classes: int,
     processes: Processes,
-    flip: bool = False,
-    scales: Sequence[float] = (1.0,),
     calibration: bool = False,
     boundary: bool = False,
     progress: Any = None,
@@ -143,14 +138,12 @@ def evaluate_together(
     confusion, counts = zeros(num_classes, num_classes), zeros(len(dataset), 3, num_classes)
     broken, gaps, edges = zeros(), zeros(BINS), zeros(3, num_classes)
     share = list(range(processes.rank, len(dataset), processes.world_size))
-    for numbers, images, labels in _batches(dataset, share, settings.batch_size):
+    for numbers, images, labels in _batches(dataset, share, views.settings.batch_size):
         images, labels = unit_range(images.to(device)), labels.to(device).long()
         places, (height, width) = torch.tensor(numbers, device=device), labels.shape[-2:]
         for key, network in networks.items():
             network.eval()
-            prediction = predict(
-                network, images, (height, width), settings, flip=flip, scales=scales, probability=calibration
-            )
+            prediction = predict(network, images, (height, width), views, probability=calibration)
             broken[key] |= ~prediction.finite
             matrices = confusion_matrix_per_image(prediction.classes, labels, num_classes)
             confusion[key] += matrices.sum(0)

@@ -7,7 +7,7 @@ of each other; where they have no common raster, the whole is one band.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,6 +46,20 @@ class Network(Protocol):
 
 
 @dataclass(frozen=True)
+class Views:
+    """How often and in which ways a network is shown an image; the classes are those of the mean."""
+
+    settings: InferenceConfig
+    flip: bool = False  # mirrored, too
+    scales: tuple[float, ...] = (1.0,)  # each times that of the settings
+
+    @property
+    def several(self) -> bool:
+        """Whether there is something to average: then scores are probabilities, else logits."""
+        return self.flip or len(self.scales) > 1
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What a network says of some images of one size."""
 
@@ -54,55 +68,38 @@ class Prediction:
     finite: Tensor  # [] bool, whether the scores are numbers, without waiting for the device
 
 
-def predict(
-    network: Network,
-    images: Tensor,
-    size: Size,
-    settings: InferenceConfig,
-    *,
-    flip: bool = False,
-    scales: Sequence[float] = (1.0,),
-    probability: bool = False,
-) -> Prediction:
+def predict(network: Network, images: Tensor, size: Size, views: Views, *, probability: bool = False) -> Prediction:
     """The classes of the pixels of a label of this size; see :func:`class_scores`."""
     classes, probabilities, finite = list[Tensor](), list[Tensor](), list[Tensor]()
-    for scores in class_scores(network, images, size, settings, flip=flip, scales=scales):
+    for scores in class_scores(network, images, size, views):
         highest, winners = scores.max(1)
         classes.append(winners)
         finite.append(highest.isfinite().all())  # a NaN among the scores comes out as the highest
-        if probability:  # the scores of one view are logits, those of several are probabilities
-            averaged = flip or len(scales) > 1
-            probabilities.append(highest if averaged else (highest - scores.logsumexp(1)).exp())
+        if probability:
+            probabilities.append(highest if views.several else (highest - scores.logsumexp(1)).exp())
     return Prediction(
         torch.cat(classes, 1), torch.cat(probabilities, 1) if probability else None, torch.stack(finite).all()
     )
 
 
-def class_scores(
-    network: Network,
-    images: Tensor,
-    size: Size,
-    settings: InferenceConfig,
-    *,
-    flip: bool = False,
-    scales: Sequence[float] = (1.0,),
-) -> Iterator[Tensor]:
+def class_scores(network: Network, images: Tensor, size: Size, views: Views) -> Iterator[Tensor]:
     """Bands of class scores, top to bottom: logits of one view, mean softmax of several (flips, scales).
 
     Shape:
         images: [B, 3, H, W] float RGB in 0..1; yields [B, K, rows, size[1]] float32.
     """
-    sides = [_scaled(size_of(images), settings.input_scale * scale) for scale in scales]
-    views = [_view(network, images, size, settings, seen, mirrored)
-             for seen in sides for mirrored in ((False, True) if flip else (False,))]  # fmt: skip
-    step = math.lcm(STEP, *(size[0] // math.gcd(seen[0], size[0]) for seen in sides))
-    rows = max(1, BAND // (size[1] * len(views)) // step) * step
+    settings = views.settings
+    sides = [_scaled(size_of(images), settings.input_scale * scale) for scale in views.scales]
+    sights = [(side, mirrored) for side in sides for mirrored in ((False, True) if views.flip else (False,))]
+    maps = [_view(network, images, size, settings, side, mirrored) for side, mirrored in sights]
+    step = math.lcm(STEP, *(size[0] // math.gcd(side[0], size[0]) for side in sides))
+    rows = max(1, BAND // (size[1] * len(maps)) // step) * step
     for top in range(0, size[0], rows):
         bottom = min(top + rows, size[0])
-        if len(views) == 1:
-            yield views[0](top, bottom)
+        if views.several:
+            yield torch.stack([logits(top, bottom).softmax(1) for logits in maps]).mean(0)
         else:
-            yield torch.stack([view(top, bottom).softmax(1) for view in views]).mean(0)
+            yield maps[0](top, bottom)
 
 
 def _scaled(size: Size, scale: float) -> Size:
@@ -110,12 +107,12 @@ def _scaled(size: Size, scale: float) -> Size:
     return height, width
 
 
-def _view(network: Network, images: Tensor, size: Size, settings: InferenceConfig, seen: Size, mirrored: bool) -> Rows:
-    """Logits of the images shown at the size ``seen``, at label size."""
-    if seen != size_of(images):
+def _view(network: Network, images: Tensor, size: Size, settings: InferenceConfig, side: Size, mirrored: bool) -> Rows:
+    """Logits of the images shown at the size ``side``, at label size."""
+    if side != size_of(images):
         # By size, as the logits come back: by factor, the image's edge would be cut off where sizes are rounded.
-        smaller = seen[0] < images.shape[-2] or seen[1] < images.shape[-1]
-        images = functional.interpolate(images, size=seen, mode="bilinear", antialias=smaller)
+        smaller = side[0] < images.shape[-2] or side[1] < images.shape[-1]
+        images = functional.interpolate(images, size=side, mode="bilinear", antialias=smaller)
     if mirrored:
         images = images.flip(-1)
     logits = _slide(network, images, settings) if settings.window else _full_size(network, images)
@@ -124,7 +121,7 @@ def _view(network: Network, images: Tensor, size: Size, settings: InferenceConfi
         rows = logits(top, bottom)
         return rows.flip(-1) if mirrored else rows
 
-    return upright if seen == size else _resized(upright, seen, size)
+    return upright if side == size else _resized(upright, side, size)
 
 
 def _full_size(network: Network, images: Tensor) -> Rows:

@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import time
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -155,17 +156,25 @@ def contract(
 
 
 def to_program(network: nn.Module, channels: int = 3) -> "ExportedProgram":
-    """The graph of what maps images of so many channels to logits, for any batch and image size."""
-    dynamic = torch.export.Dim.DYNAMIC
-    with torch.no_grad():
-        return torch.export.export(
-            network.eval(),
-            (torch.rand(EXAMPLE[0], channels, *EXAMPLE[1:]),),
-            dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
-        )
+    """The graph of what maps images of so many channels to logits, for any batch and image size.
+
+    Raises:
+        UserError: torch cannot make it, which happens to networks of other libraries.
+    """
+    dynamic, example = torch.export.Dim.DYNAMIC, torch.rand(EXAMPLE[0], channels, *EXAMPLE[1:])
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                network.eval(), (example,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
+            )
+    except Exception as error:  # whatever the code of a network, and torch's own, may raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"torch cannot trace this network for images of any size: {reason}") from error
 
 
-def save_checked(program: "ExportedProgram", expected: nn.Module, path: Path, document: Mapping[str, Any]) -> float:
+def save_checked(
+    program: "ExportedProgram", expected: nn.Module, path: Path, document: Mapping[str, Any]
+) -> tuple[float, PortableNetwork]:
     """Writes a program with its contract as ``.pt2`` or ``.onnx``, as the path ends, and compares what it gives.
 
     Args:
@@ -175,7 +184,7 @@ def save_checked(program: "ExportedProgram", expected: nn.Module, path: Path, do
         document: its contract.
 
     Returns:
-        The largest difference of logits, as a share of the largest logit.
+        The largest difference of logits, as a share of the largest logit, and the network in the file.
 
     Raises:
         UserError: it is more than rounding; the file is there nevertheless.
@@ -183,7 +192,7 @@ def save_checked(program: "ExportedProgram", expected: nn.Module, path: Path, do
     save = save_onnx if path.suffix == ".onnx" else save_program
     save(program, path, document)
     network, _ = load_portable(path, torch.device("cpu"))
-    return check_same(expected, network, path.name, of_contract(document).channels)
+    return check_same(expected, network, path.name, of_contract(document).channels), network
 
 
 def save_program(program: "ExportedProgram", path: Path, document: Mapping[str, Any]) -> None:
@@ -247,9 +256,12 @@ def save_onnx(program: "ExportedProgram", path: Path, document: Mapping[str, Any
     """Writes an ONNX file with its contract, whose batch, height and width are free."""
     onnx = import_export("onnx")
     import_export("onnxscript")
-    exported = torch.onnx.export(
-        program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT], verbose=False
-    )
+    with warnings.catch_warnings():
+        # torch copies a tree of its own in run_decompositions, and warns of how it does.
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        exported = torch.onnx.export(
+            program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT], verbose=False
+        )
     assert exported is not None
     model = exported.model_proto
     for value in (*model.graph.input, *model.graph.output):

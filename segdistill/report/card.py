@@ -52,8 +52,8 @@ def model_card(
         f"| data | content {protocol.data_content[:16]}" + (f", version {data_md5}" if data_md5 else "")
         + f"; {', '.join(f'{count} {split}' for split, count in protocol.splits.items())} images |",
         "| licence of the data | not stated by the data set; it binds the use of this network |",
-        "| licence of the teacher's weights | not stated in its file; where they were imported, or first downloaded,"
-        " it binds the use of this network |",
+        f"| licence of the teacher's weights | {protocol.teacher_licence or 'not stated in its file'}; where they were"
+        " imported, or first downloaded, it binds the use of this network |",
         f"| teacher | test mIoU {text.mean(teacher.test_miou)} %, {protocol.teacher_network or 'a network'} with"
         f" weights {protocol.teacher_sha256[:16]} |",
         f"| test mIoU | {text.percent(seed.test_miou)} %; over all seeds {text.spread(row.test_miou)} % |",

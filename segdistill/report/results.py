@@ -134,6 +134,8 @@ class Protocol:
     teacher_sha256: str
     # What it is, in words; None where its evaluation does not say.
     teacher_network: str | None = None
+    # Of an imported teacher's weights, in its folder's words; None where it does not say.
+    teacher_licence: str | None = None
     # How an image of the test split was shown to every network.
     inference: InferenceConfig | None = None
     # What ``busy_seconds`` are of: "CPU", "GPU", or "wall" where a training does not say.

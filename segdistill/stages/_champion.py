@@ -40,7 +40,7 @@ def evaluate_champion(
     from segdistill.data.shards import ShardDataset
     from segdistill.engine.distributed import processes as join
     from segdistill.engine.evaluate import evaluate_together
-    from segdistill.engine.inference import Network
+    from segdistill.engine.inference import Network, Views
     from segdistill.models.portable import ProgramNetwork, load_program
     from segdistill.report.intervals import block_starts, differences
 
@@ -52,8 +52,8 @@ def evaluate_champion(
             "champion": ProgramNetwork(program, processes.device),
         }
         evaluations = evaluate_together(
-            networks, test_set, protocol.inference or inference, num_classes=segmenter.info.num_classes,
-            processes=processes,
+            networks, test_set, Views(protocol.inference or inference),
+            num_classes=segmenter.info.num_classes, processes=processes,
         )  # fmt: skip
         segmenter.cpu()
     if not evaluations["champion"].finite:

@@ -254,6 +254,7 @@ def _protocol(
         data_content=info.content_hash,
         teacher_sha256=taught.test["weights_sha256"],
         teacher_network=taught.test.get("network"),
+        teacher_licence=taught.training.get("licence"),
         inference=parse(InferenceConfig, inference, "inference")
         if (inference := taught.test.get("inference"))
         else None,

@@ -353,6 +353,7 @@ def _verified_teacher(
         UserError: it is damaged or of other classes, or scores below its record by more than the tolerance.
     """
     from segdistill.engine.evaluate import evaluate
+    from segdistill.engine.inference import Views
     from segdistill.models.export import load_model
     from segdistill.models.teacher import Teacher
 
@@ -360,9 +361,8 @@ def _verified_teacher(
     teacher = Teacher(network).to(processes.device)
     facts = read_sealed_json(folder, "metrics.json", mend="run the stage 'train_teacher' again")
     record = facts["students"][TEACHER]["val/miou"]
-    miou = evaluate(
-        network, val_set, config.inference, num_classes=network.info.num_classes, processes=processes
-    ).miou  # fmt: skip
+    views = Views(config.inference)
+    miou = evaluate(network, val_set, views, num_classes=network.info.num_classes, processes=processes).miou
     if 100 * (record - miou) > config.teacher_tolerance:
         raise UserError(
             f"{folder}: the teacher scores {100 * miou:.2f} % mIoU on the validation split, its record is "

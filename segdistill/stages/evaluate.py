@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -164,20 +165,20 @@ def _measure(
     import numpy as np
 
     from segdistill.engine.evaluate import evaluate
+    from segdistill.engine.inference import Views
     from segdistill.metrics.confusion import iou
     from segdistill.models.export import count_macs, count_parameters
 
-    def evaluated(**options: Any) -> "Evaluation":
-        return evaluate(
-            network, test_set, config.inference, num_classes=info.num_classes, processes=processes, **options
-        )
+    def evaluated(views: Views, **options: bool) -> "Evaluation":
+        return evaluate(network, test_set, views, num_classes=info.num_classes, processes=processes, **options)
 
-    def score(**views: Any) -> dict[str, float]:
-        averaged = evaluated(**views)
+    def score(views: Views) -> dict[str, float]:
+        averaged = evaluated(views)
         return {"test/miou": averaged.miou, "test/pixel_accuracy": averaged.accuracy}
 
     network.eval()
-    headline = evaluated(calibration=True, boundary=config.boundary)
+    plain = Views(config.inference)
+    headline = evaluated(plain, calibration=True, boundary=config.boundary)
     np.savez_compressed(
         folder / f"{name}.npz", confusion=headline.confusion, counts=headline.counts, ids=np.array(headline.ids)
     )
@@ -201,8 +202,8 @@ def _measure(
         "input_size": list(size),
         "inference": to_dict(config.inference),
         "align_corners": False,  # how logits are resized to the label
-        "flip": score(flip=True) if config.flip else None,
-        "multi_scale": score(flip=True, scales=config.scales) if config.scales else None,
+        "flip": score(replace(plain, flip=True)) if config.flip else None,
+        "multi_scale": score(Views(config.inference, True, tuple(config.scales))) if config.scales else None,
         "boundary": {"test/miou": headline.boundary_miou} if config.boundary else None,
     }
     return scores, headline.counts
@@ -266,6 +267,7 @@ def _pictures(
     from PIL import Image
 
     from segdistill.engine.evaluate import masks
+    from segdistill.engine.inference import Views
     from segdistill.report.confusion import confusion_map
     from segdistill.report.pictures import evenly_spread, overlay
 
@@ -277,7 +279,7 @@ def _pictures(
     confusion_map(evaluation.confusion, [item.name for item in info.classes], pictures / "confusion.png")
     colors = [item.color for item in info.classes]
     indices = evenly_spread(len(test_set), config.overlays)
-    predictions = masks(network, test_set, indices, config.inference, processes.device)
+    predictions = masks(network, test_set, indices, Views(config.inference), processes.device)
     for index, (image, label, mask) in zip(indices, predictions, strict=True):
         file = f"{test_set.sample_id(index)}.png"
         Image.fromarray(mask).save(out / file)

@@ -221,10 +221,11 @@ def overlays(
     from segdistill.data.decoding import encode_png
     from segdistill.data.shards import ShardDataset, read_dataset_info
     from segdistill.engine.evaluate import masks
+    from segdistill.engine.inference import Views
     from segdistill.report.pictures import evenly_spread, overlay
 
     test_set, colors = ShardDataset(prepared, "test"), [entry.color for entry in read_dataset_info(prepared).classes]
-    pictures = masks(segmenter, test_set, evenly_spread(len(test_set), number), inference)
+    pictures = masks(segmenter, test_set, evenly_spread(len(test_set), number), Views(inference))
     return {
         f"card/overlay-{place}.png": encode_png(overlay(image, label, mask, colors))
         for place, (image, label, mask) in enumerate(pictures)

@@ -106,9 +106,10 @@ def _import(config: TeacherConfig, prepared: Path, teacher: Path, tracker: Track
     """Takes a trained teacher as it is, and measures its validation score here, unless that is done."""
     from segdistill.engine.distributed import processes as join
     from segdistill.engine.evaluate import evaluate
+    from segdistill.engine.inference import Views
     from segdistill.engine.learner import Learner
     from segdistill.engine.trainer import Result
-    from segdistill.models.teachers import files_hash, open_teacher
+    from segdistill.models.teachers import files_hash, licence, open_teacher
     from segdistill.stages._training import dataset, write
 
     started = time.monotonic()
@@ -127,12 +128,13 @@ def _import(config: TeacherConfig, prepared: Path, teacher: Path, tracker: Track
                 f" {info.images}"
             )
         network.to(processes.device)
-        evaluation = evaluate(network, val_set, config.inference, num_classes=info.num_classes, processes=processes)
+        views = Views(config.inference)
+        evaluation = evaluate(network, val_set, views, num_classes=info.num_classes, processes=processes)
         if processes.is_main:
             child = _child(tracker, config, identity)
             child.metrics({"val/miou": evaluation.miou, "val/pixel_accuracy": evaluation.accuracy}, 0)
             result = Result(0, 0.0, 0.0, {TEACHER: evaluation}, {TEACHER: []})
-            facts = {"config": to_dict(config)}
+            facts = {"config": to_dict(config), "licence": licence(config.folders)}
             networks: Any = {TEACHER: network}  # a learner of which nothing is asked but to hold it
             write(
                 teacher, Learner(networks), result, info, identity=identity, facts=facts,

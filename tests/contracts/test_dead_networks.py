@@ -12,6 +12,7 @@ import torch
 from segdistill.engine import checkpoint
 from segdistill.engine.distributed import Processes
 from segdistill.engine.evaluate import evaluate
+from segdistill.engine.inference import Views
 from segdistill.engine.trainer import MOST_SKIPPED
 from segdistill.errors import UserError
 from segdistill.identity import Identity, effective
@@ -70,14 +71,14 @@ def test_scores_that_are_not_finite_are_no_scores() -> None:
     torch.nn.init.constant_(network.decoder[0].bias, 10.0)
     torch.nn.init.constant_(network.classifier.weight, 3e38)  # finite, its products are not
     with pytest.raises(UserError, match="the network's scores are not finite"):
-        evaluate(network, tiny.Blobs(4), tiny.INFERENCE, num_classes=3, processes=ALONE)  # type: ignore[arg-type]
+        evaluate(network, tiny.Blobs(4), Views(tiny.INFERENCE), num_classes=3, processes=ALONE)  # type: ignore[arg-type]
 
 
 def test_a_split_without_any_label_has_no_score() -> None:
     blobs = tiny.Blobs(4)
     blobs.labels[:] = 255
     with pytest.raises(UserError, match="the split of 4 images has no pixel with a label"):
-        evaluate(tiny.TinySegmenter(), blobs, tiny.INFERENCE, num_classes=3, processes=ALONE)  # type: ignore[arg-type]
+        evaluate(tiny.TinySegmenter(), blobs, Views(tiny.INFERENCE), num_classes=3, processes=ALONE)  # type: ignore[arg-type]
 
 
 def stopped(work: Path, fingerprint: str) -> None:

@@ -17,6 +17,7 @@ from segdistill.data.loader import Share, training_batches
 from segdistill.data.settings import AugmentationConfig
 from segdistill.engine.distributed import Processes
 from segdistill.engine.evaluate import evaluate
+from segdistill.engine.inference import Views
 from segdistill.engine.learner import Learner
 from segdistill.errors import Interrupted
 from segdistill.losses import fused
@@ -90,8 +91,8 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path, method: str, m
 def test_counts_of_an_evaluation_are_those_of_the_cpu() -> None:
     torch.manual_seed(0)
     network, data = tiny.TinySegmenter(), tiny.Blobs(7)
-    expected = evaluate(network, data, tiny.INFERENCE, num_classes=tiny.CLASSES, processes=CPU)  # type: ignore[arg-type]
-    found = evaluate(network.cuda(), data, tiny.INFERENCE, num_classes=tiny.CLASSES, processes=GPU)  # type: ignore[arg-type]
+    expected = evaluate(network, data, Views(tiny.INFERENCE), num_classes=tiny.CLASSES, processes=CPU)  # type: ignore[arg-type]
+    found = evaluate(network.cuda(), data, Views(tiny.INFERENCE), num_classes=tiny.CLASSES, processes=GPU)  # type: ignore[arg-type]
     assert abs(found.confusion - expected.confusion).sum() <= 4  # a pixel on the border of two classes may fall over
     assert found.ids == expected.ids
 

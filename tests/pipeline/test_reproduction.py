@@ -37,6 +37,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "content").write_text(str(folder.relative_to(root)))
     (root / "reports" / "metrics.json").write_text("{}")
+    (root / "teachers/one").mkdir(parents=True)
+    for name in ("torchvision.json", "model.safetensors"):
+        (root / "teachers/one" / name).write_text(name)
     write_plan(root)
     with contextlib.chdir(root), Repo() as repo:
         repo.add(["data"])
@@ -151,6 +154,24 @@ def test_a_changed_setting_of_a_training_concerns_those_whose_plan_it_changes(
 ) -> None:
     edit("params.yaml", in_params(key))
     assert stale_after_plan(project) == stages
+
+
+def test_a_changed_file_of_an_imported_teacher_has_it_taken_anew(project: Path, edit: Any) -> None:
+    def imported(text: str) -> str:
+        params = yaml.safe_load(text)
+        params["train_teacher"]["import_from"] = "teachers/one"
+        return yaml.safe_dump(params)
+
+    edit("params.yaml", imported)
+    assert stale_after_plan(project) == {"train_teacher"}
+    edit("dvc.lock", lambda text: text)  # which is given back
+    with contextlib.chdir(project), Repo() as repo:
+        repo.commit(force=True)
+    assert stale(project) == set()
+    edit("teachers/notes.md", appended("of no teacher"))
+    assert stale_after_plan(project) == set()
+    edit("teachers/one/model.safetensors", appended("changed"))
+    assert stale_after_plan(project) == {"train_teacher"}
 
 
 def test_an_experiment_that_is_not_run_concerns_no_training(project: Path, edit: Any) -> None:

@@ -23,7 +23,7 @@ from segdistill.adapters.mlflow_registry import Submission, register
 from segdistill.adapters.mlflow_store import default_store
 from segdistill.adapters.mlflow_tracking import open_run
 from segdistill.config import parse
-from segdistill.engine.inference import predict
+from segdistill.engine.inference import Views, predict
 from segdistill.engine.settings import InferenceConfig
 from segdistill.errors import UserError
 from segdistill.models import portable
@@ -90,7 +90,7 @@ def test_the_served_mask_is_that_of_evaluate(shown: dict, program, tmp_path: Pat
     pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(content)))).permute(2, 0, 1)[None].float() / 255
     settings = parse(InferenceConfig, {"batch_size": 1, **inference}, "inference")
     with torch.no_grad():
-        expected = predict(Network(), pixels, (37, 53), settings).classes[0].numpy()
+        expected = predict(Network(), pixels, (37, 53), Views(settings)).classes[0].numpy()
     mask = np.array(Image.open(io.BytesIO(base64.b64decode(answer["mask"]))))
     assert mask.shape == expected.shape == (37, 53) and len(np.unique(mask)) > 1
     assert (mask == expected).mean() > 0.999  # equal but for ties

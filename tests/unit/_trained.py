@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from torchvision.models import segmentation
 
 from segdistill.config import parse
 from segdistill.engine.tracker import NullTracker
 from segdistill.models.config import ModelConfig
 from segdistill.models.export import save_model
 from segdistill.models.segmenter import build_segmenter
+from segdistill.models.teachers import open_teacher
 from segdistill.stages import prepare
 
 CLASSES = [
@@ -44,6 +47,30 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config, data=root / "data", report=root / "report", prepared=root / "prepared", tracker=NullTracker()
     )  # fmt: skip
     return root
+
+
+@pytest.fixture(scope="module", params=["segformer", "torchvision"])
+def foreign_teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny teacher of another library, as the stage ``train_teacher`` leaves it."""
+    source, names = tmp_path_factory.mktemp("source"), ["Car", "tree", "ROAD", "sky"]
+    torch.manual_seed(1)
+    if request.param == "torchvision":
+        network = segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=len(names))
+        save_file(network.state_dict(), source / "model.safetensors")
+        document = {"model": "lraspp_mobilenet_v3_large", "classes": names}
+        (source / "torchvision.json").write_text(json.dumps(document))
+    else:
+        transformers = pytest.importorskip("transformers")
+        config = transformers.SegformerConfig(
+            hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, num_attention_heads=[1, 2, 3, 4], decoder_hidden_size=16,
+            id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)},
+        )  # fmt: skip
+        transformers.SegformerForSemanticSegmentation(config).save_pretrained(source)
+        normalisation = {"image_mean": [0.3, 0.4, 0.5], "image_std": [0.2] * 3}
+        (source / "preprocessor_config.json").write_text(json.dumps(normalisation))
+    teacher = open_teacher([source], [entry["name"] for entry in CLASSES], {})
+    save_model(source / "teacher", "teacher", teacher, {"classes": CLASSES, "data_content": "d"})
+    return source / "teacher"
 
 
 @pytest.fixture(scope="module")

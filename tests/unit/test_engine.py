@@ -18,7 +18,7 @@ from segdistill.engine import evaluate as evaluate_module
 from segdistill.engine import inference as inference_module
 from segdistill.engine.distributed import Processes
 from segdistill.engine.evaluate import evaluate
-from segdistill.engine.inference import class_scores, predict
+from segdistill.engine.inference import Views, class_scores, predict
 from segdistill.engine.optim import build_optimizer, factor, set_learning_rates
 from segdistill.engine.settings import AdamWConfig, InferenceConfig, OptimizerConfig, PolySchedule, SGDConfig
 from segdistill.errors import UserError
@@ -148,16 +148,16 @@ def inference(**changes: Any) -> InferenceConfig:
 def test_sliding_windows_cover_every_pixel_and_agree_with_the_whole_image(window: tuple[int, int]) -> None:
     images = torch.rand(2, 3, 20, 30)
     network: Any = Bright()
-    (whole,) = class_scores(network, images, (20, 30), inference())
-    (slid,) = class_scores(network, images, (20, 30), inference(window=window))
+    (whole,) = class_scores(network, images, (20, 30), Views(inference()))
+    (slid,) = class_scores(network, images, (20, 30), Views(inference(window=window)))
     torch.testing.assert_close(slid, whole)
 
 
 def test_flip_averaging_of_an_equivariant_network_changes_nothing() -> None:
     images = torch.rand(2, 3, 20, 30)
     network: Any = Bright()
-    (plain,) = class_scores(network, images, (20, 30), inference())
-    (flipped,) = class_scores(network, images, (20, 30), inference(), flip=True)
+    (plain,) = class_scores(network, images, (20, 30), Views(inference()))
+    (flipped,) = class_scores(network, images, (20, 30), Views(inference(), flip=True))
     torch.testing.assert_close(flipped, plain.softmax(1))
 
 
@@ -192,13 +192,13 @@ def test_bands_of_rows_give_the_bits_of_the_whole(
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
     network: Any = Coarse(stride, layout)
-    arguments = (network, torch.rand(2, 3, 224, 272), size, inference(**shown))
+    arguments = (network, torch.rand(2, 3, 224, 272), size, Views(inference(**shown), **views))
     monkeypatch.setattr(inference_module, "BAND", 2**20)
-    (scores,) = class_scores(*arguments, **views)
-    whole = predict(*arguments, **views, probability=True)
+    (scores,) = class_scores(*arguments)
+    whole = predict(*arguments, probability=True)
     monkeypatch.setattr(inference_module, "BAND", 1)
-    bands = list(class_scores(*arguments, **views))
-    in_bands = predict(*arguments, **views, probability=True)
+    bands = list(class_scores(*arguments))
+    in_bands = predict(*arguments, probability=True)
     assert len(bands) > 1 or size == (201, 257)
     assert torch.equal(torch.cat(bands, 2), scores)
     assert torch.equal(in_bands.classes, whole.classes) and torch.equal(in_bands.probability, whole.probability)
@@ -217,9 +217,10 @@ def test_counts_do_not_depend_on_the_batch_or_on_readers_and_sum_to_the_labelled
             return torch.cat([images, images.flip(1), images * 0.5, images[:, :2] * 0.7], dim=1)
 
     network: Any = Guess().train()
-    found = [evaluate(network, data, inference(batch_size=size), num_classes=11, processes=ALONE) for size in (1, 3, 8)]
+    views = [Views(inference(batch_size=size)) for size in (1, 3, 8)]
+    found = [evaluate(network, data, view, num_classes=11, processes=ALONE) for view in views]
     monkeypatch.setattr(evaluate_module, "MANY", 1)
-    found.append(evaluate(network, data, inference(), num_classes=11, processes=ALONE))
+    found.append(evaluate(network, data, Views(inference()), num_classes=11, processes=ALONE))
     for other in found[1:]:
         assert np.array_equal(other.confusion, found[0].confusion)
         assert np.array_equal(other.counts, found[0].counts)
@@ -240,10 +241,10 @@ def test_shares_of_two_processes_sum_to_the_whole(tiny_prepared: Path) -> None:
             return values
 
     halves = [
-        evaluate(network, data, inference(), num_classes=11, processes=Half(rank, 2, torch.device("cpu")))
+        evaluate(network, data, Views(inference()), num_classes=11, processes=Half(rank, 2, torch.device("cpu")))
         for rank in (0, 1)
     ]
-    whole = evaluate(network, data, inference(), num_classes=11, processes=ALONE)
+    whole = evaluate(network, data, Views(inference()), num_classes=11, processes=ALONE)
     assert np.array_equal(halves[0].confusion + halves[1].confusion, whole.confusion)
     assert np.array_equal(halves[0].counts + halves[1].counts, whole.counts)
     seen = [half.counts.any((1, 2)) for half in halves]
@@ -253,8 +254,8 @@ def test_shares_of_two_processes_sum_to_the_whole(tiny_prepared: Path) -> None:
 def test_boundary_iou_is_of_all_images_and_is_not_computed_unasked(tiny_prepared: Path) -> None:
     data = ShardDataset(tiny_prepared, "test")
     network: Any = Bright()
-    plain = evaluate(network, data, inference(), num_classes=11, processes=ALONE)
-    asked = evaluate(network, data, inference(), num_classes=11, processes=ALONE, boundary=True)
+    plain = evaluate(network, data, Views(inference()), num_classes=11, processes=ALONE)
+    asked = evaluate(network, data, Views(inference()), num_classes=11, processes=ALONE, boundary=True)
     expected = torch.zeros(3, 11, dtype=torch.int64)
     for image, label in (data[index] for index in range(len(data))):
         guess = network.logits(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255).argmax(1)
@@ -278,7 +279,8 @@ def test_calibration_error_is_of_the_softmax_whatever_the_batch_and_is_not_compu
     network: Any = Guess()
 
     def evaluated(size: int, **asked: bool) -> Any:
-        return evaluate(network, data, inference(batch_size=size), num_classes=11, processes=ALONE, flip=flip, **asked)
+        views = Views(inference(batch_size=size), flip)
+        return evaluate(network, data, views, num_classes=11, processes=ALONE, **asked)
 
     probability, right, labelled = [], [], []
     for image, label in (data[index] for index in range(len(data))):

@@ -15,7 +15,7 @@ from segdistill import geometry, losses
 from segdistill.config import parse
 from segdistill.data.settings import AugmentationConfig
 from segdistill.data.transforms import Augmentation, cut
-from segdistill.engine.inference import class_scores
+from segdistill.engine.inference import Views, class_scores
 from segdistill.engine.settings import InferenceConfig
 from segdistill.methods import build_offline, build_online, parse_method
 from segdistill.models.outputs import ModelInfo, Outputs
@@ -279,5 +279,6 @@ def test_scores_of_a_scaled_view_lie_where_the_image_does(size: tuple[int, int])
 
     base = {"batch_size": 1, "input_scale": 0.5, "window": None, "window_stride": 1.0}
     images = F.pad(ramp(size, 1), (0, 0, 0, 0, 0, 1))
-    (scores,) = class_scores(Positions(), images, size, parse(InferenceConfig, base, "inference"))  # type: ignore[arg-type]
+    views = Views(parse(InferenceConfig, base, "inference"))
+    (scores,) = class_scores(Positions(), images, size, views)  # type: ignore[arg-type]
     torch.testing.assert_close(scores[..., 2:-2, 2:-2], ramp(size, 1)[..., 2:-2, 2:-2], rtol=0, atol=0.6)

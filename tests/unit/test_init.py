@@ -1,5 +1,6 @@
 """``segdistill init``: from photos and masks to a params.yaml that is in order; and which file is never overwritten."""
 
+import json
 import shutil
 import subprocess
 from dataclasses import replace
@@ -106,6 +107,7 @@ def test_a_published_layout_in_data_stays_as_it_lies(project: Path) -> None:
     [
         (["--student", "resnet81"], "--student resnet81: model.encoder: unknown encoder 'resnet81'; did you mean"),
         (["--teacher", "nothing"], "--teacher nothing: model.encoder: unknown encoder"),
+        (["--teacher", "teachers/gone"], "teachers/gone: no such folder"),
         (["--time", "soon"], "--time: 'soon' is no time; expected minutes, hours or days, such as 30m"),
         (["elsewhere"], "elsewhere: no such folder"),
         (["--preset", "smok"], "presets/smok.yaml: no such preset; did you mean 'smoke'?"),
@@ -117,6 +119,36 @@ def test_a_wrong_wish_is_one_sentence_and_writes_nothing(
     make_folder(project / "data")
     assert main(["init", *arguments]) == 2
     assert sentence in capsys.readouterr().err
+    assert not (project / "params.yaml").exists()
+
+
+def write_teacher(folder: Path, classes: list[str]) -> str:
+    folder.mkdir(parents=True)
+    (folder / "torchvision.json").write_text(json.dumps({"model": "lraspp_mobilenet_v3_large", "classes": classes}))
+    return str(folder)
+
+
+def test_the_classes_of_a_given_teacher_are_matched_and_what_is_left_is_said(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = write_teacher(project / "teachers/lraspp", ["Sky", "ROAD", "lorry", "tree"])
+    data = str(photos(project.parent / "mine"))
+    section = fitted(data, "--classes", "sky,road,car", "--teacher", teacher)["train_teacher"]
+    assert (section["import_from"], section["labels"]) == (teacher, {"Sky": "sky", "ROAD": "road"})
+    text, said = (project / "params.yaml").read_text(), capsys.readouterr().out
+    assert "# left out, for want of a class of the data set: lorry, tree" in text
+    assert "# TO BE ADDED, of the data set's: car" in text
+    assert "the teacher has no class named car: say in train_teacher.labels which of its are" in said
+    assert "without apd: experiments.apd: the teacher has no feature 'last_feature'" in said
+
+
+def test_a_teacher_of_whose_classes_none_is_the_data_sets_is_refused(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = write_teacher(project / "teachers/lraspp", ["cat", "dog"])
+    data = str(photos(project.parent / "mine"))
+    assert main(["init", data, "--classes", "sky,road,car", "--teacher", teacher]) == 2
+    assert "none of its classes has a name of the data set's; it has cat, dog" in capsys.readouterr().err
     assert not (project / "params.yaml").exists()
 
 

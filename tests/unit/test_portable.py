@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _trained import CLASSES, data, model  # noqa: F401 -- fixtures
+from _trained import CLASSES, data, foreign_teacher, model  # noqa: F401 -- fixtures
 from PIL import Image
 
 from segdistill.__main__ import main
@@ -49,6 +49,32 @@ def test_predict_needs_nothing_but_the_file(files: Path, model: Path, tmp_path: 
     for name in ("cnn.pt2", "cnn.onnx"):
         assert (masks[name] == masks["folder"]).mean() > 0.999, name  # equal but for ties
     assert (masks["int8.onnx"] == masks["folder"]).mean() > 0.8
+
+
+def test_a_teacher_of_another_library_is_the_same_network_as_a_file(
+    data: Path, foreign_teacher: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    program, graph = tmp_path / "teacher.pt2", tmp_path / "teacher.onnx"
+    for source, file in ((foreign_teacher, program), (program, graph)):  # each compares its logits with torch's
+        assert main(["export", str(source), "--out", str(file), "--size", "48", "64"]) == 0
+    assert not [one for one in recwarn if "LeafSpec" in str(one.message)], "of torch's own tree, and not of our doing"
+    masks = {}
+    for name, source in (("folder", foreign_teacher), ("program", program), ("graph", graph)):
+        out = tmp_path / name
+        assert main(["predict", str(source), str(data / "data/images/test"), "--out", str(out)]) == 0
+        masks[name] = [np.array(Image.open(path)) for path in sorted((out / "masks").iterdir())]
+    for name in ("program", "graph"):
+        for mask, expected in zip(masks[name], masks["folder"], strict=True):
+            assert (mask == expected).mean() > 0.999, name  # equal but for ties
+
+
+def test_a_network_that_torch_cannot_trace_is_one_sentence() -> None:
+    class ByValue(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images if images.sum().item() > 0 else -images
+
+    with pytest.raises(UserError, match="torch cannot trace this network for images of any size: "):
+        portable.to_program(ByValue())
 
 
 def test_an_onnx_file_says_what_goes_in_and_what_comes_out(files: Path) -> None:

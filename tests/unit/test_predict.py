@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _trained import CLASSES, data, model  # noqa: F401 -- fixtures
+from _trained import CLASSES, data, foreign_teacher, model  # noqa: F401 -- fixtures
 from PIL import Image
 
 from segdistill.__main__ import main
@@ -17,6 +17,7 @@ from segdistill.config import parse
 from segdistill.data.shards import ShardDataset, read_dataset_info
 from segdistill.engine.distributed import Processes
 from segdistill.engine.evaluate import evaluate
+from segdistill.engine.inference import Views
 from segdistill.engine.settings import InferenceConfig
 from segdistill.metrics import confusion_matrix, mean_iou
 
@@ -42,11 +43,24 @@ def test_the_masks_give_the_miou_that_evaluate_gives(shown: dict, data: Path, mo
     assert main(["predict", str(model), str(data / "data/images/test"), "--out", str(tmp_path / "out"), *options]) == 0
     network = open_model(str(model), None, torch.device("cpu")).network
     expected = evaluate(
-        network, ShardDataset(data / "prepared", "test"), parse(InferenceConfig, settings, "inference"),
+        network, ShardDataset(data / "prepared", "test"), Views(parse(InferenceConfig, settings, "inference")),
         num_classes=3, processes=Processes(0, 1, torch.device("cpu")),
     )  # fmt: skip
     assert read_dataset_info(data / "prepared").splits["test"] == len(list((tmp_path / "out/masks").iterdir()))
     assert miou_of_masks(tmp_path / "out/masks", data) == pytest.approx(expected.miou, abs=1e-12)
+
+
+def test_a_teacher_of_another_library_predicts_as_it_is_evaluated(
+    data: Path, foreign_teacher: Path, tmp_path: Path
+) -> None:
+    images, out = data / "data/images/test", tmp_path / "out"
+    assert main(["predict", str(foreign_teacher), str(images), "--out", str(out), "--batch-size", "2"]) == 0
+    network = open_model(str(foreign_teacher), None, torch.device("cpu")).network
+    expected = evaluate(
+        network, ShardDataset(data / "prepared", "test"), InferenceConfig(2, 1.0, None, 0.67), num_classes=3,
+        processes=Processes(0, 1, torch.device("cpu")),
+    )  # fmt: skip
+    assert miou_of_masks(out / "masks", data) == pytest.approx(expected.miou, abs=1e-12)
 
 
 def test_everything_that_is_asked_for_lies_beside_the_masks(data: Path, model: Path, tmp_path: Path) -> None:

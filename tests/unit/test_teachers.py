@@ -16,7 +16,7 @@ from segdistill.methods import build_offline, parse_method
 from segdistill.models.config import ModelConfig
 from segdistill.models.export import load_model, save_model
 from segdistill.models.segmenter import build_segmenter
-from segdistill.models.teachers import files_hash, open_teacher, outline, require_labels
+from segdistill.models.teachers import files_hash, licence, open_teacher, outline, require_labels
 
 NAMES = ("Road", "side walk", "sky", "car", "truck")
 CLASSES = ["sky", "sidewalk", "road", "vehicle"]
@@ -137,6 +137,71 @@ def test_a_teacher_gives_what_its_library_gives_in_the_order_of_our_classes(
     assert torch.equal(again(images()).logits, outputs.logits)
 
 
+def backbone(name: str) -> Any:
+    transformers = pytest.importorskip("transformers")
+    common = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = {
+        "Dinov2Model": lambda: transformers.Dinov2Config(**common, mlp_ratio=2, patch_size=14, image_size=70),
+        "Dinov2WithRegistersModel": lambda: transformers.Dinov2WithRegistersConfig(
+            **common, mlp_ratio=2, patch_size=14, image_size=70, num_register_tokens=3
+        ),
+        "DINOv3ViTModel": lambda: transformers.DINOv3ViTConfig(**common, patch_size=16, num_register_tokens=3),
+    }[name]()
+    torch.manual_seed(0)
+    return getattr(transformers, name)(config).eval()
+
+
+def with_head(network: Any, folder: Path, shape: tuple[int, ...] = (5, 16)) -> dict[str, torch.Tensor]:
+    saved(network, folder)
+    head = {"weight": torch.randn(shape), "bias": torch.randn(shape[0])}
+    save_file(head, folder / "head.safetensors")
+    (folder / "head.json").write_text(json.dumps({"classes": NAMES}))
+    return head
+
+
+@pytest.mark.parametrize(
+    ("name", "stride", "shape"),
+    [("Dinov2Model", 8, (5, 16)), ("Dinov2WithRegistersModel", 8, (5, 16, 1, 1)), ("DINOv3ViTModel", 16, (5, 16))],
+)
+@torch.no_grad()
+def test_a_linear_head_reads_the_patch_tokens_of_a_dino_backbone(
+    name: str, stride: int, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    network = backbone(name)
+    head = with_head(network, tmp_path / "dino", shape)
+    teacher = open_teacher([tmp_path / "dino"], CLASSES, LABELS)
+    side, drawn = network.config.patch_size, images()[..., :64, :64]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    padded = F.pad((drawn - mean) / std, (0, -64 % side) * 2, mode="replicate")
+    cells = -(-64 // side)
+    tokens = network(padded).last_hidden_state[:, -cells * cells :]
+    scores = (tokens @ head["weight"].flatten(1).T + head["bias"]).transpose(1, 2).reshape(2, 5, cells, cells)
+    if side == 14:  # enlarged to pixels, of which each of our cells of 8 has its middle between two
+        pixels = F.interpolate(scores, scale_factor=14, mode="bilinear")
+        scores = F.avg_pool2d(pixels[..., 3:-3, 3:-3], 2, 8)
+    expected = in_our_order(scores[..., : 64 // stride, : 64 // stride])
+    outputs = teacher(drawn)
+    singles = slice(0, 3)  # a logsumexp of resampled scores is not the resampled logsumexp, but of one class it is
+    torch.testing.assert_close(outputs.logits[:, singles], expected[:, singles], rtol=1e-4, atol=1e-4)
+    assert (teacher.info.logits_stride, teacher.info.last_channels, teacher.info.kind) == (stride, 16, "vit")
+    assert outputs.last_feature.shape == (2, 16, 64 // stride, 64 // stride) and not outputs.features
+    assert teacher(images()[..., :50, :70]).logits.shape[2:] == (-(-50 // stride), -(-70 // stride))
+    assert outline([tmp_path / "dino"]).last_stride == stride
+
+    save_model(tmp_path / "ours", "teacher", teacher, {"classes": [{"name": name} for name in CLASSES]})
+    again, _ = load_model(tmp_path / "ours", "teacher", classes=CLASSES)
+    assert torch.equal(again(drawn).logits, outputs.logits)
+
+
+def test_a_head_that_does_not_fit_its_backbone_is_refused(tmp_path: Path) -> None:
+    with_head(backbone("DINOv3ViTModel"), tmp_path, (5, 12))
+    with pytest.raises(UserError, match=r"head.safetensors: key 'weight' has shape \[5, 12\]; .* of shape \[5, 16\]"):
+        open_teacher([tmp_path], CLASSES, LABELS)
+    (tmp_path / "head.json").unlink()
+    with pytest.raises(UserError, match=r"head.json: no such file"):
+        open_teacher([tmp_path], CLASSES, LABELS)
+
+
 @torch.no_grad()
 def test_merged_classes_have_the_sum_of_their_probabilities(folder: Path) -> None:
     labels = {**LABELS, "side walk": "rest", "sky": "rest", "Road": "rest"}
@@ -161,6 +226,25 @@ def test_a_class_without_source_is_refused_with_both_lists(folder: Path) -> None
 def test_a_table_of_labels_names_classes_that_exist(folder: Path, labels: dict[str, str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         open_teacher([folder], CLASSES, labels)
+
+
+@pytest.mark.parametrize(
+    ("card", "stated"),
+    [
+        ("---\nlicense: other\nlicense_name: a | b\ntags: [x]\n---\n# Card\n", "other, a b (of 'one')"),
+        ("# A card without a head\n", None),
+        ("---\nlicense: [\n---\n", None),
+    ],
+)
+def test_a_licence_is_what_the_head_of_a_card_states(card: str, stated: str | None, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    (one / "README.md").write_text(card)
+    assert licence([one]) == stated
+    (two / "metrics.json").write_text(json.dumps({"licence": "mit"}))
+    first = stated or "not stated (of 'one')"
+    assert licence([one, two]) == f"{first}; mit (of 'two')"
 
 
 def copy_of(folder: Path, tmp_path: Path) -> Path:

@@ -1,6 +1,5 @@
 """What networks of other libraries have in common: their own normalisation, their own classes, our geometry."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from segdistill.errors import UserError
 from segdistill.models.network import is_transformer
 from segdistill.models.outputs import ModelInfo, Outputs, SegmentationNetwork
 from segdistill.models.segmenter import crop_to_stride, pad
+from segdistill.models.teachers import matched
 
 _PROBE = 64  # pixels of the image by which channels and strides are measured
 ABSENT = -1  # in the table of sources, where a class has fewer than another one
@@ -144,8 +144,8 @@ def sources_of(where: Path, names: Sequence[str], classes: Sequence[str], labels
             raise UserError(
                 f"train_teacher.labels.{name}: '{label}' is no class of the data set; allowed: {', '.join(classes)}"
             )
-    plain = [_plain(labels.get(name, name)) for name in names]
-    sources = [[index for index, name in enumerate(plain) if name == _plain(label)] for label in classes]
+    table = {**matched(names, classes), **labels}
+    sources = [[index for index, name in enumerate(names) if table.get(name) == label] for label in classes]
     missing = [label for label, own in zip(classes, sources, strict=True) if not own]
     if missing:
         raise UserError(
@@ -153,7 +153,3 @@ def sources_of(where: Path, names: Sequence[str], classes: Sequence[str], labels
             f" {', '.join(classes)}; say which is which in train_teacher.labels, {{its name: the data set's}}"
         )
     return sources
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\s_-]+", "", name.casefold())
