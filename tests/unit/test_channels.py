@@ -1,6 +1,7 @@
 """Images that are no photographs: how their files are read, and what networks make of their channels."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from segdistill.__main__ import main
 from segdistill.config import parse, to_dict
 from segdistill.data.decoding import BadFile, decode_pixels, encode_pixels, resize_pixels
 from segdistill.data.settings import AugmentationConfig
@@ -19,6 +21,7 @@ from segdistill.data.transforms import Augmentation, cut
 from segdistill.errors import UserError
 from segdistill.images import RGB, ImageFormat
 from segdistill.models.config import ModelConfig, for_images
+from segdistill.models.export import save_model
 from segdistill.models.segmenter import Segmenter, build_segmenter
 from segdistill.models.teachers import build_network
 from segdistill.report.pictures import visible
@@ -200,3 +203,29 @@ def test_people_see_the_first_three_channels_stretched_and_photographs_as_they_a
 def test_shrinking_averages_each_channel() -> None:
     flat = np.broadcast_to(np.array([10, 20000, 65535, 7], np.uint16), (8, 8, 4))
     np.testing.assert_array_equal(resize_pixels(flat, (4, 2)), flat[:2, :4])
+
+
+def test_a_network_of_five_channels_predicts_from_its_folder_and_from_a_file_and_takes_no_photograph(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = ImageFormat(channels=5, bits=16, mean=(0.5,) * 5, std=(0.3,) * 5)
+    config = ModelConfig(architecture="FPN", encoder="mobilenetv3_small_050", output_stride=32)
+    classes = [{"name": name, "color": [90, 10, 10]} for name in ("a", "b")]
+    save_model(tmp_path / "model", "cnn", Segmenter(for_images(config, images), 2).eval(), {"classes": classes})
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/field.tif").write_bytes(tiff(FIVE, planarconfig="contig"))
+    assert main(["export", str(tmp_path / "model"), "--out", str(tmp_path / "cnn.pt2"), "--size", "32", "32"]) == 0
+    for name in ("model", "cnn.pt2"):
+        where = [str(tmp_path / name), str(tmp_path / "photos"), "--out", str(tmp_path / f"of-{name}")]
+        assert main(["predict", *where, "--overlay"]) == 0
+    masks = [(tmp_path / f"of-{name}/masks/field.png").read_bytes() for name in ("model", "cnn.pt2")]
+    assert masks[0] == masks[1] and (tmp_path / "of-model/overlay/field.png").is_file()
+    said = json.loads((tmp_path / "of-cnn.pt2/classes.json").read_text())["input"]
+    assert said["shape"] == ["batch", 5, "height", "width"] and said["bits"] == 16
+    np.save(tmp_path / "photos/other.npy", FIVE.astype(np.uint8))
+    assert main(["predict", *where[:2], "--out", str(tmp_path / "none")]) == 2
+    assert (
+        "other: 5 channels of 8 bits, but the network is made for images with 5 channels of 16"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "none").exists()
