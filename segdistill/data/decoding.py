@@ -56,7 +56,7 @@ class Mask:
 
 def image_format(content: bytes) -> str:
     """``png``, ``tiff``, ``npy`` or ``jpeg``, of what :func:`decode_pixels` accepts."""
-    begins = {"png": _PNG_BEGIN, "tiff": _TIFF_BEGIN, "npy": _NPY_BEGIN}
+    begins: dict[str, bytes | tuple[bytes, ...]] = {"png": _PNG_BEGIN, "tiff": _TIFF_BEGIN, "npy": _NPY_BEGIN}
     return next((name for name, begin in begins.items() if content.startswith(begin)), "jpeg")
 
 
@@ -103,7 +103,7 @@ def resize_pixels(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
     planes = (Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR)
               for plane in pixels.transpose(2, 0, 1).astype(np.float32))  # fmt: skip
-    return np.stack([np.rint(plane).astype(pixels.dtype) for plane in planes], axis=2)
+    return np.rint(np.stack([np.asarray(plane) for plane in planes], axis=2)).astype(pixels.dtype)
 
 
 def decode_image(content: bytes, *, verified: bool = False, most_pixels: int | None = None) -> Image.Image:
