@@ -109,7 +109,7 @@ def load_sample(sample: Sample, legend: Legend) -> tuple[bytes, np.ndarray, np.n
 
 def format_of(pixels: np.ndarray) -> ImageFormat:
     """Channels and bits of an image [H, W, C]."""
-    return ImageFormat(channels=pixels.shape[2], bits=8 * pixels.dtype.itemsize)
+    return ImageFormat(channels=pixels.shape[2], bits=8 if pixels.dtype == np.uint8 else 16)
 
 
 def _width_and_height(pixels: np.ndarray) -> tuple[int, int]:
