@@ -56,8 +56,9 @@ def test_a_teacher_of_another_library_predicts_as_it_is_evaluated(
     images, out = data / "data/images/test", tmp_path / "out"
     assert main(["predict", str(foreign_teacher), str(images), "--out", str(out), "--batch-size", "2"]) == 0
     network = open_model(str(foreign_teacher), None, torch.device("cpu")).network
+    settings = InferenceConfig(batch_size=2, input_scale=1.0, window=None, window_stride=0.67)
     expected = evaluate(
-        network, ShardDataset(data / "prepared", "test"), InferenceConfig(2, 1.0, None, 0.67), num_classes=3,
+        network, ShardDataset(data / "prepared", "test"), Views(settings), num_classes=3,
         processes=Processes(0, 1, torch.device("cpu")),
     )  # fmt: skip
     assert miou_of_masks(out / "masks", data) == pytest.approx(expected.miou, abs=1e-12)
