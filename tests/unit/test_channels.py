@@ -213,8 +213,9 @@ def test_a_network_of_five_channels_predicts_from_its_folder_and_from_a_file_and
     classes = [{"name": name, "color": [90, 10, 10]} for name in ("a", "b")]
     save_model(tmp_path / "model", "cnn", Segmenter(for_images(config, images), 2).eval(), {"classes": classes})
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos/field.tif").write_bytes(tiff(FIVE, planarconfig="contig"))
-    assert main(["export", str(tmp_path / "model"), "--out", str(tmp_path / "cnn.pt2"), "--size", "32", "32"]) == 0
+    field = np.tile(FIVE, (6, 8, 1))
+    (tmp_path / "photos/field.tif").write_bytes(tiff(field, planarconfig="contig"))
+    assert main(["export", str(tmp_path / "model"), "--out", str(tmp_path / "cnn.pt2"), "--size", "64", "96"]) == 0
     for name in ("model", "cnn.pt2"):
         where = [str(tmp_path / name), str(tmp_path / "photos"), "--out", str(tmp_path / f"of-{name}")]
         assert main(["predict", *where, "--overlay"]) == 0
