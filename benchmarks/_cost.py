@@ -36,11 +36,21 @@ def peak_bytes(action: Action, device: torch.device) -> int:
         action()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    return max(itertools.accumulate(_allocations(action), initial=0))
+
+
+def held_bytes(action: Action) -> int:
+    """What an action that returns a loss leaves allocated on a CPU until the loss is differentiated."""
+    values = []  # what is returned lives on while the allocations are summed
+    return sum(_allocations(lambda: values.append(action())))
+
+
+def _allocations(action: Action) -> list[int]:
+    """Bytes that an action takes of PyTorch's allocator, or gives back as negative ones, in their order."""
     with _no_collection(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         action()
     changes = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
+    return [event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())]
 
 
 @contextlib.contextmanager

@@ -2,10 +2,14 @@
 
     python benchmarks/losses.py [--methods kd apd] [--settings cityscapes/8 ade20k/4] [--quick]
     python benchmarks/losses.py --blocks [--settings ade20k/8]
+    python benchmarks/losses.py --maps
 
 Networks are not run: student and teacher are random outputs of the sizes that a SegFormer-B0 and a ResNet-101 give
 (``_fake.py``), and a loss reads and differentiates them. A method stands in its default config. ``--blocks`` shows
-instead how time and memory of the quadratic maps follow ``block_rows``. Prints Markdown.
+instead how time and memory of the quadratic maps follow ``block_rows``, ``--maps`` what is held at label size, in
+float32 maps of all classes, 2.5 GB each for 16 images of 512x512 and 150 classes: all images at once, and a block at a
+time. It divides sides and blocks by ``--smaller``, which leaves these numbers as they are; times mean something with
+``--smaller 1`` alone (with ``--batch 2``). Prints Markdown.
 
 Straightforward code (``_dense.py``) is what the formula says at sight: a loop over classes, a whole quadratic map. Its
 value and gradient are compared with the method's on a small size before anything is timed. How time and memory are
@@ -14,19 +18,24 @@ measured says ``_cost.py``; what a method keeps from step to step is not in its 
 
 import argparse
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
-from _cost import MIB, Action, Clock
+from _cost import MIB, Action, Clock, held_bytes, peak_bytes
 from _dense import DENSE, Dense
 from _fake import SETTINGS, Inputs, Setting, build, draw, terms
 from _table import machine, markdown
 from torch import Tensor
 
+from segdistill.engine.settings import LossConfig, OhemConfig
+from segdistill.engine.supervision import Supervision
+from segdistill.losses import blocks
 from segdistill.methods import METHODS, load
 from segdistill.methods.method import Method
 from segdistill.models.outputs import Outputs
@@ -193,6 +202,57 @@ def block_rows(name: str, dense: Dense, inputs: Inputs, bench: Bench) -> list[li
     ]
 
 
+MAPS = Setting((512, 512), 150, 4, "ade20k/4")
+AT_LABEL_SIZE = {
+    "apd: global": ("apd", {"local_weight": 0.0, "prototype_weight": 0.0, "teacher_head": "identity"}),
+    "c2vkd: pdd": ("c2vkd", {"visual_weight": 0.0, "patch_weight": 0.0, "linguistic_weight": 0.0}),
+    "c2vkd: pdd as dkd": (
+        "c2vkd",
+        {"visual_weight": 0.0, "patch_weight": 0.0, "linguistic_weight": 0.0, "pdd": "dkd"},
+    ),
+    "hfd_bsd: region, pixel": ("hfd_bsd", {"hfd_weight": 0.0}),
+    **{f"{name}, upsample": (name, {"upsample": True}) for name in ("kd", "dist", "dkd", "pseudo", "dml", "kdcl")},
+}
+SUPERVISION: dict[str, dict[str, Any]] = {
+    "cross-entropy": {},
+    "cross-entropy, OHEM": {"ohem": OhemConfig(threshold=0.7, min_kept=1000)},
+    "cross-entropy, Dice": {"dice": 1.0},
+    "cross-entropy, Lovasz": {"lovasz": 1.0},
+}
+
+
+def maps_held(batch: int, smaller: int) -> list[list[object]]:
+    """What each loss holds for its backward pass, and at most at one time, in maps of all classes at label size.
+
+    Args:
+        smaller: divides the crop's sides and, squared, a block, so that a block has as many images as at full size.
+    """
+    height, width = MAPS.size
+    setting = replace(MAPS, size=(height // smaller, width // smaller))
+    device = torch.device("cpu")
+    inputs = draw(setting, batch, device, torch.float32)
+    losses: dict[str, Callable[[], Tensor]] = {}
+    for label, changes in SUPERVISION.items():
+        supervision = Supervision(LossConfig(**changes))
+        losses[label] = lambda of=supervision: sum(of(inputs.student.logits, inputs.target).values())
+    for label, (name, changes) in AT_LABEL_SIZE.items():
+        losses[label] = functools.partial(whole(build(name, setting, device, **changes)), inputs)
+    one = batch * setting.num_classes * setting.size[0] * setting.size[1] * 4
+    rows: list[list[object]] = []
+    for label, loss in losses.items():
+        print(label, file=sys.stderr)
+        held, peaks, times = [], [], []
+        for block in (sys.maxsize, blocks.BLOCK // smaller**2):
+            with mock.patch("segdistill.losses.blocks.BLOCK", block):
+                held.append(held_bytes(loss) / one)
+                peaks.append(peak_bytes(lambda loss=loss: loss().backward(), device) / one)
+                started = time.process_time()
+                loss().backward()
+                times.append(time.process_time() - started)
+        rows.append([label, *(f"{maps:.2f}" for maps in (*held, *peaks)), f"{times[1] / times[0]:.2f}"])
+    return rows
+
+
 def table(names: Sequence[str], bench: Bench, *, blocks: bool) -> str:
     """The Markdown of one setting."""
     inputs, rows = bench.inputs(), []
@@ -220,10 +280,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="half the crop in both directions, one round")
     parser.add_argument("--blocks", action="store_true", help="time and memory by block_rows, of the quadratic maps")
+    parser.add_argument("--maps", action="store_true", help="what is held at label size, in maps of all classes")
+    parser.add_argument("--smaller", type=int, default=16, help="divides the sides for --maps (%(default)s)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the networks' outputs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)
     device, started = torch.device(given.device), time.perf_counter()
+    if given.maps:
+        header = ["loss", "held for backward, all at once", "in blocks", "peak, all at once", "in blocks", "x time"]
+        print(f"Forward + backward, batch {given.batch or 16}, fp32, cpu. {machine(['torch'])}\n")
+        print(markdown(header, maps_held(given.batch or 16, given.smaller)))
+        return
     repeats, limit = (1, given.limit / 5) if given.quick else (given.repeats, given.limit)
     clock = Clock(device, repeats, given.budget, limit)
     batch = given.batch or (8 if device.type == "cuda" else 2)

@@ -35,6 +35,11 @@ def arguments(params: Mapping[str, Any], *, size: int | None = None, here: bool 
     from segdistill.stages import STAGES
 
     check_params(params, here=here)
+    if params["evaluate"].get("out_of_domain"):
+        raise UserError(
+            "evaluate.out_of_domain: a pipeline's tasks have the data of data.dvc alone and no second test set; set it "
+            "to null, or evaluate by dvc repro"
+        )
     tasks = [stage for stage in STAGES if stage.image and stage.params]  # the teacher is evaluated as the students
     return {
         **{f"{stage.params[0]}_params": json.dumps(sections(stage, params)) for stage in tasks},

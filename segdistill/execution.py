@@ -140,9 +140,13 @@ def check_params(params: Any, *, networks: bool = True, here: bool = False) -> N
     parse(DistillConfig, params["distill"], "distill")
     defined = experiments(params["experiments"])
     require_defined(matrix, defined)
-    for section in ("validate", "prepare"):
-        if (layout := configs[section].layout) not in LAYOUTS:
-            raise UserError(f"{section}.layout: unknown layout '{brief(layout)}'{nearest(layout, LAYOUTS)}")
+    second = configs["evaluate"].out_of_domain
+    layouts = {f"{section}.layout": configs[section].layout for section in ("validate", "prepare")}
+    for key, layout in (layouts | ({"evaluate.out_of_domain.layout": second.layout} if second else {})).items():
+        if layout not in LAYOUTS:
+            raise UserError(f"{key}: unknown layout '{brief(layout)}'{nearest(layout, LAYOUTS)}")
+    if second and here and not second.data.is_dir():
+        raise UserError(f"evaluate.out_of_domain.data: {second.data}: no such folder")
     if configs["validate"].layout != configs["prepare"].layout:
         raise UserError(
             f"prepare.layout: '{configs['prepare'].layout}', but validate.layout is '{configs['validate'].layout}';"

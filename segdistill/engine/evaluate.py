@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from segdistill.data.parallel import READERS, ahead
-from segdistill.data.shards import ShardDataset
 from segdistill.data.transforms import unit_range
 from segdistill.engine.distributed import Processes
 from segdistill.engine.inference import Network, Views, predict
@@ -27,6 +26,18 @@ from segdistill.metrics.confusion import (
 
 Key = TypeVar("Key")
 MANY = 64  # images of a process, for which it is worth to start threads that read them ahead
+
+
+class Samples(Protocol):
+    """What networks are evaluated on: a prepared split, or another test set (data/mapped.py)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """An image [H, W, 3] uint8 and its label [h, w] uint8."""
+
+    def sample_id(self, index: int) -> str:
+        """Its name."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class Evaluation:
 
 @torch.inference_mode()
 def masks(
-    network: Network, dataset: ShardDataset, indices: Sequence[int], views: Views, device: Any = "cpu"
+    network: Network, dataset: Samples, indices: Sequence[int], views: Views, device: Any = "cpu"
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Some images of a split, with their labels and the classes that the network gives them.
 
@@ -81,7 +92,7 @@ def masks(
 
 def evaluate(
     network: Network,
-    dataset: ShardDataset,
+    dataset: Samples,
     views: Views,
     *,
     num_classes: int,
@@ -113,7 +124,7 @@ def evaluate(
 @torch.inference_mode()
 def evaluate_together(
     networks: Mapping[Key, Network],
-    dataset: ShardDataset,
+    dataset: Samples,
     views: Views,
     *,
     num_classes: int,
@@ -168,7 +179,7 @@ def evaluate_together(
     return evaluations
 
 
-def _batches(dataset: ShardDataset, numbers: list[int], size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+def _batches(dataset: Samples, numbers: list[int], size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Neighbouring images of equal size, stacked: [b, C, H, W] and [b, H, W], as they are stored."""
     group: list[tuple[int, Tensor, Tensor]] = []
     samples = ahead(dataset.__getitem__, numbers, READERS if len(numbers) >= MANY else 0)

@@ -11,7 +11,7 @@ from segdistill.data.shards import read_class_pixels, read_dataset_info
 from segdistill.engine.settings import EffectiveNumberConfig, GivenWeightsConfig, LossConfig
 from segdistill.errors import UserError, nearest
 from segdistill.geometry import size_of
-from segdistill.losses import cross_entropy, dice, hard_cross_entropy, label_mass, lovasz_softmax, resize_logits
+from segdistill.losses import cross_entropy, dice, hard_cross_entropy, label_mass, lovasz_softmax, resized_in_one_block
 
 
 class Supervision(nn.Module):
@@ -44,7 +44,8 @@ class Supervision(nn.Module):
         Shape:
             logits: [B, K, h, w]; target: [B, H, W] int64; mass: scalar; returns scalars.
         """
-        logits, weights, ohem = resize_logits(logits, size_of(target)), self.class_weights, self.config.ohem
+        (logits,), weights = resized_in_one_block([logits], size_of(target)), self.class_weights
+        ohem = self.config.ohem
         if ohem is None:
             terms = {"ce": cross_entropy(logits, target, mass, class_weights=weights)}
         else:

@@ -4,6 +4,7 @@ The rule: resize logits or features, never probabilities, since softmax(resize(z
     * frozen teacher: the student's map goes to the teacher's grid;
     * co-trained peers: every map goes to the grid of the finest (most cells, the first if several);
     * a method that compares at label size (``upsample``): every map goes there.
+What compares logits pixel by pixel resizes them itself, a block of images at a time: :mod:`segdistill.losses.blocks`.
 Labels follow: a cell is valid if the label at its centre is. Which image points a cell stands for, and so how a map is
 resized, is :mod:`segdistill.geometry`'s.
 
@@ -13,7 +14,7 @@ equal.
 
 from torch import Tensor, nn
 
-from segdistill.geometry import Size, resize, resize_labels, size_of
+from segdistill.geometry import Size, resize
 from segdistill.losses.precision import in_float32
 
 
@@ -25,19 +26,6 @@ def resize_logits(logits: Tensor, size: Size, *, align_corners: bool = False) ->
         logits: [B, K, h, w]; returns [B, K, *size].
     """
     return resize(logits, size, align_corners=align_corners)
-
-
-def align_logits(
-    student: Tensor, teacher: Tensor, target: Tensor, *, upsample: bool, align_corners: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Both sides' logits, in float32, and the labels, on one grid: the labels' own (``upsample``) or the teacher's.
-
-    Shape:
-        student, teacher: [B, K, ., .]; target: [B, H, W]; returns two [B, K, h, w] and [B, h, w].
-    """
-    size = size_of(target if upsample else teacher)
-    student, teacher = (resize_logits(logits, size, align_corners=align_corners) for logits in (student, teacher))
-    return student, teacher, resize_labels(target, size)
 
 
 def resize_features(features: Tensor, size: Size, *, align_corners: bool = False) -> Tensor:

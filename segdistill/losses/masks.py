@@ -16,6 +16,11 @@ def valid_mask(target: Tensor) -> Tensor:
     return target != IGNORE_INDEX
 
 
+def counted_mask(target: Tensor, *, mask_ignore: bool) -> Tensor:
+    """:func:`valid_mask`, or true everywhere for a method that takes ignored pixels too."""
+    return valid_mask(target) if mask_ignore else torch.ones_like(target, dtype=torch.bool)
+
+
 def labelled_mask(target: Tensor) -> Tensor:
     """True where a pixel has a class: for what needs to know it; any shape, bool."""
     return target < UNLABELLED

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from segdistill.geometry import size_of
-from segdistill.losses.align import resize_logits
+from segdistill.losses.blocks import images_in_blocks
 from segdistill.losses.masks import UNLABELLED
 from segdistill.losses.precision import in_float32
 
@@ -23,7 +23,11 @@ def with_pseudo_labels(target: Tensor, logits: Sequence[Tensor], *, threshold: f
     Shape:
         target: [B, H, W] int64, returned as such; logits: [B, K, h, w] each.
     """
-    size = size_of(target)
-    probabilities = torch.stack([resize_logits(each, size).softmax(1) for each in logits]).mean(0)  # [B, K, H, W]
-    confidence, classes = probabilities.max(1)
-    return torch.where((target == UNLABELLED) & (confidence >= threshold), classes, target)
+
+    def labels(*tensors: Tensor) -> Tensor:
+        *logits, target = tensors
+        probabilities = torch.stack([each.softmax(1) for each in logits]).mean(0)  # [B, K, H, W]
+        confidence, classes = probabilities.max(1)
+        return torch.where((target == UNLABELLED) & (confidence >= threshold), classes, target)
+
+    return torch.cat(images_in_blocks(labels, logits, [target], size_of(target)))

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from segdistill.geometry import size_of
 from segdistill.losses.align import resize_logits
+from segdistill.losses.blocks import images_at_once, images_in_blocks, sum_over_images
 from segdistill.losses.masks import IGNORE_INDEX, class_members, labelled_mask, labelled_only
 from segdistill.losses.precision import in_float32
 
@@ -33,10 +34,13 @@ def cross_entropy(
         target: [B, H, W] int64.
         mass: scalar; class_weights: [K].
     """
-    logits = resize_logits(logits, size_of(target), align_corners=align_corners)  # [B, K, H, W]
     weights = None if class_weights is None else class_weights.to(logits)
-    total = F.cross_entropy(logits, labelled_only(target), weights, ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / (above_zero(label_mass(target, class_weights)) if mass is None else mass)
+
+    def total(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, weights, ignore_index=IGNORE_INDEX, reduction="sum")
+
+    losses = sum_over_images(total, [logits], [labelled_only(target)], size_of(target), align_corners=align_corners)
+    return losses / (above_zero(label_mass(target, class_weights)) if mass is None else mass)
 
 
 def label_mass(target: Tensor, class_weights: Tensor | None = None) -> Tensor:
@@ -78,9 +82,12 @@ def hard_cross_entropy(
         Shrivastava et al., CVPR 2016, arXiv:1604.03540, for regions; pixels of a batch and a threshold as public code
         for segmentation has them.
     """
-    logits = resize_logits(logits, size_of(target))
+
+    def pixel_losses(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+
     labelled = labelled_mask(target)
-    losses = F.cross_entropy(logits, labelled_only(target), ignore_index=IGNORE_INDEX, reduction="none")  # [B, H, W]
+    losses = torch.cat(images_in_blocks(pixel_losses, [logits], [labelled_only(target)], size_of(target)))  # [B, H, W]
     hardness = losses.detach().masked_fill(~labelled, -1.0)
     count = min(min_kept * len(target), target.numel())
     last = hardness.flatten().topk(count, sorted=False).values.min()  # of the min_kept; -1 if fewer are labelled
@@ -106,12 +113,15 @@ def dice(logits: Tensor, target: Tensor) -> Tensor:
     Reference:
         Milletari et al., 3DV 2016, arXiv:1606.04797.
     """
-    logits = resize_logits(logits, size_of(target))
-    probabilities = logits.softmax(1).flatten(2)  # [B, K, N]
-    members = class_members(labelled_only(target), logits.shape[1])
-    labelled = labelled_mask(target).flatten(1)[:, None]
-    shared = torch.where(members, probabilities, 0).sum((0, 2))  # [K], as what follows
-    predicted, labels = torch.where(labelled, probabilities, 0).sum((0, 2)), members.sum((0, 2))
+
+    def sums(logits: Tensor, target: Tensor) -> Tensor:
+        probabilities = logits.softmax(1).flatten(2)  # [B, K, N]
+        members = class_members(labelled_only(target), logits.shape[1])
+        labelled = labelled_mask(target).flatten(1)[:, None]
+        parts = (torch.where(members, probabilities, 0), torch.where(labelled, probabilities, 0), members)
+        return torch.stack([part.sum((0, 2)).to(probabilities) for part in parts])
+
+    shared, predicted, labels = sum_over_images(sums, [logits], [target], size_of(target))  # [K] each
     losses = 1 - 2 * shared / (predicted + labels).clamp_min(1)  # of a class that is there at least 1
     return _mean_of_present(losses, labels)
 
@@ -135,17 +145,26 @@ def lovasz_softmax(logits: Tensor, target: Tensor) -> Tensor:
     Reference:
         Berman et al., CVPR 2018, arXiv:1705.08790.
     """
-    logits = resize_logits(logits, size_of(target))
-    num_classes = logits.shape[1]
-    probabilities = logits.softmax(1).transpose(0, 1).flatten(1)  # [K, P]
-    members = class_members(labelled_only(target).flatten()[None], num_classes)[0]
-    errors = torch.where(members, 1 - probabilities, probabilities)
-    labelled = labelled_mask(target).flatten()
-    slopes = torch.empty_like(errors, requires_grad=False)
-    for number in range(num_classes):  # one at a time: sorting needs several times the memory of what it sorts
-        slopes[number] = _jaccard_steps(errors[number].detach(), members[number], labelled)
-    losses = torch.where(labelled, errors * slopes, 0).sum(1)
-    return _mean_of_present(losses, members.sum(1))
+    num_classes, size, labels = logits.shape[1], size_of(target), labelled_only(target)
+    with torch.no_grad():
+        slopes = logits.new_empty(len(logits), num_classes, *size)  # first the probabilities, in whose place they come
+        count = images_at_once(logits, size)
+        for block, part in zip(slopes.split(count), logits.split(count), strict=True):
+            torch.softmax(resize_logits(part, size), 1, out=block)
+        labelled = labelled_mask(target).flatten()
+        for number in range(num_classes):  # one at a time: sorting needs several times the memory of what it sorts
+            errors, members = slopes[:, number].flatten(), (labels == number).flatten()  # [P]
+            errors = torch.where(members, 1 - errors, errors)
+            slopes[:, number] = _jaccard_steps(errors, members, labelled).view_as(target)
+
+    def sums(logits: Tensor, target: Tensor, slopes: Tensor) -> Tensor:
+        probabilities = logits.softmax(1).flatten(2)  # [B, K, N]
+        members = class_members(labelled_only(target), num_classes)
+        errors = torch.where(members, 1 - probabilities, probabilities)
+        losses = torch.where(labelled_mask(target).flatten(1)[:, None], errors * slopes.flatten(2), 0)
+        return torch.stack([part.sum((0, 2)).to(losses) for part in (losses, members)])
+
+    return _mean_of_present(*sum_over_images(sums, [logits], [target, slopes], size))
 
 
 def _jaccard_steps(errors: Tensor, members: Tensor, labelled: Tensor) -> Tensor:

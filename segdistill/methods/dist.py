@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from segdistill.config import config
-from segdistill.losses import align_logits, in_float32, masked_mean, valid_mask
+from segdistill.losses import align_logits, in_float32, masked_mean, resize_logits, size_of, valid_mask
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Temperature
 from segdistill.models.outputs import Outputs
 
@@ -137,7 +137,12 @@ class Correlation(OfflineMethod[DISTConfig]):
         student, teacher, labels = align_logits(
             student, teacher.detach(), target, upsample=config.upsample, align_corners=config.align_corners
         )
-        student, teacher = (probabilities(logits, config.temperature) for logits in (student, teacher))
+        student, teacher = (
+            probabilities(
+                resize_logits(logits, size_of(labels), align_corners=config.align_corners), config.temperature
+            )
+            for logits in (student, teacher)
+        )
         valid = valid_mask(labels) if config.mask_ignore else None
         scale = config.temperature**2 if config.squared_temperature else 1.0
         distances = {"inter": inter_distance, "intra": intra_distance}

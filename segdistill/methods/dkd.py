@@ -1,6 +1,6 @@
 """Decoupled knowledge distillation at every pixel: the labelled class against the rest, and the rest among itself."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from segdistill.config import config
 from segdistill.errors import UserError
-from segdistill.losses import LEFT_OUT, align_logits, divergence, in_float32, labelled_mask, masked_mean
+from segdistill.losses import LEFT_OUT, align_logits, divergence, in_float32, labelled_mask, mean_over_pixels
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Temperature
 from segdistill.models.outputs import ModelInfo, Outputs
 
@@ -33,36 +33,57 @@ class DKDConfig(MethodConfig):
 
 
 @in_float32
-def target_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
+def target_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    align_corners: bool = False,
+) -> Tensor:
     """T^2 * mean over valid pixels of KL([b, 1 - b] || [a, 1 - a]), b and a the labelled class's probabilities.
 
     The log-odds u = z_label - logsumexp of the other logits give log b = log sigmoid(u) and log(1 - b) =
     log sigmoid(-u): no probability is subtracted from 1, and none is rounded to 0 before its logarithm.
 
     Shape:
-        student_logits, teacher_logits: [B, K, h, w]; labels: [B, h, w].
+        student_logits, teacher_logits: [B, K, ., .], resized to the labels; labels: [B, h, w].
     """
-    labelled = _labelled(labels, student_logits.shape[1])
-    odds = (_log_odds(logits / temperature, labelled) for logits in (student_logits, teacher_logits.detach()))
-    student, teacher = (torch.stack([F.logsigmoid(each), F.logsigmoid(-each)]) for each in odds)  # [2, B, h, w]
-    return masked_mean(divergence(student, teacher, 0), labelled_mask(labels)) * temperature**2
+
+    def values(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        labelled = _labelled(labels, student.shape[1])
+        odds = (_log_odds(logits / temperature, labelled) for logits in (student, teacher))
+        student, teacher = (torch.stack([F.logsigmoid(each), F.logsigmoid(-each)]) for each in odds)  # [2, B, h, w]
+        return divergence(student, teacher, 0)
+
+    logits, valid = [student_logits, teacher_logits.detach()], labelled_mask(labels)
+    return mean_over_pixels(values, logits, [labels], valid, align_corners=align_corners) * temperature**2
 
 
 @in_float32
 def non_target_kl(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, temperature: float = 1.0
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    align_corners: bool = False,
 ) -> Tensor:
     """T^2 * mean over valid pixels of KL(teacher || student) among the classes other than the labelled one.
 
     Shape:
-        student_logits, teacher_logits: [B, K, h, w]; labels: [B, h, w].
+        student_logits, teacher_logits: [B, K, ., .], resized to the labels; labels: [B, h, w].
     """
-    labelled = _labelled(labels, student_logits.shape[1])
-    student, teacher = (
-        (logits / temperature).masked_fill(labelled, LEFT_OUT).log_softmax(1)
-        for logits in (student_logits, teacher_logits.detach())
-    )
-    return masked_mean(divergence(student, teacher, 1), labelled_mask(labels)) * temperature**2
+
+    def values(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        labelled = _labelled(labels, student.shape[1])
+        student, teacher = (
+            (logits / temperature).masked_fill(labelled, LEFT_OUT).log_softmax(1) for logits in (student, teacher)
+        )
+        return divergence(student, teacher, 1)
+
+    logits, valid = [student_logits, teacher_logits.detach()], labelled_mask(labels)
+    return mean_over_pixels(values, logits, [labels], valid, align_corners=align_corners) * temperature**2
 
 
 class Decoupled(OfflineMethod[DKDConfig]):
@@ -122,10 +143,8 @@ class Decoupled(OfflineMethod[DKDConfig]):
             student.logits, teacher.logits, target, upsample=config.upsample, align_corners=config.align_corners
         )
         losses = {"target": target_kl, "non_target": non_target_kl}
-        return {
-            term: losses[term](student_logits, teacher_logits, labels, temperature=config.temperature)
-            for term in self.weights
-        }
+        settings: dict[str, Any] = {"temperature": config.temperature, "align_corners": config.align_corners}
+        return {term: losses[term](student_logits, teacher_logits, labels, **settings) for term in self.weights}
 
 
 def _labelled(labels: Tensor, num_classes: int) -> Tensor:

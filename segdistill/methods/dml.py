@@ -1,12 +1,12 @@
 """Deep mutual learning: co-trained students imitate each other's predictions."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from segdistill.config import config
-from segdistill.losses import finest, pixel_kl, resize_labels, resize_logits, size_of, valid_mask
+from segdistill.losses import counted_mask, finest, pixel_kl, resize_labels, resized_in_one_block, size_of
 from segdistill.methods.method import MethodConfig, NonNegative, OnlineMethod, Temperature
 from segdistill.models.outputs import Outputs
 
@@ -61,17 +61,18 @@ class MutualLearning(OnlineMethod[DMLConfig]):
     def forward(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, dict[str, Tensor]]:
         if not self.weights:
             return {}
-        size = size_of(target) if self.config.upsample else finest(size_of(peers[peer].logits) for peer in self.peers)
-        valid = valid_mask(resize_labels(target, size)) if self.config.mask_ignore else None
-        logits = {
-            peer: resize_logits(peers[peer].logits, size, align_corners=self.config.align_corners)
-            for peer in self.peers
-        }
-        return {peer: {"kl": self._divergence(peer, logits, valid)} for peer in self.peers}
+        config, logits = self.config, [peers[peer].logits for peer in self.peers]
+        size = size_of(target) if config.upsample else finest(map(size_of, logits))
+        valid = counted_mask(resize_labels(target, size), mask_ignore=config.mask_ignore)
+        logits = resized_in_one_block(logits, size, align_corners=config.align_corners)
+        named = dict(zip(self.peers, logits, strict=True))
+        return {peer: {"kl": self._divergence(peer, named, valid)} for peer in self.peers}
 
-    def _divergence(self, sink: str, logits: Mapping[str, Tensor], valid: Tensor | None) -> Tensor:
+    def _divergence(self, sink: str, logits: Mapping[str, Tensor], valid: Tensor) -> Tensor:
         sources = [peer for peer in self.peers if peer != sink]
-        total = sum(
-            pixel_kl(logits[sink], logits[source], valid, temperature=self.config.temperature) for source in sources
-        )
+        settings: dict[str, Any] = {
+            "temperature": self.config.temperature,
+            "align_corners": self.config.align_corners,
+        }
+        total = sum(pixel_kl(logits[sink], logits[source], valid, **settings) for source in sources)
         return total / len(sources)  # type: ignore[return-value]

@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from segdistill.config import config
-from segdistill.losses import align_logits, pixel_kl, valid_mask
+from segdistill.losses import align_logits, counted_mask, pixel_kl
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Temperature
 from segdistill.models.outputs import Outputs
 
@@ -75,5 +75,12 @@ class PixelWise(OfflineMethod[KDConfig]):
         student_logits, teacher_logits, labels = align_logits(
             student.logits, teacher.logits, target, upsample=config.upsample, align_corners=config.align_corners
         )
-        valid = valid_mask(labels) if config.mask_ignore else None
-        return {"kl": pixel_kl(student_logits, teacher_logits, valid, temperature=config.temperature)}
+        valid = counted_mask(labels, mask_ignore=config.mask_ignore)
+        loss = pixel_kl(
+            student_logits,
+            teacher_logits,
+            valid,
+            temperature=config.temperature,
+            align_corners=config.align_corners,
+        )
+        return {"kl": loss}

@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from segdistill.config import config
-from segdistill.losses import finest, in_float32, labelled_mask, pixel_kl, resize_labels, resize_logits, size_of
+from segdistill.losses import (
+    finest,
+    in_float32,
+    labelled_mask,
+    pixel_divergence,
+    resize_labels,
+    resize_logits,
+    resized_in_one_block,
+    size_of,
+    sum_over_images,
+)
 from segdistill.methods.method import Count, MethodConfig, NonNegative, OnlineMethod, Temperature
 from segdistill.models.outputs import Outputs
 
@@ -139,23 +149,37 @@ class CollaborativeEnsemble(OnlineMethod[KDCLConfig]):
     def forward(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, dict[str, Tensor]]:
         if not self.weights:
             return {}
-        config = self.config
-        size = size_of(target) if config.upsample else finest(size_of(peers[peer].logits) for peer in self.peers)
+        config, logits = self.config, [peers[peer].logits for peer in self.peers]
+        size = size_of(target) if config.upsample else finest(map(size_of, logits))
         labels = resize_labels(target, size)
         valid = labelled_mask(labels)
-        logits = [resize_logits(peers[peer].logits, size, align_corners=config.align_corners) for peer in self.peers]
-        ensemble = self._ensemble(torch.stack([each.detach() for each in logits]), labels, valid)
+        logits = resized_in_one_block(logits, size, align_corners=config.align_corners)
+        weights = self._linear_weights(logits, labels, valid) if config.ensemble == "linear" else None
+
+        def sums(*tensors: Tensor) -> tuple[Tensor, ...]:
+            *logits, labels, valid = tensors
+            ensemble = self._ensemble(torch.stack([each.detach() for each in logits]), labels, valid, weights)
+            values = (pixel_divergence(each, ensemble, temperature=config.temperature) for each in logits)
+            return tuple(torch.where(valid, each, 0.0).sum() for each in values)
+
+        totals = sum_over_images(sums, logits, [labels, valid], size, align_corners=config.align_corners)
+        count = valid.sum().clamp_min(1)
         return {
-            peer: {"kl": pixel_kl(each, ensemble, valid, temperature=config.temperature)}
-            for peer, each in zip(self.peers, logits, strict=True)
+            peer: {"kl": total / count * config.temperature**2} for peer, total in zip(self.peers, totals, strict=True)
         }
 
-    def _ensemble(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    def _ensemble(self, logits: Tensor, labels: Tensor, valid: Tensor, weights: Tensor | None) -> Tensor:
+        if weights is not None:
+            return _mixture(weights, logits)
         if self.config.ensemble == "naive":
             return naive(logits, labels, valid, per=self.config.naive_per)
-        if self.config.ensemble == "linear":
-            return _mixture(linear_weights(logits, labels, valid, steps=self.config.linear_steps), logits)
         return min_logit(logits, labels, valid)
+
+    def _linear_weights(self, logits: list[Tensor], labels: Tensor, valid: Tensor) -> Tensor:
+        """Of the whole batch, whose logits are all resized for it, without gradient."""
+        size, align_corners = size_of(labels), self.config.align_corners
+        whole = [resize_logits(each.detach(), size, align_corners=align_corners) for each in logits]
+        return linear_weights(torch.stack(whole), labels, valid, steps=self.config.linear_steps)
 
 
 def _mixture(weights: Tensor, logits: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from segdistill.config import Fraction, config
-from segdistill.losses import align_logits, in_float32, masked_mean, valid_mask
+from segdistill.losses import align_logits, in_float32, size_of, sum_over_images, valid_mask
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod
 from segdistill.models.outputs import Outputs
 
@@ -27,14 +28,24 @@ class PseudoConfig(MethodConfig):
 
 
 @in_float32
-def hard_label_loss(student_logits: Tensor, teacher_logits: Tensor, valid: Tensor, *, threshold: float) -> Tensor:
+def hard_label_loss(
+    student_logits: Tensor, teacher_logits: Tensor, valid: Tensor, *, threshold: float, align_corners: bool = False
+) -> Tensor:
     """Mean of -log p_student[c] over the valid pixels where c, the teacher's best class, is at least so probable.
 
     Shape:
-        student_logits, teacher_logits: [B, K, h, w]; valid: [B, h, w] bool.
+        student_logits, teacher_logits: [B, K, ., .], resized to ``valid``; valid: [B, h, w] bool.
     """
-    confidence, classes = teacher_logits.detach().softmax(1).max(1)
-    return masked_mean(F.cross_entropy(student_logits, classes, reduction="none"), valid & (confidence >= threshold))
+
+    def sums(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+        confidence, classes = teacher.softmax(1).max(1)
+        valid = valid & (confidence >= threshold)
+        losses = torch.where(valid, F.cross_entropy(student, classes, reduction="none"), 0.0)
+        return torch.stack([losses.sum(), valid.sum().to(losses)])
+
+    logits = [student_logits, teacher_logits.detach()]
+    total, count = sum_over_images(sums, logits, [valid], size_of(valid), align_corners=align_corners)
+    return total / count.clamp_min(1)
 
 
 class PseudoLabels(OfflineMethod[PseudoConfig]):
@@ -75,4 +86,11 @@ class PseudoLabels(OfflineMethod[PseudoConfig]):
         student_logits, teacher_logits, labels = align_logits(
             student.logits, teacher.logits, target, upsample=config.upsample, align_corners=config.align_corners
         )
-        return {"ce": hard_label_loss(student_logits, teacher_logits, valid_mask(labels), threshold=config.threshold)}
+        loss = hard_label_loss(
+            student_logits,
+            teacher_logits,
+            valid_mask(labels),
+            threshold=config.threshold,
+            align_corners=config.align_corners,
+        )
+        return {"ce": loss}

@@ -23,6 +23,16 @@ TRAIN, EVALUATE = "run the stage that trains it again", "run the stage 'evaluate
 
 
 @dataclass(frozen=True)
+class OutOfDomainCounts:
+    """What one network did on the second test set."""
+
+    content: str  # the hash of the set and of what its classes stand for
+    classes: tuple[str, ...]  # the M of ours that it has
+    sequences: tuple[str | None, ...]  # of each image
+    counts: NDArray[np.int64]  # [N, 3, M], iou_counts of each image
+
+
+@dataclass(frozen=True)
 class Measured:
     """One network of one job: how it was trained and what it did on the test split."""
 
@@ -38,6 +48,7 @@ class Measured:
     curve: dict[int, float]  # validation mIoU by the step at which it was measured
     losses: dict[int, float]  # cross-entropy of the training batches before each step that was logged
     overlays: Path
+    elsewhere: "OutOfDomainCounts | None" = None  # on the second test set, where there is one
 
     @property
     def miou(self) -> float:
@@ -105,7 +116,7 @@ def read_networks(
             if name not in entries:
                 raise UserError(f"{file}: nothing about '{name}'; it holds {', '.join(entries) or 'nothing'}")
         _require_same_weights(model, evaluation, name, evaluated[name])
-        confusion, counts, ids = _read_counts(evaluation, name, class_names)
+        confusion, counts, ids, elsewhere = _read_counts(evaluation, name, class_names, report.get("out_of_domain"))
         stated = evaluated[name].get("test/miou")
         if stated is None or not math.isclose(stated, mean_iou(confusion), abs_tol=1e-3):
             raise UserError(
@@ -128,6 +139,7 @@ def read_networks(
                 curve=_read_curve(model, name, "val/miou"),
                 losses=_read_curve(model, name, "train/loss/ce"),
                 overlays=evaluation / "overlays" / name,
+                elsewhere=elsewhere,
             )
         )
     return networks
@@ -143,6 +155,10 @@ def check_same_images(measured: Sequence[Measured]) -> None:
                 f"{where}: evaluated on other test images ({len(other.accuracies)}) than the teacher ({len(first)}); "
                 "run evaluate again"
             )
+    second = {(other.elsewhere.content, other.elsewhere.classes) if other.elsewhere else None for other in measured}
+    if len(second) > 1:
+        raise UserError("evaluate.out_of_domain: not all networks were scored on the same second test set; "
+                        "run evaluate_teacher and evaluate again")  # fmt: skip
 
 
 def read_training(model: Path) -> tuple[Path, dict[str, Any]]:
@@ -191,14 +207,17 @@ def _require_same_weights(model: Path, evaluation: Path, name: str, evaluated: M
 
 
 def _read_counts(
-    folder: Path, name: str, class_names: Sequence[str]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
-    """The confusion matrix of the split, the counts of each image, and the images' ids."""
+    folder: Path, name: str, class_names: Sequence[str], second: Mapping[str, Any] | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str], OutOfDomainCounts | None]:
+    """The confusion matrix of the split, the counts of each image, the images' ids, and what the second set gave."""
     path = folder / f"{name}.npz"
     content = read_sealed(folder, path.name, mend=EVALUATE)
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             confusion, counts, ids = file["confusion"], file["counts"], file["ids"].tolist()
+            elsewhere = second and OutOfDomainCounts(
+                second["content"], tuple(second["classes"]), tuple(second["sequences"]), file["out_of_domain"]
+            )
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not the counts that this version of evaluate writes: {error}; {EVALUATE}") from None
     classes = len(class_names)
@@ -209,7 +228,9 @@ def _read_counts(
         )
     if not np.array_equal(counts.sum(axis=0), np.stack(iou_counts(confusion))):
         raise UserError(f"{path}: the counts of the images do not add up to those of the split; run evaluate again")
-    return confusion, counts, ids
+    if elsewhere and elsewhere.counts.shape != (len(elsewhere.sequences), 3, len(elsewhere.classes)):
+        raise UserError(f"{path}: counts of another second test set than evaluation.json names; run evaluate again")
+    return confusion, counts, ids, elsewhere or None
 
 
 def _read_curve(model: Path, name: str, column: str) -> dict[int, float]:

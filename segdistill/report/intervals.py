@@ -48,6 +48,35 @@ class Difference:
         return "gains" if self.low > 0 else "loses" if self.high < 0 else "not shown"
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A score in mIoU (0..1), mean over seeds, with its interval by itself."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def estimate(
+    seeds: Sequence[NDArray[Any]], *, confidence: float, block: int, sequences: Sequence[str | None] = ()
+) -> Estimate:
+    """The mIoU of a row, with an interval over other seeds and other images; see :func:`differences`.
+
+    Shape:
+        seeds: [N, 3, K] each.
+    """
+    from scipy.special import stdtrit
+
+    per_seed = np.array([_miou(counts.sum(axis=0)) for counts in seeds])  # [S]
+    without = np.mean([leave_one_out(counts, block, sequences) for counts in seeds], axis=0)  # [G]
+    parts = [(jackknife_variance(without), len(without) - 1)]
+    if len(seeds) > 1:
+        parts.append((float(per_seed.var(ddof=1)) / len(seeds), len(seeds) - 1))
+    error, degrees = combined(parts)
+    half, mean = float(stdtrit(degrees, (1 + confidence) / 2)) * error, float(per_seed.mean())
+    return Estimate(mean, mean - half, mean + half)
+
+
 def differences(
     networks: Mapping[Name, Mapping[Seed, NDArray[Any]]],
     references: Mapping[Name, Name],

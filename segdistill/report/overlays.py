@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from segdistill.errors import UserError
 from segdistill.files import read_sealed
 from segdistill.report.inputs import EVALUATE, Measured
 from segdistill.report.pictures import evenly_spread, visible
+from segdistill.report.text import percent
 
 IGNORED = 255
 MAX_WIDTH = 512  # pixels; a street scene of 2048 columns says as much at a quarter of them
@@ -29,7 +30,7 @@ class Tile:
     student: str
     classes: str
     errors: str | None
-    accuracy: float | None
+    score: str | None  # what stands beside its name
 
 
 @dataclass(frozen=True)
@@ -70,23 +71,32 @@ def read(
     for index in (available[position] for position in positions):
         if index >= len(test_set) or test_set.sample_id(index) != samples[index]:
             raise UserError(f"{prepared}: test image {index} is not '{samples[index]}'; run evaluate again")
-        scenes.append(_scene(samples[index], *test_set[index], list(first.values()), colors))
+        image, truth = test_set[index]
+        predictions = [
+            (
+                network,
+                _read_mask(network.overlays / f"{samples[index]}.png", truth.shape),
+                f"{percent(network.accuracies[samples[index]])} %",
+            )
+            for network in first.values()
+        ]
+        scenes.append(scene(samples[index], image, truth, predictions, colors))
     return scenes
 
 
-def _scene(
+def scene(
     sample: str,
     image: np.ndarray,
     truth: NDArray[np.uint8],
-    networks: Sequence[Measured],
+    predictions: Iterable[tuple[Measured, NDArray[np.uint8], str]],
     colors: Sequence[tuple[int, int, int]],
 ) -> Scene:
+    """A test image with its truth, and what networks take it for, each with its score in words."""
     height, width = truth.shape
     factor = min(1.0, MAX_WIDTH / width)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
     tiles = [Tile("truth", "", _paint(truth, colors, size), None, None)]
-    for network in networks:
-        mask = _read_mask(network.overlays / f"{sample}.png", truth.shape)
+    for network, mask, score in predictions:
         errors = np.where((mask != truth) & (truth != IGNORED), 0, IGNORED).astype(np.uint8)
         tiles.append(
             Tile(
@@ -94,7 +104,7 @@ def _scene(
                 student=network.student,
                 classes=_paint(mask, colors, size),
                 errors=_paint(errors, [ERROR_COLOR], size),
-                accuracy=network.accuracies[sample],
+                score=score,
             )
         )
     photograph = Image.fromarray(visible(image)).resize(size, Image.Resampling.LANCZOS)

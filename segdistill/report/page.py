@@ -31,6 +31,7 @@ def page(
     scenes: Sequence[Scene],
     colors: Sequence[tuple[int, int, int]],
     few_validations: int = 0,
+    hardest: Sequence[Scene] = (),
 ) -> str:
     """The whole report.
 
@@ -41,6 +42,7 @@ def page(
         scenes: pictures.
         colors: of the classes.
         few_validations: how many validations there were, if too few for curves.
+        hardest: pictures of the images on which the best student is worst.
     """
     rows = (comparison.teacher, *comparison.rows)
     pixels = confusion.sum(axis=1)  # of each true class
@@ -48,7 +50,6 @@ def page(
     return _render(
         "page.html.jinja",
         comparison,
-        best=next(row for row in rows if (row.experiment, row.student) == comparison.best),
         pupil=pupil,
         class_gains=_largest(pupil),
         views=[view for view in text.VIEWS if any(view in row.views for row in rows)],
@@ -61,7 +62,8 @@ def page(
         pixels=(pixels / max(pixels.sum(), 1)).tolist(),
         shares=(confusion / np.maximum(pixels[:, None], 1)).tolist(),
         numbers=len(colors) <= NUMBERS_UP_TO,
-        scenes=scenes,
+        scenes=list(scenes),
+        hardest=list(hardest),
     )
 
 
@@ -82,11 +84,13 @@ def _largest(row: Row | None) -> list[tuple[str, float]]:
 
 def _render(name: str, comparison: Comparison, **values: Any) -> str:
     rows = (comparison.teacher, *comparison.rows)
+    by_name = {(row.experiment, row.student): row for row in rows}
     return template(name).render(
         text=text,
         comparison=comparison,
         rows=rows,
-        by_name={(row.experiment, row.student): row for row in rows},
+        by_name=by_name,
+        best=by_name[comparison.best],
         teacher=comparison.teacher,
         protocol=comparison.protocol,
         **values,

@@ -5,7 +5,7 @@ Scores are shares (0..1), as everywhere; only what a person reads is in percent.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from segdistill.errors import UserError
 from segdistill.files import read_sealed_json
 from segdistill.metrics import iou, mean_over_present
 from segdistill.report.inputs import Diverged, Measured
-from segdistill.report.intervals import Difference, differences
+from segdistill.report.intervals import Difference, Estimate, block_starts, differences, estimate
+from segdistill.report.mistakes import Confusion, HardImage
 
 RESULTS = "results.json"
 AGAIN = "run the stage 'compare' again"
@@ -97,6 +98,9 @@ class Row:
     cpu_seconds: float | None = None  # mean over seeds; None where one has none
     ece: Spread | None = None  # expected calibration error on test
     latency_median_ms: float | None = None
+    # On the second test set, where there is one, by which nothing is chosen.
+    out_of_domain: Estimate | None = None
+    out_of_domain_gain: Difference | None = None
 
     @property
     def busy_seconds(self) -> float | None:
@@ -114,6 +118,15 @@ class Row:
             number = len(self.diverged)
             return f"{number} of {number + len(self.seeds)} seeds diverged ({each})"
         return f"diverged {causes.pop()}" if len(causes) == 1 else f"every seed diverged ({each})"
+
+
+@dataclass(frozen=True)
+class OutOfDomainSet:
+    """The second test set: the hash of its files and of what its classes stand for, and those of ours that it has."""
+
+    content: str
+    samples: int
+    classes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -145,6 +158,7 @@ class Protocol:
     git_commit: str | None = None
     # Blocks of the test split, of which none is of two sequences; None: it was compared when sequences did not count.
     blocks: int | None = None
+    out_of_domain: OutOfDomainSet | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +174,9 @@ class Comparison:
     warnings: tuple[str, ...]
     # The gate: whether a student is good enough to be registered.
     passed: bool
+    # Of the best student: the classes that it most often takes for others, and the images on which it is worst.
+    confused: tuple[Confusion, ...] = ()
+    hardest: tuple[HardImage, ...] = ()
 
     @property
     def scored(self) -> tuple[Row, ...]:
@@ -255,21 +272,42 @@ def compare_runs(
         twins = [rows[name, student] for name in find_twins(experiment, student, run, experiments)]
         rows[experiment, student] = replace(row, equal_time_reference=_trained_as_long(row, twins))
     counts = {name: {seed: network.counts for seed, network in seeds.items()} for name, seeds in networks.items()}
+    references = {name: row.reference for name, row in rows.items()}
 
-    def gains(references: Mapping[tuple[str, str], str | None]) -> dict[tuple[str, str], Difference]:
+    def gains(
+        references: Mapping[tuple[str, str], str | None], counts: Any, sequences: Sequence[str | None]
+    ) -> dict[tuple[str, str], Difference]:
         pairs = {name: (reference, name[1]) for name, reference in references.items() if reference}
         return differences(counts, pairs, confidence=confidence, block=block, sequences=sequences)
 
-    equal_time = gains({name: row.equal_time_reference for name, row in rows.items()})
-    for name, difference in gains({name: row.reference for name, row in rows.items()}).items():
+    equal_time = gains({name: row.equal_time_reference for name, row in rows.items()}, counts, sequences)
+    for name, difference in gains(references, counts, sequences).items():
         reference = networks[str(rows[name].reference), name[1]]
         system, other = ([side[seed] for seed in difference.seeds] for side in (networks[name], reference))
         per_class = _by_class(class_names, _mean_iou_by_class(system) - _mean_iou_by_class(other))
         rows[name] = replace(rows[name], gain=Gain(**vars(difference), per_class=per_class))
-    return (
-        _row(teacher.experiment, teacher.student, [teacher], [], class_names),
-        [replace(row, equal_time_gain=equal_time.get(name)) for name, row in rows.items()],
-    )
+    rows = {name: replace(row, equal_time_gain=equal_time.get(name)) for name, row in rows.items()}
+    teacher_row = _row(teacher.experiment, teacher.student, [teacher], [], class_names)
+    if teacher.elsewhere is None:
+        return teacher_row, [*rows.values()]
+    second = teacher.elsewhere.sequences
+    if len(block_starts(len(second), block, second)) < 2:
+        raise UserError(f"compare.block: {block}, but an interval of evaluate.out_of_domain needs two blocks of its "
+                        f"{len(second)} images")  # fmt: skip
+    second_counts = {
+        name: {seed: network.elsewhere.counts for seed, network in seeds.items() if network.elsewhere}
+        for name, seeds in networks.items()
+    }
+    second_gains = gains(references, second_counts, second)
+
+    def estimated(seeds: Iterable[Any]) -> Estimate | None:
+        counts = [*seeds]
+        return estimate(counts, confidence=confidence, block=block, sequences=second) if counts else None
+
+    for name, row in rows.items():
+        score = estimated(second_counts[name].values())
+        rows[name] = replace(row, out_of_domain=score, out_of_domain_gain=second_gains.get(name))
+    return replace(teacher_row, out_of_domain=estimated([teacher.elsewhere.counts])), [*rows.values()]
 
 
 def _trained_as_long(row: Row, twins: Sequence[Row]) -> str | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from segdistill.report.intervals import Difference
+from segdistill.report.intervals import Difference, Estimate
 from segdistill.report.results import Comparison, Protocol, Row, Spread
 
 NOTHING = "–"
@@ -59,6 +59,25 @@ def gain(row: Row) -> str:
     if row.gain:
         return difference(row.gain)
     return "no reference" if row.distilled and row.seeds else NOTHING
+
+
+def estimate(value: Estimate | None) -> str:
+    """``61.2 [59.8, 62.6]`` in percent."""
+    return NOTHING if value is None else f"{percent(value.mean)} [{percent(value.low)}, {percent(value.high)}]"
+
+
+def out_of_domain(comparison: Comparison) -> str:
+    """What stands under the column of the second test set; empty without one."""
+    second = comparison.protocol.out_of_domain
+    if second is None:
+        return ""
+    gains = [row.out_of_domain_gain for row in comparison.rows]
+    return (
+        f"Out of domain: mIoU over {plural(len(second.classes), 'class', 'classes')} on "
+        f"{plural(second.samples, 'image')} of a second test set (content {second.content[:12]}), by which nothing is "
+        f"chosen: no epoch, no student, no champion. [low, high] of a score is a {confidence(comparison.protocol)} "
+        f"interval by itself{'; of differences, ' + family(gains, comparison.protocol) if any(gains) else ''}."
+    )
 
 
 def equal_time(row: Row) -> str:
@@ -141,6 +160,21 @@ def caption(comparison: Comparison) -> str:
         return spread_of.strip()
     verdict = "A row gains or loses where its interval excludes zero; else nothing is shown."
     return f"{spread_of}{family(gains, facts)}. {verdict}"
+
+
+def confused_caption(comparison: Comparison) -> str:
+    """What stands under the mistakes."""
+    beside = "; beside it the same student undistilled" if comparison.confused[0].twin is not None else ""
+    return f"Share of the test pixels of the class, all seeds{beside}. Single pairs have no interval."
+
+
+def hardest_caption(comparison: Comparison) -> str:
+    """What stands with the worst images."""
+    beside = ", and that of the same student undistilled" if comparison.hardest[0].twin is not None else ""
+    return (
+        "The test images with the lowest mIoU of its first seed, over the classes that an image or its prediction has"
+        f"{beside}. They are its worst, so they say nothing about which of two students is better."
+    )
 
 
 def _clock(protocol: Protocol) -> str:
@@ -290,6 +324,7 @@ def provenance(comparison: Comparison) -> str:
     }
     network = f" ({protocol.teacher_network})" if protocol.teacher_network else ""
     parts = [f"data {protocol.data_content}", f"teacher {protocol.teacher_sha256[:8]}{network}"]
+    parts += [f"second test set {protocol.out_of_domain.content}"] if protocol.out_of_domain else []
     parts += [f"code {' '.join(codes)}"] if codes else []
     named = ", ".join(f"{student} {identity}" for student, identity in identities.items() if identity)
     return ", ".join(parts) + (f"; identities by seed: {named}" if named else "")

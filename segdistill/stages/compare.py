@@ -16,15 +16,18 @@ from segdistill.engine.settings import InferenceConfig
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.files import disk_errors, new_folder, read_sealed, seal, write_file
-from segdistill.plan import TEACHER, jobs
+from segdistill.plan import TEACHER, Job, jobs
 from segdistill.report.highlights import Highlights, scores_of
 from segdistill.stages._cohort import folders_of
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from rich.table import Table
 
-    from segdistill.data.shards import DatasetInfo
+    from segdistill.data.shards import DatasetInfo, ShardDataset
     from segdistill.report.inputs import Measured
+    from segdistill.report.overlays import Scene
     from segdistill.report.results import Comparison, Protocol, Row
 
 PAGE_LIMIT = 2**30  # bytes; the page holds its pictures
@@ -43,6 +46,9 @@ class Config:
 
     overlays: Annotated[int, Field(ge=0, le=1000)]
     """Test images shown in the report; evaluate must have kept at least as many."""
+
+    hardest: Annotated[int, Field(ge=0, le=100)] = 4
+    """Test images shown on which the best student is worst, with it and its undistilled twin."""
 
     min_test_miou: Annotated[float, Field(ge=0, le=100)]
     """The gate: points of test mIoU (0..100) that a student must reach, or nothing is registered."""
@@ -86,6 +92,7 @@ def run(
     from segdistill.report import text
     from segdistill.report.inputs import Diverged, check_same_images, read_job, read_networks, read_settings
     from segdistill.report.intervals import block_starts
+    from segdistill.report.mistakes import hardest_images, most_confused
     from segdistill.report.results import Comparison, best_row, compare_runs, warnings
 
     started = time.monotonic()
@@ -122,17 +129,27 @@ def run(
         taught, measured, diverged, run, experiments, names, confidence=config.confidence, block=config.block,
         sequences=sequences,
     )  # fmt: skip
+    best = best_row(rows)
+    students_best = [network for network in measured if (network.experiment, network.student) == best]
+    reference = next(row.reference for row in rows if (row.experiment, row.student) == best)
+    twins = [network for network in measured if (network.experiment, network.student) == (reference, best[1])]
+    twin = next((network for network in twins if network.seed == students_best[0].seed), None)
     comparison = Comparison(
         teacher=teacher_row,
         rows=tuple(rows),
-        best=best_row(rows),
+        best=best,
         protocol=replace(
             _protocol(config, seeds, info, taught, measured), data_md5=data_md5, git_commit=git_commit, blocks=blocks
         ),
         warnings=tuple(warnings(rows, experiments)),
         passed=100 * max(row.test_miou.mean for row in rows if row.test_miou) >= config.min_test_miou,
+        confused=most_confused(students_best, twins, names),
+        hardest=hardest_images(students_best[0], twin, config.hardest),
     )
-    _write(config, comparison, [taught, *measured], [item.color for item in info.classes], prepared, report)
+    pair = [
+        (network, models[Job(network.experiment, network.seed or 0)]) for network in (students_best[0], twin) if network
+    ]
+    _write(config, comparison, [taught, *measured], [item.color for item in info.classes], prepared, report, pair)
     summary = metrics_of(comparison)
     with disk_errors(metrics):
         metrics.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +207,10 @@ def metrics_of(comparison: "Comparison") -> dict[str, Any]:
             entry["test_ece"] = round(row.ece.mean, 4)
         if row.diverged:
             entry["diverged"] = len(row.diverged)
-        for prefix, gain in (("", row.gain), ("equal_time_", row.equal_time_gain)):
+        if row.out_of_domain is not None:
+            entry["out_of_domain_miou"] = round(row.out_of_domain.mean, 4)
+        gains = (("", row.gain), ("equal_time_", row.equal_time_gain), ("out_of_domain_", row.out_of_domain_gain))
+        for prefix, gain in gains:
             if gain is not None:
                 numbers = {"difference": gain.mean, "low": gain.low, "high": gain.high}
                 entry |= {prefix + key: round(value, 4) for key, value in numbers.items()}
@@ -237,7 +257,7 @@ def _protocol(
     config: Config, seeds: Sequence[int], info: "DatasetInfo", taught: "Measured", measured: Sequence["Measured"]
 ) -> "Protocol":
     """How the numbers came about."""
-    from segdistill.report.results import Protocol
+    from segdistill.report.results import OutOfDomainSet, Protocol
 
     selections = {network.training.get("config", {}).get("train", {}).get("select") for network in measured}
     iterations = {int(network.training.get("iterations") or 0) for network in measured} - {0}
@@ -259,6 +279,9 @@ def _protocol(
         if (inference := taught.test.get("inference"))
         else None,
         clock=_clock(measured),
+        out_of_domain=OutOfDomainSet(second.content, len(second.sequences), second.classes)
+        if (second := taught.elsewhere)
+        else None,
     )
 
 
@@ -277,8 +300,12 @@ def _write(
     colors: Sequence[tuple[int, int, int]],
     prepared: Path,
     report: Path,
+    pair: "Sequence[tuple[Measured, Path]]",
 ) -> None:
-    """Everything in ``report``, sealed, which appears complete or not at all; the teacher is the first network."""
+    """Everything in ``report``, sealed, which appears complete or not at all; the teacher is the first network.
+
+    The pair is the best student and its undistilled twin, where it has one, each with the folder of its weights.
+    """
     import numpy as np
 
     from segdistill.report import charts as drawing
@@ -288,6 +315,7 @@ def _write(
     best = [network.confusion for network in networks if (network.experiment, network.student) == comparison.best]
     confusion = np.sum(best, axis=0)
     scenes = overlays.read(prepared, networks, colors, config.overlays)
+    hardest = _hardest_scenes(comparison, pair, prepared, colors)
     charts = {shape: drawing.draw_all(comparison, networks, narrow=shape == "narrow") for shape in ("wide", "narrow")}
     with new_folder(report) as partial:
         plots = partial / "plots"
@@ -296,7 +324,7 @@ def _write(
         _write_text(partial / "report.md", page.markdown(comparison))
         _write_text(
             partial / "report.html",
-            page.page(comparison, confusion, charts, scenes, colors, drawing.few_validations(networks)),
+            page.page(comparison, confusion, charts, scenes, colors, drawing.few_validations(networks), hardest),
         )
         _write_curves(plots / "curves", networks)
         _write_per_class(plots / "per_class_iou.csv", [comparison.teacher, *comparison.rows])
@@ -304,6 +332,44 @@ def _write(
         for name, figure in charts["wide"].items():
             figure.savefig(plots / f"{name}.png", dpi=130)
         seal(partial)
+
+
+def _hardest_scenes(
+    comparison: "Comparison", pair: "Sequence[tuple[Measured, Path]]", prepared: Path,
+    colors: Sequence[tuple[int, int, int]],
+) -> "list[Scene]":  # fmt: skip
+    """The images on which the best student is worst; of these few, chosen by their scores, predictions are made."""
+    from segdistill.data.shards import ShardDataset
+    from segdistill.report import overlays, text
+
+    if not comparison.hardest:
+        return []
+    test_set, samples = ShardDataset(prepared, "test"), list(pair[0][0].accuracies)
+    indices = [samples.index(image.sample) for image in comparison.hardest]
+    masks = [predicted_masks(network, folder, test_set, indices) for network, folder in pair]
+    scenes = []
+    for place, (index, image) in enumerate(zip(indices, comparison.hardest, strict=True)):
+        scores = [f"mIoU {text.percent(score)} %" for score in (image.miou, image.twin)]
+        predictions = [(network, masks[n][place], scores[n]) for n, (network, _) in enumerate(pair)]
+        scenes.append(overlays.scene(image.sample, *test_set[index], predictions, colors))
+    return scenes
+
+
+def predicted_masks(
+    network: "Measured", folder: Path, test_set: "ShardDataset", indices: Sequence[int]
+) -> "list[NDArray[np.uint8]]":
+    """What a network, read from its folder, takes some test images for, shown as they were for its scores.
+
+    Shape:
+        each: [H, W] uint8, of the label's size.
+    """
+    from segdistill.engine.evaluate import masks
+    from segdistill.engine.inference import Views
+    from segdistill.models.export import load_model
+
+    segmenter, _ = load_model(folder, network.student)
+    views = Views(parse(InferenceConfig, network.test["inference"], f"{network.overlays.parent.parent}: inference"))
+    return [mask for _, _, mask in masks(segmenter, test_set, indices, views)]
 
 
 def _write_text(path: Path, text: str) -> None:

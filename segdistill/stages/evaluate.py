@@ -2,11 +2,12 @@
 
 import io
 import json
+import logging
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from segdistill.data.settings import Scale
 from segdistill.engine.progress import progress_bar
 from segdistill.engine.settings import InferenceConfig
 from segdistill.engine.tracker import Tracker
+from segdistill.errors import UserError
 from segdistill.files import new_folder, read_sealed, read_sealed_json, seal
 from segdistill.identity import Identity, code_of
 from segdistill.plan import run_name
@@ -29,14 +31,35 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from segdistill.data.mapped import MappedDataset
     from segdistill.data.shards import DatasetInfo, ShardDataset
     from segdistill.engine.distributed import Processes
     from segdistill.engine.evaluate import Evaluation
+    from segdistill.engine.inference import Views
     from segdistill.models.outputs import SegmentationNetwork
 
 
 AGAIN, TRAIN = "run the stage 'evaluate' again", "run the stage that trains it again"
+ELSEWHERE = Path("elsewhere")  # what dvc.yaml names: a second test set lies in it
+logger = logging.getLogger(__name__)
 CODE = ("segdistill.stages.evaluate",)  # what decides an evaluation, with what it leads to
+
+
+@config_class
+class OutOfDomain:
+    """A second test set, of other places, cameras or publishers, on which every network is scored, too.
+
+    What is chosen, and what is registered, never depends on it.
+    """
+
+    data: Path
+    """Its folder, as its publisher lays it out; below elsewhere/, which DVC watches."""
+
+    layout: str
+    """Its layout: folder, or a published data set's own; its test split is read."""
+
+    classes: dict[str, str] = field(default_factory=dict)
+    """A class of it: the class of ours that it is part of; all others are ignored. Empty: those of the same name."""
 
 
 @config_class
@@ -60,6 +83,9 @@ class Config:
 
     boundary: bool = False
     """A further column beside the headline: Boundary IoU, over the pixels within 2 % of the diagonal of an edge."""
+
+    out_of_domain: OutOfDomain | None = None
+    """A further column beside the headline: the score on a second test set, with its interval; null is off."""
 
 
 def run(
@@ -112,43 +138,69 @@ def measure(
 
     started = time.monotonic()
     info, test_set = read_dataset_info(prepared), ShardDataset(prepared, "test", Memory("auto"))
+    second_set = _second_set(config, info)
+    elsewhere = {"out_of_domain": second_set.content_hash} if second_set else {}
     with join(device) as processes, progress_bar(processes.is_main) as bar:
         for evaluation, model in bar.track(models.items(), description="evaluation"):
             weights = {
                 name: read_sealed_json(model, f"{name}.json", mend=TRAIN).get("sha256") for name in names[evaluation]
             }
-            settings = {"evaluate": config, "weights": weights}
+            settings = {"evaluate": config, "weights": weights, **elsewhere}
             identity = Identity(info.content_hash, None, 0, settings, code_of(CODE)).key
             if made_by(evaluation, "evaluation.json") == identity:
                 continue
-            _evaluate(config, model, evaluation, names[evaluation], info, test_set, identity, tracker, processes)
+            _evaluate(
+                config, model, evaluation, names[evaluation], info, (test_set, second_set), identity, elsewhere,
+                tracker, processes,
+            )  # fmt: skip
             processes.barrier()
     return {"evaluation": time.monotonic() - started}
 
 
+def _second_set(config: Config, info: "DatasetInfo") -> "MappedDataset | None":
+    if config.out_of_domain is None:
+        return None
+    from segdistill.data.mapped import MappedDataset
+
+    settings, names = config.out_of_domain, [item.name for item in info.classes]
+    if not settings.data.resolve().is_relative_to(ELSEWHERE.resolve()):
+        logger.warning(
+            "evaluate.out_of_domain.data: %s is not below %s, which DVC watches; after a change of its files:"
+            " dvc repro --force evaluate_teacher evaluate", settings.data, ELSEWHERE
+        )  # fmt: skip
+    return MappedDataset(settings.data, settings.layout, settings.classes, names, "evaluate.out_of_domain")
+
+
 def _evaluate(
     config: Config, model: Path, evaluation: Path, names: Mapping[str, str], info: "DatasetInfo",
-    test_set: "ShardDataset", identity: str, tracker: Tracker, processes: "Processes",
+    sets: "tuple[ShardDataset, MappedDataset | None]", identity: str, elsewhere: Mapping[str, str], tracker: Tracker,
+    processes: "Processes",
 ) -> None:  # fmt: skip
     from segdistill.models.export import load_model
     from segdistill.models.teachers import title
 
     models: dict[str, Any] = {}
     counts: dict[str, Any] = {}
-    classes = [item.name for item in info.classes]
+    classes, (test_set, second_set) = [item.name for item in info.classes], sets
     # The other ranks count with us and keep nothing.
     place: Any = new_folder(evaluation) if processes.is_main else tempfile.TemporaryDirectory()
     with place as written:
         folder = Path(written)
         for name in names:
             network, document = load_model(model, name, processes.device, classes=classes)
-            models[name], counts[name] = _measure(network, name, test_set, info, config, folder, processes)
+            models[name], counts[name] = _measure(network, name, sets, info, config, folder, processes)
             models[name]["weights_sha256"] = document["sha256"]
             models[name]["network"] = title(document["model"])
         report = {
             "models": models, "split": "test", "samples": len(test_set), "classes": classes,
             "data_content": info.content_hash, "identity": identity,
         }  # fmt: skip
+        if second_set:
+            mapped = [classes[number] for number in second_set.mapped]
+            sequences = [second_set.sequence(index) for index in range(len(second_set))]
+            report["out_of_domain"] = {
+                "content": elsewhere["out_of_domain"], "classes": mapped, "sequences": sequences
+            }  # fmt: skip
         (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
         _write_images(folder, counts, test_set, classes)
         seal(folder)
@@ -158,8 +210,8 @@ def _evaluate(
 
 
 def _measure(
-    network: "SegmentationNetwork", name: str, test_set: "ShardDataset", info: "DatasetInfo", config: Config,
-    folder: Path, processes: "Processes",
+    network: "SegmentationNetwork", name: str, sets: "tuple[ShardDataset, MappedDataset | None]", info: "DatasetInfo",
+    config: Config, folder: Path, processes: "Processes",
 ) -> tuple[dict[str, Any], "NDArray[np.int64]"]:  # fmt: skip
     """What evaluation.json says of a network, and its counts of each image; the files of one network are written."""
     import numpy as np
@@ -177,11 +229,16 @@ def _measure(
         return {"test/miou": averaged.miou, "test/pixel_accuracy": averaged.accuracy}
 
     network.eval()
+    test_set, second_set = sets
     plain = Views(config.inference)
     headline = evaluated(plain, calibration=True, boundary=config.boundary)
-    np.savez_compressed(
-        folder / f"{name}.npz", confusion=headline.confusion, counts=headline.counts, ids=np.array(headline.ids)
-    )
+    arrays: dict[str, Any] = {"confusion": headline.confusion, "counts": headline.counts, "ids": np.array(headline.ids)}
+    further = {}
+    if second_set:
+        arrays["out_of_domain"], further["out_of_domain"] = _score_elsewhere(
+            network, second_set, plain, info.num_classes, processes
+        )
+    np.savez_compressed(folder / f"{name}.npz", **arrays)
     _pictures(network, name, test_set, info, headline, config, folder, processes)
     height, width = test_set[0][1].shape
     scale = config.inference.input_scale
@@ -205,8 +262,29 @@ def _measure(
         "flip": score(replace(plain, flip=True)) if config.flip else None,
         "multi_scale": score(Views(config.inference, True, tuple(config.scales))) if config.scales else None,
         "boundary": {"test/miou": headline.boundary_miou} if config.boundary else None,
+        **further,
     }
     return scores, headline.counts
+
+
+def _score_elsewhere(
+    network: "SegmentationNetwork", second_set: "MappedDataset", views: "Views", num_classes: int,
+    processes: "Processes",
+) -> "tuple[NDArray[np.int64], dict[str, float]]":  # fmt: skip
+    """A network on the second test set: counts [N, 3, M] of the classes that the set has, and the scores of them.
+
+    Pixels that are taken for a class that the set has not are wrong, but no class of their own.
+    """
+    from segdistill.engine.evaluate import evaluate
+    from segdistill.metrics import iou_from_counts, mean_over_present
+
+    try:
+        evaluation = evaluate(network, second_set, views, num_classes=num_classes, processes=processes)
+    except UserError as error:
+        raise UserError(f"evaluate.out_of_domain: {error}") from None
+    counts = evaluation.counts[:, :, second_set.mapped]
+    miou = float(mean_over_present(iou_from_counts(*counts.sum(axis=0))))
+    return counts, {"test/miou": miou, "test/pixel_accuracy": evaluation.accuracy}
 
 
 def _write_images(
@@ -300,8 +378,8 @@ def _track(tracker: Tracker, name: str, result: dict[str, Any], folder: Path) ->
             **{f"test/iou/{key}": value for key, value in result["per_class_iou"].items() if value is not None},
         }
     )
-    for column in ("flip", "multi_scale", "boundary"):
-        if result[column]:
+    for column in ("flip", "multi_scale", "boundary", "out_of_domain"):
+        if result.get(column):
             tracker.metrics({f"{key}_{column}": value for key, value in result[column].items()})
     tracker.artifact(folder / "pictures" / name, "pictures")
     tracker.close()

@@ -271,17 +271,17 @@ def test_a_new_method_is_asked_for_its_formula(monkeypatch: pytest.MonkeyPatch) 
 
 
 WRONG: dict[str, Callable[..., Tensor]] = {
-    "reversed": lambda student, teacher, valid=None, *, temperature: pixel_kl(
-        teacher.detach(), student, valid, temperature=temperature
+    "reversed": lambda student, teacher, valid=None, *, temperature, **settings: pixel_kl(
+        teacher.detach(), student, valid, temperature=temperature, **settings
     ) + 0 * student.sum(),
-    "without the squared temperature": lambda student, teacher, valid=None, *, temperature: pixel_kl(
-        student, teacher, valid, temperature=temperature
+    "without the squared temperature": lambda student, teacher, valid=None, *, temperature, **settings: pixel_kl(
+        student, teacher, valid, temperature=temperature, **settings
     ) / temperature**2,
-    "a mean over classes too": lambda student, teacher, valid=None, *, temperature: pixel_kl(
-        student, teacher, valid, temperature=temperature
+    "a mean over classes too": lambda student, teacher, valid=None, *, temperature, **settings: pixel_kl(
+        student, teacher, valid, temperature=temperature, **settings
     ) / student.shape[1],
-    "a gradient half as large": lambda student, teacher, valid=None, *, temperature: pixel_kl(
-        (student + student.detach()) / 2, teacher, valid, temperature=temperature
+    "a gradient half as large": lambda student, teacher, valid=None, *, temperature, **settings: pixel_kl(
+        (student + student.detach()) / 2, teacher, valid, temperature=temperature, **settings
     ),
 }  # fmt: skip
 

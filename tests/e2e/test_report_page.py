@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser
-from test_compare import EXPERIMENTS, all_jobs
+from test_compare import EXPERIMENTS, all_jobs, on_a_second_set
 
 WIDTHS = (390, 800, 1280)
 # What reaches over the right edge, or is cut off by its own box; the handle of a slider may stand over its picture.
@@ -28,6 +28,7 @@ FIRST_CELLS = (
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     inputs = all_jobs(tmp_path_factory.mktemp("compared"))
+    on_a_second_set(inputs, "teacher", *(f"{experiment}-s{seed}" for experiment in EXPERIMENTS for seed in (0, 1)))
     inputs.compare(list(EXPERIMENTS), [0, 1])
     return inputs.report / "report.html"
 
@@ -48,6 +49,23 @@ def test_the_page_asks_for_nothing_and_has_nothing_to_complain_of(browser: Brows
     for name in ("pair-teacher", "gain-errors", "view-classes", "view-errors"):
         browser.evaluate(f"document.getElementById('{name}').click()")
     assert browser.complaints == [] and browser.requests == []
+
+
+def test_the_worst_images_have_their_pictures_and_the_mistakes_a_table_that_can_be_sorted(
+    browser: Browser, page: Path
+) -> None:
+    browser.open(page, width=1280)
+    scenes = "[...document.querySelectorAll('.scene')].slice(-4)"  # after the two that were not chosen
+    drawn = "(layer) => getComputedStyle(layer).backgroundImage.startsWith('url(')"
+    drawn_whole = f"(scene) => [...scene.querySelectorAll('.picture, .layer')].every({drawn})"
+    assert browser.evaluate(f"{scenes}.map((scene) => scene.querySelectorAll('figure').length)") == [4] * 4
+    assert browser.evaluate(f"{scenes}.every({drawn_whole})")
+    heads = "[...document.querySelectorAll('h3')]"
+    table = f"{heads}.find((head) => head.textContent.includes('mistakes')).nextElementSibling"
+    browser.evaluate(f"{table}.querySelectorAll('th button')[4].click()")
+    changes = f"[...{table}.querySelectorAll('tbody tr')].map((row) => Number(row.cells[4].dataset.value))"
+    values = browser.evaluate(changes)
+    assert len(values) == 10 and values == sorted(values, reverse=True)
 
 
 def test_a_table_is_sorted_with_the_keyboard_and_the_teacher_stays_on_top(browser: Browser, page: Path) -> None:

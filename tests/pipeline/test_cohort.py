@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from PIL import Image
 from tiny_params import tiny
 
 from segdistill.config import parse, read_yaml, to_dict
@@ -18,7 +20,8 @@ from segdistill.engine.tracker import NullTracker
 from segdistill.files import file_hash
 from segdistill.plan import Job, cohort_plan, teacher_plan
 from segdistill.report.highlights import Highlights
-from segdistill.stages import distill, evaluate, train_teacher
+from segdistill.report.inputs import read_networks
+from segdistill.stages import compare, distill, evaluate, train_teacher
 from segdistill.stages._cohort import job_folders
 from segdistill.stages.plan import as_text
 
@@ -185,6 +188,36 @@ def test_an_evaluation_of_the_same_weights_by_the_same_settings_stays(
     train("none")
     evaluated(params, *places)
     assert not (tmp_path / "measured/kd").exists()
+
+
+def test_a_second_test_set_is_scored_beside_and_the_evaluation_is_made_again_where_it_changes(
+    params: dict[str, Any], train: Callable[..., Names], tiny_prepared: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    train("none")
+    places = (tiny_prepared, tmp_path / "s0", tmp_path / "measured")
+    evaluated(params, *places)
+    report = tmp_path / "measured/none/evaluation.json"
+    without = json.loads(report.read_text())
+    shutil.copytree(tiny_data, tmp_path / "second")
+    params["evaluate"]["out_of_domain"] = {"data": str(tmp_path / "second"), "layout": "folder"}
+    assert evaluated(params, *places).runs
+    result = json.loads(report.read_text())
+    network = result["models"]["cnn"]
+    assert network["out_of_domain"] == {key: network[key] for key in ("test/miou", "test/pixel_accuracy")}
+    assert {key: network[key] for key in ("test/miou", "weights_sha256")}.items() <= without["models"]["cnn"].items()
+    assert "out_of_domain" not in without["models"]["cnn"] and "out_of_domain" not in without
+    assert not evaluated(params, *places).runs
+    image = next((tmp_path / "second/images/test").iterdir())
+    Image.new("RGB", Image.open(image).size).save(image)
+    assert evaluated(params, *places).runs
+    changed = json.loads(report.read_text())
+    assert changed["out_of_domain"]["content"] != result["out_of_domain"]["content"]
+    classes = [entry.name for entry in read_dataset_info(tiny_prepared).classes]
+    (network,) = read_networks(tmp_path / "s0/none", report.parent, "none", 0, ["cnn"], classes)
+    assert network.elsewhere is not None and network.elsewhere.counts.shape == (4, 3, len(network.elsewhere.classes))
+    test_set = ShardDataset(tiny_prepared, "test")
+    (mask,) = compare.predicted_masks(network, tmp_path / "s0/none", test_set, [0])
+    assert np.array_equal(mask, np.array(Image.open(network.overlays / f"{test_set.sample_id(0)}.png")))
 
 
 def test_a_budget_in_seconds_is_each_jobs_own(

@@ -14,6 +14,7 @@ from tiny_params import tiny
 from versioned import commit_data
 
 from segdistill.config import read_yaml
+from segdistill.errors import UserError
 from segdistill.stages import STAGES
 
 pytest.importorskip("kfp")
@@ -57,6 +58,16 @@ def settings(documents: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, dict
 def test_two_processes_compile_the_same_bytes(compiled: Path, tmp_path: Path) -> None:
     assert compile_pipeline(tmp_path / "again.yaml", PYTHONHASHSEED="7").returncode == 0
     assert (tmp_path / "again.yaml").read_bytes() == compiled.read_bytes()
+
+
+def test_a_second_test_set_which_no_task_has_is_refused_when_the_pipeline_is_compiled(tmp_path: Path) -> None:
+    from pipelines.__main__ import compile_to
+
+    params = tiny(read_yaml(PARAMS))
+    params["evaluate"]["out_of_domain"] = {"data": "elsewhere", "layout": "folder"}
+    with pytest.raises(UserError, match=r"evaluate.out_of_domain: .* set it to null, or evaluate by dvc repro"):
+        compile_to(tmp_path / "pipeline.yaml", params)
+    assert not (tmp_path / "pipeline.yaml").exists()
 
 
 def test_the_compiled_file_is_a_pipeline_to_kfp(

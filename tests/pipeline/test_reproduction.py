@@ -40,6 +40,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "teachers/one").mkdir(parents=True)
     for name in ("torchvision.json", "model.safetensors"):
         (root / "teachers/one" / name).write_text(name)
+    (root / "elsewhere/one").mkdir(parents=True)
+    (root / "elsewhere/one/image.png").write_text("image")
     write_plan(root)
     with contextlib.chdir(root), Repo() as repo:
         repo.add(["data"])
@@ -172,6 +174,13 @@ def test_a_changed_file_of_an_imported_teacher_has_it_taken_anew(project: Path, 
     assert stale_after_plan(project) == set()
     edit("teachers/one/model.safetensors", appended("changed"))
     assert stale_after_plan(project) == {"train_teacher"}
+
+
+def test_a_changed_file_of_a_second_test_set_has_all_evaluated_again_and_nothing_trained(
+    project: Path, edit: Any
+) -> None:
+    edit("elsewhere/one/image.png", appended("changed"))
+    assert {name.partition("@")[0] for name in stale(project)} == {"evaluate_teacher", "evaluate"}
 
 
 def test_an_experiment_that_is_not_run_concerns_no_training(project: Path, edit: Any) -> None:

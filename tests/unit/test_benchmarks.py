@@ -1,6 +1,7 @@
 """The benchmarks run, at sizes that mean nothing, and compare what is equal."""
 
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,9 @@ def benchmark(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-losses, step, loading, coverage = (benchmark(name) for name in ("losses", "step", "loading", "coverage"))
+losses, step, loading, coverage, memory = (
+    benchmark(name) for name in ("losses", "step", "loading", "coverage", "memory")
+)
 dense, cost = benchmark("_dense"), benchmark("_cost")
 CPU = torch.device("cpu")
 
@@ -81,6 +84,26 @@ def test_peak_memory_counts_what_is_alive_at_one_time() -> None:
 
     assert cost.peak_bytes(action, CPU) == pytest.approx(2 * 2**20, abs=64)  # and the numbers 1 and 2
     assert cost.peak_bytes(lambda: given.add_(1), CPU) < 64
+
+
+def test_a_loss_at_label_size_holds_no_map_of_all_images_in_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+    losses.main(["--maps", "--batch", "8", "--smaller", "32"])
+    (table,) = tables(capsys.readouterr().out)
+    held = {row[0]: [float(cell) for cell in row[1:5]] for row in table[1:]}
+    for label in ("cross-entropy", "apd: global", "c2vkd: pdd", "hfd_bsd: region, pixel", "kd, upsample"):
+        whole_held, held_in_blocks, whole_peak, peak_in_blocks = held[label]
+        assert held_in_blocks < whole_held and peak_in_blocks < whole_peak / 2, label
+
+
+def test_memory_over_time_is_that_of_a_process_and_its_children_by_quarters() -> None:
+    readings = [(0.0, 10.0), (1.0, 20.0), (3.0, 50.0), (4.0, 30.0)]
+    assert memory.row("prepare", readings) == ["prepare", "4", "20", "0", "50", "50", "50"]
+    if not Path("/proc/self/status").exists():
+        pytest.skip("/proc is Linux's")
+    before = memory.own_memory(os.getpid())
+    blob = bytearray(os.urandom(2**26))
+    assert memory.own_memory(os.getpid()) > before + 60 and len(blob) == 2**26
+    assert memory.own_memory(2**22 + 1) == 0.0  # above the largest number of a process
 
 
 def test_what_would_take_too_long_is_projected_from_smaller_crops() -> None:

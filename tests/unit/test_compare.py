@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow
@@ -154,7 +155,8 @@ class Inputs:
         }
         if seals:
             self.seal()
-        compare.run(config, **(arguments | changes))
+        with patch.object(compare, "predicted_masks", self._predicted_masks):  # the weights are none
+            compare.run(config, **(arguments | changes))
         return parse(Comparison, self.results(), "results.json")
 
     def seal(self) -> None:
@@ -170,6 +172,10 @@ class Inputs:
 
     def results(self) -> dict[str, Any]:
         return json.loads((self.report / "results.json").read_text())
+
+    def _predicted_masks(self, network: Any, folder: Path, test_set: Any, indices: list[int]) -> list[np.ndarray]:
+        assert folder == self.model(f"{network.experiment}-s{network.seed}")
+        return list(self.predictions[f"{network.experiment}-s{network.seed}/{network.student}"][indices])
 
     def _write_evaluation(self, folder: Path, name: str, prediction: np.ndarray) -> dict[str, Any]:
         classes = len(CLASSES)
@@ -389,7 +395,7 @@ def test_no_text_of_a_user_reaches_the_page_unescaped(compared: tuple[Inputs, Co
         diverged=(Diverged(hostile, 2, 120, hostile, None, None),),
     )
     comparison = replace(compared[1], rows=(row,), best=(hostile, hostile), warnings=(hostile,))
-    scene = Scene(hostile, (4, 3), "data:", (Tile(hostile, hostile, "data:", "data:", 0.5),))
+    scene = Scene(hostile, (4, 3), "data:", (Tile(hostile, hostile, "data:", "data:", hostile),))
     drawings = {shape: charts.draw_all(comparison, [], narrow=shape == "narrow") for shape in ("wide", "narrow")}
     text = page.page(comparison, np.eye(len(CLASSES)), drawings, [scene], [(0, 0, 0)] * len(CLASSES))
     assert text.count("&lt;script&gt;") > 10
@@ -399,14 +405,48 @@ def test_no_text_of_a_user_reaches_the_page_unescaped(compared: tuple[Inputs, Co
 def test_page_has_the_pictures_of_truth_teacher_and_every_student(compared: tuple[Inputs, Comparison]) -> None:
     inputs, _ = compared
     page = (inputs.report / "report.html").read_text()
-    assert page.count('class="scene"') == 2  # config.overlays of the four that evaluate kept
+    assert page.count('class="scene"') == 2 + 4  # config.overlays of the four that evaluate kept, and the worst
     labels = ["truth", "teacher", "none · cnn", "none_vit · vit", "kd · cnn", "dml · cnn", "dml · vit"]
-    assert all(page.count(f"<figcaption>{label}<") == 2 for label in labels)
-    assert page.count('class="layer errors prediction"') == 2 * 6
+    of_the_worst = ["truth", "none · cnn", "kd · cnn"]
+    assert all(page.count(f"<figcaption>{label}<") == (6 if label in of_the_worst else 2) for label in labels)
+    assert page.count('class="layer errors prediction"') == 2 * 6 + 4 * 2
+
+
+def test_the_worst_images_and_the_most_confused_classes_are_those_of_the_scores_beside_the_twin(
+    compared: tuple[Inputs, Comparison],
+) -> None:
+    inputs, comparison = compared
+    student, twin = (inputs.predictions[f"{experiment}-s0/cnn"] for experiment in ("kd", "none"))
+
+    def score(prediction: np.ndarray, index: int) -> float:
+        valid = inputs.truth[index] != 255
+        return float(jaccard_score(inputs.truth[index][valid], prediction[index][valid], average="macro"))
+
+    order = sorted(range(len(inputs.ids)), key=lambda index: score(student, index))[:4]
+    assert [image.sample for image in comparison.hardest] == [inputs.ids[index] for index in order]
+    for index, image in zip(order, comparison.hardest, strict=True):
+        assert (image.miou, image.twin) == pytest.approx((score(student, index), score(twin, index)))
+    assert len(comparison.confused) == 10 and comparison.confused[0].share == max(
+        one.share for one in comparison.confused
+    )
+    for one in comparison.confused:
+        truth, guess = (list(CLASSES).index(name) for name in (one.truth, one.prediction))
+        for share, experiment in ((one.share, "kd"), (one.twin, "none")):
+            both = np.stack([inputs.predictions[f"{experiment}-s{seed}/cnn"] for seed in (0, 1)])
+            assert share == pytest.approx((both[:, inputs.truth == truth] == guess).mean())
+    markdown = (inputs.report / "report.md").read_text()
+    assert f"| {inputs.ids[order[0]]} | {100 * comparison.hardest[0].miou:.1f} |" in markdown
+    assert f"| {comparison.confused[0].truth} | {comparison.confused[0].prediction} |" in markdown
+
+
+def test_a_best_student_without_a_twin_is_shown_alone(inputs: Inputs) -> None:
+    comparison = inputs.compare(["none_vit"], [0])
+    assert {one.twin for one in (*comparison.confused, *comparison.hardest)} == {None}
+    assert "undistilled, %" not in (inputs.report / "report.html").read_text()
 
 
 def test_no_picture_is_asked_for_and_none_is_shown(inputs: Inputs) -> None:
-    inputs.compare(["none", "kd"], [0, 1], config=replace(CONFIG, overlays=0))
+    inputs.compare(["none", "kd"], [0, 1], config=replace(CONFIG, overlays=0, hardest=0))
     assert 'class="scene"' not in (inputs.report / "report.html").read_text()
 
 
@@ -733,6 +773,54 @@ def test_flip_multi_scale_and_boundary_iou_are_columns_of_their_own(inputs: Inpu
     page = (inputs.report / "report.html").read_text()
     assert ">with flip</button></th>" in page and 'data-label="with flip"' in page and "multi-scale" not in page
     assert ">boundary IoU</button></th>" in page
+
+
+def on_a_second_set(inputs: Inputs, *jobs: str) -> None:
+    """As if the first six images were a second test set, with two of the classes."""
+    for job in jobs:
+        folder = inputs.evaluation(job)
+        report = json.loads((folder / "evaluation.json").read_text())
+        report["out_of_domain"] = {"content": "abc", "classes": ["sky", "car"], "sequences": [None] * 6}
+        (folder / "evaluation.json").write_text(json.dumps(report))
+        for name in report["models"]:
+            with np.load(folder / f"{name}.npz") as file:
+                arrays = dict(file)
+            np.savez_compressed(folder / f"{name}.npz", **arrays, out_of_domain=arrays["counts"][:6, :, [0, 2]])
+
+
+def test_the_second_test_set_is_a_column_with_intervals_of_its_own(inputs: Inputs) -> None:
+    jobs = [f"{experiment}-s{seed}" for experiment in ("none", "kd") for seed in (0, 1)]
+    without = inputs.compare(["none", "kd"], [0, 1])
+    assert "ut of domain" not in (inputs.report / "report.html").read_text() + (inputs.report / "report.md").read_text()
+    on_a_second_set(inputs, "teacher", *jobs)
+    comparison = inputs.compare(["none", "kd"], [0, 1])
+    scores = {}
+    for job in jobs:
+        student, truth = inputs.predictions[f"{job}/cnn"][:6], inputs.truth[:6]
+        valid = truth != 255
+        scores[job] = jaccard_score(truth[valid], student[valid], average="macro", labels=[0, 2])
+    expected = {name: np.mean([scores[f"{name}-s{seed}"] for seed in (0, 1)]) for name in ("none", "kd")}
+    for row in comparison.rows:
+        assert row.out_of_domain.mean == pytest.approx(expected[row.experiment])
+        assert row.out_of_domain.low < row.out_of_domain.mean < row.out_of_domain.high
+    assert comparison.teacher.out_of_domain.low < comparison.teacher.out_of_domain.mean
+    kd = row_of(comparison, "kd")
+    assert kd.out_of_domain_gain.mean == pytest.approx(expected["kd"] - expected["none"])
+    assert kd.out_of_domain_gain.low > 0 and row_of(comparison, "none").out_of_domain_gain is None
+    assert comparison.protocol.out_of_domain.content == "abc"
+    bare = replace(kd, out_of_domain=None, out_of_domain_gain=None)
+    assert (bare, comparison.best) == (row_of(without, "kd"), without.best), "nothing else depends on it"
+    assert "## Out of domain" in (inputs.report / "report.md").read_text()
+    page = (inputs.report / "report.html").read_text()
+    assert page.count('data-label="out of domain, %"') == 3 and "by which nothing is" in page
+    metrics = json.loads((inputs.root / "reports/metrics.json").read_text())
+    assert metrics["kd"]["cnn"]["out_of_domain_miou"] == round(kd.out_of_domain.mean, 4)
+
+
+def test_networks_that_met_different_second_sets_are_not_compared(inputs: Inputs) -> None:
+    on_a_second_set(inputs, "teacher", "none-s0")
+    with pytest.raises(UserError, match="not all networks were scored on the same second test set"):
+        inputs.compare(["none", "kd"], [0])
 
 
 def test_a_class_absent_from_truth_and_predictions_is_null(inputs: Inputs) -> None:

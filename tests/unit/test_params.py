@@ -174,6 +174,7 @@ def test_files_that_are_named_must_be_there_where_the_training_is_here(tmp_path:
     for path, value, sentence in [
         ("train_teacher.model.encoder_weights", "gone.safetensors", "train_teacher.model.encoder_weights: gone.safetensors: no such file"),
         ("train_teacher.import_from", "gone", "train_teacher.import_from: gone: no such folder"),
+        ("evaluate.out_of_domain", {"data": "gone", "layout": "folder"}, "evaluate.out_of_domain.data: gone: no such folder"),
         ("experiments.c2vkd_ce.methods", [{"name": "c2vkd", "pool": "clip", "pool_weights": "gone.safetensors"}], "experiments.c2vkd_ce.methods.0: gone.safetensors: no such file"),
     ]:  # fmt: skip
         check_params(changed(path, value))

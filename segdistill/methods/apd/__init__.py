@@ -165,7 +165,13 @@ class AdaptivePerspective(OfflineMethod[APDConfig]):
         )
         valid = valid_mask(labels)
         mask = valid if config.mask_ignore_global else valid.any().expand_as(valid)
-        return pixel_kl(student_logits, teacher_logits, mask, temperature=config.temperature)
+        return pixel_kl(
+            student_logits,
+            teacher_logits,
+            mask,
+            temperature=config.temperature,
+            align_corners=config.align_corners,
+        )
 
     def _local_terms(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         config, size = self.config, size_of(teacher)

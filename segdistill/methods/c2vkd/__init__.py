@@ -331,13 +331,20 @@ class CNNToViT(OfflineMethod[C2VKDConfig]):
         student, teacher, labels = align_logits(
             student, teacher.detach(), target, upsample=config.upsample, align_corners=config.align_corners
         )
-        a, b = config.target_factor, config.other_factor
+        a, b, align_corners = config.target_factor, config.other_factor, config.align_corners
         if config.pdd == "dkd":
-            temperature = config.temperature
-            target_part = target_kl(student, teacher, labels, temperature=temperature)
-            return a * target_part + b * non_target_kl(student, teacher, labels, temperature=temperature)
-        normalized = config.pdd == "mix"
-        return blended_two_way(student, teacher, labels, target_factor=a, other_factor=b, normalized=normalized)
+            settings: dict[str, Any] = {"temperature": config.temperature, "align_corners": align_corners}
+            target_part = target_kl(student, teacher, labels, **settings)
+            return a * target_part + b * non_target_kl(student, teacher, labels, **settings)
+        return blended_two_way(
+            student,
+            teacher,
+            labels,
+            target_factor=a,
+            other_factor=b,
+            normalized=config.pdd == "mix",
+            align_corners=align_corners,
+        )
 
 
 @in_float32

@@ -4,18 +4,17 @@ With m the logit of the labelled class minus the logsumexp of all others, a pixe
 and sigmoid(-m). Logarithms come from log-sigmoid: exact at either end, never log(0), and nothing to clamp.
 """
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from segdistill.losses import in_float32, labelled_mask, masked_mean
+from segdistill.losses import in_float32, labelled_mask, mean_over_pixels
 from segdistill.losses.fused import fused
 
 
-@fused
-@in_float32
 def blended_two_way(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -24,6 +23,7 @@ def blended_two_way(
     target_factor: float = 0.5,
     other_factor: float = 0.5,
     normalized: bool = True,
+    align_corners: bool = False,
 ) -> Tensor:
     """Mean over valid pixels of a * s_y log(s_y / q_y) + b * s_n log(s_n / q_n), q = (t + (1, 0)) / 2.
 
@@ -34,17 +34,38 @@ def blended_two_way(
             from the gradient; with a != b the gradient differs too.
 
     Shape:
-        student_logits, teacher_logits: [B, K, h, w], K at least 2; labels: [B, h, w] int64.
+        student_logits, teacher_logits: [B, K, ., .], K at least 2, resized to the labels; labels: [B, h, w] int64.
     """
     valid = labelled_mask(labels)
-    index = labels.masked_fill(~valid, 0)[:, None]
-    student, teacher = _log_odds(student_logits, index), _log_odds(teacher_logits.detach(), index)  # [B, h, w]
+    values = functools.partial(
+        _two_way_divergence,
+        target_factor=target_factor,
+        other_factor=other_factor,
+        halved=math.log(2) if normalized else 0.0,
+    )
+    logits, indices = [student_logits, teacher_logits.detach()], labels.masked_fill(~valid, 0)
+    return mean_over_pixels(values, logits, [indices], valid, align_corners=align_corners)
+
+
+@fused
+@in_float32
+def _two_way_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    target_factor: float,
+    other_factor: float,
+    halved: float,
+) -> Tensor:
+    """The values at all pixels, of which the labels are classes: [B, h, w]."""
+    index = labels[:, None]
+    student, teacher = _log_odds(student_logits, index), _log_odds(teacher_logits, index)  # [B, h, w]
     log_s_target, log_s_other = F.logsigmoid(student), F.logsigmoid(-student)
     log_q_target, log_q_other = teacher.sigmoid().log1p(), F.logsigmoid(-teacher)
-    halved = math.log(2) if normalized else 0.0
     target = log_s_target.exp() * (log_s_target - log_q_target + halved)
     other = log_s_other.exp() * (log_s_other - log_q_other + halved)
-    return masked_mean(target_factor * target + other_factor * other, valid)
+    return target_factor * target + other_factor * other
 
 
 def _log_odds(logits: Tensor, index: Tensor) -> Tensor:

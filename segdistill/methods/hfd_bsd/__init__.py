@@ -1,6 +1,6 @@
 """HFD and BSD: a CNN and a transformer learn from each other, each where the other is the more reliable."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,8 +14,9 @@ from segdistill.losses import (
     projection,
     resize_features,
     resize_labels,
-    resize_logits,
+    resized_in_one_block,
     size_of,
+    sum_over_images,
     valid_mask,
 )
 from segdistill.methods.hfd_bsd.operators import Borrowed, ConvMLP, PooledAttention
@@ -27,7 +28,7 @@ from segdistill.methods.hfd_bsd.selection import (
     pixel_errors,
     region_errors,
     region_means,
-    selected_mean,
+    selected_sum,
 )
 from segdistill.methods.method import Channels, Count, MethodConfig, NonNegative, OnlineMethod, Temperature
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
@@ -232,19 +233,30 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
         if "pixel" not in self.weights:  # the logits only judge: no graph, no memory
             logits = [each.detach() for each in logits]
         if config.selection or "pixel" in self.weights:
-            logits = [resize_logits(each, size, align_corners=config.align_corners) for each in logits]
-        errors = [pixel_errors(each, labels) for each in logits] if config.selection else []
+            logits = resized_in_one_block(logits, size, align_corners=config.align_corners)
+        errors = []
+        if config.selection:
+            errors = [pixel_errors(each, labels, align_corners=config.align_corners) for each in logits]
         terms: dict[str, dict[str, Tensor]] = {}
         if "region" in self.weights:
             grid = self._grid(target)
             features = [peers[name].tap(config.region_tap) for name in self.peers]
             regional = [region_errors(each, labels, grid) for each in errors]
             distances = self._region_distances(features, labels, grid)
-            terms["region"] = self._selected(distances, regional, labelled_regions(labels, grid))
+            learning, counts = self._learning(regional, labelled_regions(labels, grid))
+            sums = map(selected_sum, distances, learning)
+            terms["region"] = {sink: total / count for sink, total, count in zip(self.peers, sums, counts, strict=True)}
         if "pixel" in self.weights:
-            divergences = mutual_divergences(*logits, temperature=config.temperature)
-            terms["pixel"] = self._selected(divergences, errors, valid_mask(labels))
+            learning, counts = self._learning(errors, valid_mask(labels))
+            totals = sum_over_images(self._pixel_sums, logits, learning, size, align_corners=config.align_corners)
+            terms["pixel"] = {
+                sink: total / count for sink, total, count in zip(self.peers, totals, counts, strict=True)
+            }
         return terms
+
+    def _pixel_sums(self, first: Tensor, second: Tensor, *learning: Tensor) -> tuple[Tensor, ...]:
+        divergences = mutual_divergences(first, second, temperature=self.config.temperature)
+        return tuple(map(selected_sum, divergences, learning))
 
     def _region_distances(self, features: list[Tensor], labels: Tensor, grid: tuple[int, int]) -> list[Tensor]:
         mask = labels if self.config.mask_region_features else None
@@ -255,16 +267,13 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
             for sink, mean, goal in zip(self.peers, means, means[::-1], strict=True)
         ]
 
-    def _selected(self, values: Any, errors: list[Tensor], labelled: Tensor) -> dict[str, Tensor]:
-        """The mean of each student's values over the places where it learns."""
+    def _learning(self, errors: list[Tensor], labelled: Tensor) -> tuple[Sequence[Tensor], list[Tensor]]:
+        """The places where each student learns, and the number that the sum over them is divided by."""
         config = self.config
         counted = labelled if config.selection or config.mask_ignore else torch.ones_like(labelled)
         learning = learners(errors[0], errors[1], counted) if config.selection else (counted, counted)
-        divisor = counted if config.normalize == "all" else None
-        return {
-            sink: selected_mean(value, selected, divisor)
-            for sink, value, selected in zip(self.peers, values, learning, strict=True)
-        }
+        divisors = [counted if config.normalize == "all" else places for places in learning]
+        return learning, [places.sum().clamp_min(1) for places in divisors]
 
     def _grid(self, target: Tensor) -> tuple[int, int]:
         count = self.config.region_grid

@@ -7,21 +7,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segdistill.geometry import Size, average, size_of
-from segdistill.losses import IGNORE_INDEX, divergence, in_float32, masked_mean, unit, valid_mask
+from segdistill.losses import IGNORE_INDEX, divergence, images_in_blocks, in_float32, unit, valid_mask
 from segdistill.losses.fused import fused
 
 FeatureDistance = Literal["cosine", "mse", "l2", "kl"]
 
 
-@fused
 @torch.no_grad()
-@in_float32
-def pixel_errors(logits: Tensor, labels: Tensor) -> Tensor:
+def pixel_errors(logits: Tensor, labels: Tensor, *, align_corners: bool = False) -> Tensor:
     """Cross-entropy of every pixel, without gradient; 0 where there is no label.
 
     Shape:
-        logits: [B, K, h, w]; labels: [B, h, w]; returns [B, h, w].
+        logits: [B, K, ., .], resized to the labels; labels: [B, h, w]; returns [B, h, w].
     """
+    return torch.cat(images_in_blocks(_errors, [logits], [labels], size_of(labels), align_corners=align_corners))
+
+
+@fused
+@in_float32
+def _errors(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
 
 
@@ -53,15 +57,13 @@ def learners(first_errors: Tensor, second_errors: Tensor, counted: Tensor) -> tu
     return counted & (second_errors < first_errors), counted & (first_errors < second_errors)
 
 
-def selected_mean(values: Tensor, selected: Tensor, counted: Tensor | None) -> Tensor:
-    """The sum of the selected values over their number, or over that of the counted ones if given.
+def selected_sum(values: Tensor, selected: Tensor) -> Tensor:
+    """The sum of the selected values.
 
     Shape:
-        all equal; returns a scalar.
+        equal; returns a scalar.
     """
-    if counted is None:
-        return masked_mean(values, selected)
-    return torch.where(selected, values, 0.0).sum() / counted.sum().clamp_min(1)
+    return torch.where(selected, values, 0.0).sum()
 
 
 @fused
