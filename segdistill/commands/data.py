@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from segdistill.errors import UserError
+
 if TYPE_CHECKING:
     from segdistill.data.importing import Imported
     from segdistill.data.sorting import Wishes
@@ -30,9 +32,15 @@ def command(arguments: argparse.Namespace) -> None:
 
 
 def wishes_of(arguments: argparse.Namespace) -> "Wishes":
-    """The options of an import."""
+    """The options of an import.
+
+    Raises:
+        UserError: a seed or shares that are none.
+    """
     from segdistill.data.sorting import Wishes, parse_shares
 
+    if arguments.seed < 0:
+        raise UserError(f"--seed: {arguments.seed}; allowed: 0 and more")
     shares = parse_shares(arguments.split) if arguments.split else None
     return Wishes(shares, arguments.classes, arguments.ignore, arguments.group, arguments.seed)
 

@@ -18,13 +18,14 @@ from rich.table import Table
 from segdistill.commands._model import Model, open_model
 from segdistill.config import parse
 from segdistill.errors import UserError
-from segdistill.files import folder_place, write_file
+from segdistill.files import disk_errors, folder_place, write_file
 
 if TYPE_CHECKING:
     from segdistill.data.shards import ShardDataset
     from segdistill.engine.inference import Network
 
 Images = Annotated[int, Field(ge=1, le=100_000)]
+Side = Annotated[int, Field(ge=1, le=16_384)]
 Points = Annotated[float, Field(ge=0, le=100)]
 
 
@@ -43,6 +44,9 @@ def command(arguments: argparse.Namespace) -> None:
     if arguments.int8 and format_name != "onnx":
         raise UserError("--int8: quantised by onnxruntime, so only with --format onnx")
     folder_place(out.parent)
+    if out.is_dir():
+        raise UserError(f"--out: {out}: a folder; expected the file to write")
+    size = parse(tuple[Side, Side], arguments.size, "--size")
     images, loss = (
         parse(Images, arguments.calibration, "--calibration"),
         parse(Points, arguments.max_loss, "--max-loss"),
@@ -62,11 +66,11 @@ def command(arguments: argparse.Namespace) -> None:
             exported, sentence = quantized(model, exported, arguments.prepared, images, loss)
             networks["int8"] = portable.load_portable(exported, torch.device("cpu"))[0]
             facts.append(sentence)
-        size = tuple(arguments.size)
         seconds = {name: portable.latency(network, size) for name, network in networks.items()}
         content = exported.read_bytes()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(out, content)
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(out, content)
     opset = f", opset {portable.OPSET}" if format_name == "onnx" else ""
     console = Console()
     console.print(f"{out}: {len(content) / 1e6:.1f} MB{opset}, any batch and size; {'; '.join(facts)}", soft_wrap=True)

@@ -4,6 +4,7 @@ import argparse
 import copy
 import io
 import re
+import shutil
 import subprocess
 import textwrap
 import time
@@ -19,7 +20,7 @@ from segdistill.commands.data import say, wishes_of
 from segdistill.config import TAKEN, parse_yaml
 from segdistill.data.layouts import SPLITS, WITHOUT_MASKS, open_layout, recognised_layout
 from segdistill.errors import UserError, nearest
-from segdistill.files import write_file
+from segdistill.files import disk_errors, folder_place, read_bytes, write_file
 
 if TYPE_CHECKING:
     from segdistill.data.layouts import Layout
@@ -78,24 +79,36 @@ def command(arguments: argparse.Namespace) -> None:
     if arguments.preset:
         content = read_preset(arguments.preset)
         require_replaceable(target, force=arguments.force, content=content)
-        write_file(target, content)
+        _write(target, content)
         print(f"{target}: presets/{arguments.preset}.yaml")
         return
     require_replaceable(target, force=arguments.force)
     minutes = None if arguments.time is None else _minutes(arguments.time)
     machine, folder = _machine(), _imported(arguments.teacher)
+    networks = _networks(arguments, machine, folder)  # before the data are brought, which may take long
     layout_name = _bring(arguments)
-    facts = _facts(open_layout(layout_name, DATA))
-    params, reasons = _fit(facts, machine, arguments, folder, layout_name, minutes or machine.minutes)
-    text = _text(params, reasons)
-    from segdistill.execution import check_params
+    try:
+        facts = _facts(open_layout(layout_name, DATA))
+        params, reasons = _fit(facts, machine, arguments, folder, layout_name, minutes or machine.minutes, networks)
+        text = _text(params, reasons)
+        from segdistill.execution import check_params
 
-    check_params(parse_yaml(text, str(target)), here=True)
-    write_file(target, text.encode())
+        check_params(parse_yaml(text, str(target)), here=True)
+        _write(target, text.encode())
+    except BaseException:
+        if arguments.folder.resolve() != DATA.resolve():  # what was brought would refuse the next try
+            shutil.rmtree(DATA, ignore_errors=True)
+        raise
     for reason in reasons:
         print(reason)
     again = "dvc repro" if target == Path("params.yaml") else f"cp {target} params.yaml && dvc repro"
     print(f"{target} is written. Next: dvc add {DATA}, then {again}")
+
+
+def _write(target: Path, content: bytes) -> None:
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_file(target, content)
 
 
 def read_preset(name: str) -> bytes:
@@ -112,9 +125,12 @@ def read_preset(name: str) -> bytes:
 
 def require_replaceable(path: Path, *, force: bool, content: bytes | None = None) -> None:
     """Raises a UserError where a params file has what git and the presets have not, unless that is what is written."""
-    if force or not path.exists():
+    folder_place(path.parent)
+    if not path.exists():
         return
-    present = path.read_bytes()
+    present = read_bytes(path)
+    if force:
+        return
     presets = [preset.read_bytes() for preset in (ROOT / "presets").glob("*.yaml")]
     if present in (content, *presets):
         return
@@ -231,7 +247,13 @@ def _facts(layout: "Layout") -> Facts:
 
 
 def _fit(
-    facts: Facts, machine: Machine, arguments: argparse.Namespace, folder: Path | None, layout: str, minutes: int
+    facts: Facts,
+    machine: Machine,
+    arguments: argparse.Namespace,
+    folder: Path | None,
+    layout: str,
+    minutes: int,
+    networks: Sequence[Network],
 ) -> tuple[Any, list[str]]:
     """The template with what fits, and each choice with its reason."""
     from segdistill.search import round_trip_yaml
@@ -242,12 +264,6 @@ def _fit(
         params[section]["workers"] = 0 if sum(facts.samples.values()) > 1000 else 1
     params["evaluate"]["overlays"] = params["compare"]["overlays"] = min(4, facts.samples["test"])
     crop, batch, reasons = _fit_sizes(params, facts, machine)
-    encoder = machine.teacher if folder or arguments.teacher is None else arguments.teacher
-    weights = _weights_rule(arguments.weights)
-    first = "DeepLabV3Plus" if machine.device == "cuda" else "UPerNet"
-    networks = [_network("teacher", encoder, weights, first)]
-    for label in dict.fromkeys(arguments.student or ["tiny", "vit"]):
-        networks.append(_network(label, STUDENTS.get(label, label), weights))
     teacher, *students = (_timed(network, len(facts.classes), crop, batch, machine.device) for network in networks)
     _put_model(params["train_teacher"], teacher.model)
     if folder:
@@ -255,7 +271,7 @@ def _fit(
     members, refused = _experiments(params, teacher, _keyed(students))
     source = f"teacher from {folder}" if folder else _described(teacher)
     reasons += [f"{source}; students {', '.join(map(_described, students))}", *refused]
-    if weights == "none" and arguments.weights == "auto":
+    if arguments.weights == "auto" and any(network.model["encoder_weights"] == "none" for network in networks):
         reasons.append(
             "encoder_weights none: no download of ImageNet weights is possible; scores are far higher with them:"
             " segdistill params train_teacher.model.encoder_weights"
@@ -316,6 +332,18 @@ def _weights_rule(wish: str) -> str:
     from segdistill.models.weights import hub_answers
 
     return "imagenet" if hub_answers(constants.ENDPOINT) else "none"
+
+
+def _networks(arguments: argparse.Namespace, machine: Machine, folder: Path | None) -> list[Network]:
+    """The teacher, an encoder's where ``folder`` does not hold it, and the students."""
+    encoder = machine.teacher if folder or arguments.teacher is None else arguments.teacher
+    weights = _weights_rule(arguments.weights)
+    first = "DeepLabV3Plus" if machine.device == "cuda" else "UPerNet"
+    students = dict.fromkeys(arguments.student or ["tiny", "vit"])
+    return [
+        _network("teacher", encoder, weights, first),
+        *(_network(label, STUDENTS.get(label, label), weights) for label in students),
+    ]
 
 
 def _network(label: str, encoder: str, weights: str, first: str = "") -> Network:

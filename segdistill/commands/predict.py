@@ -17,7 +17,8 @@ import numpy as np
 from segdistill.commands import _model
 from segdistill.config import parse, to_dict
 from segdistill.data.decoding import FILE_LIMIT, BadFile, decode_image
-from segdistill.data.layouts.layout import IMAGE_SUFFIXES
+from segdistill.data.layouts.layout import IMAGE_SUFFIXES, require_utf8
+from segdistill.data.pairing import list_files
 from segdistill.data.parallel import READERS, ahead
 from segdistill.engine.settings import InferenceConfig
 from segdistill.errors import UserError
@@ -98,14 +99,15 @@ class Source:
             raise UserError(f"--every: {every}; allowed: 1 and more")
         self.is_video = suffix in VIDEO_SUFFIXES and not path.is_dir()
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            files = sorted(file for file in list_files(path) if file.suffix.lower() in IMAGE_SUFFIXES)
             root = path
         elif suffix in IMAGE_SUFFIXES:
-            files, root = [path], path.parent
+            files, root = [require_utf8(path)], path.parent
         elif suffix == ".txt":
             lines = [line.strip() for line in read_text(path).splitlines()]
             files = [path.parent / line for line in lines if line]
-            root = Path(os.path.commonpath([file.parent for file in files])) if files else path.parent
+            folders = [os.path.normpath(Path.cwd() / file.parent) for file in files]
+            root = Path(os.path.commonpath(folders)) if files else path.parent
         elif not self.is_video:
             require_regular(path)
             known = ", ".join((*IMAGE_SUFFIXES, ".txt", *VIDEO_SUFFIXES))
@@ -116,7 +118,7 @@ class Source:
         if not files:
             raise UserError(f"{path}: no image in it; allowed: {', '.join(IMAGE_SUFFIXES)}")
         for file in files:
-            name = file.relative_to(root).with_suffix("").as_posix()
+            name = Path(os.path.relpath(file, root)).with_suffix("").as_posix()
             if name in self.files:
                 raise UserError(f"{file}: its mask would have the name of that of {self.files[name]}; rename one")
             self.files[name] = file

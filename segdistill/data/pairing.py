@@ -38,7 +38,7 @@ def pair_tree(root: Path) -> list[Sample]:
     masks: dict[str, Path] = {}
     undecided: list[tuple[str, Path]] = []
     others: list[Path] = []
-    for path in _files(require_utf8(root)):
+    for path in list_files(require_utf8(root)):
         kind, key = _place(path.relative_to(root))
         if path.suffix.lower() in OTHER_PICTURES:
             raise UserError(f"{path}: '{path.suffix}' is not read; save photos as JPEG or PNG and masks as PNG")
@@ -78,29 +78,36 @@ def pair_tree(root: Path) -> list[Sample]:
 def pair_list(path: Path) -> list[Sample]:
     """The samples of a CSV file with the columns ``image``, ``mask`` and, if there, ``split``.
 
-    Paths are from the file's folder. A row without a mask is an image without labels.
+    Paths are from the file's folder; commas or semicolons divide. A row without a mask is an image without labels.
 
     Raises:
         UserError: a column, split or cell that is none.
     """
-    rows = csv.DictReader(read_text(path, limit=MOST_CSV).splitlines(), skipinitialspace=True)
-    columns = rows.fieldnames or ()
+    lines = read_text(path, limit=MOST_CSV).splitlines()
+    header = lines[0] if lines else ""
+    delimiter = ";" if ";" in header and "," not in header else ","  # spreadsheets write either
+    reader = csv.DictReader(lines, skipinitialspace=True, delimiter=delimiter)
+    try:
+        columns, rows = reader.fieldnames or (), [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num + 1}: not CSV: {error}") from None
+    named = set(columns) & {"image", "mask", "split"}
     for column in columns:
-        if column not in ("image", "mask", "split"):
+        if named and column not in named:
             raise UserError(f"{path}: unknown column '{column}'{nearest(column, ('image', 'mask', 'split'))}")
-    if not {"image", "mask"} <= set(columns):
+    if not {"image", "mask"} <= named:
         raise UserError(f"{path}: its first line must name its columns: image,mask or image,mask,split")
     samples = []
-    for row in rows:
+    for line, row in rows:
         image, mask, split = (row.get(column) or "" for column in ("image", "mask", "split"))
-        if not image or None in row or Path(image).is_absolute() or ".." in Path(image).parts:
-            raise UserError(
-                f"{path}, line {rows.line_num}: expected {','.join(columns)}, with paths below {path.parent}"
-            )
+        if not image or None in row:
+            raise UserError(f"{path}, line {line}: expected {delimiter.join(columns)}")
+        if Path(image).is_absolute() or ".." in Path(image).parts:
+            raise UserError(f"{path}, line {line}: '{image}' is no path from the list's folder to a file below it")
         if split and split not in (*SPLITS, WITHOUT_MASKS):
-            raise UserError(f"{path}, line {rows.line_num}: unknown split '{split}'{nearest(split, SPLITS)}")
+            raise UserError(f"{path}, line {line}: unknown split '{split}'{nearest(split, SPLITS)}")
         if mask and split == WITHOUT_MASKS:
-            raise UserError(f"{path}, line {rows.line_num}: a mask in the split without masks")
+            raise UserError(f"{path}, line {line}: a mask in the split without masks")
         mask_path = path.parent / mask if mask else None
         samples.append(Sample(Path(image).stem, split if mask else WITHOUT_MASKS, path.parent / image, mask_path))
     if not any(sample.mask for sample in samples):
@@ -111,10 +118,15 @@ def pair_list(path: Path) -> list[Sample]:
     return samples
 
 
-def _files(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> list[Path]:
+    """The files below a folder, hidden ones aside, such as those that macOS puts beside every photo.
+
+    Raises:
+        UserError: a name that is not UTF-8, or a folder that cannot be read.
+    """
     paths = list_folder(folder)
     return [path for path in paths if path.is_file()] + [
-        below for path in paths if path.is_dir() for below in _files(path)
+        below for path in paths if path.is_dir() for below in list_files(path)
     ]
 
 

@@ -13,7 +13,7 @@ from segdistill.data.checks import read_file, value_counts
 from segdistill.data.decoding import COLOUR_MASKS, INDEX_MASKS, BadFile, decode_image, decode_mask, mask_kind
 from segdistill.data.layouts import IGNORE_INDEX, SPLITS, UNKNOWN, WITHOUT_MASKS, ClassInfo, Legend, Sample
 from segdistill.data.layouts.folder import check_names, read_classes
-from segdistill.data.layouts.layout import describe_values, hue
+from segdistill.data.layouts.layout import SHOWN, describe_values, hue
 from segdistill.data.pairing import UNDECIDED
 from segdistill.data.parallel import ordered_map, progress, workers_for
 from segdistill.errors import UserError
@@ -92,6 +92,10 @@ def sort_samples(samples: Sequence[Sample], root: Path, wishes: Wishes, *, worke
     except BadFile as problem:
         raise UserError(str(problem)) from None
     classes, legend, notes = _classes(masks, root, wishes)
+    if without := [sample for sample in samples if sample.mask is None]:
+        names = ", ".join(sample.image.name for sample in without[:SHOWN])
+        more = f" and {len(without) - SHOWN} more" if len(without) > SHOWN else ""
+        notes += (f"without a mask, so in the split '{WITHOUT_MASKS}': {names}{more}",)
     splits = {sample.split for sample in labelled}
     if wishes.shares is None and splits != {UNDECIDED}:
         if missing := [split for split in SPLITS if split not in splits]:
@@ -117,7 +121,6 @@ def sort_samples(samples: Sequence[Sample], root: Path, wishes: Wishes, *, worke
     divided = [replace(sample, split=split_of[number]) for number, sample in enumerate(labelled)]
     grouped = "" if wishes.group is None else f", {len(members)} groups kept together"
     notes += (f"split {'/'.join(map(str, shares))} by classes, seed {wishes.seed}{grouped}",)
-    without = [replace(sample, split=WITHOUT_MASKS) for sample in samples if sample.mask is None]
     return Sorted(divided + without, classes, legend, notes)
 
 

@@ -110,6 +110,8 @@ def test_a_published_layout_in_data_stays_as_it_lies(project: Path) -> None:
         (["--teacher", "teachers/gone"], "teachers/gone: no such folder"),
         (["--time", "soon"], "--time: 'soon' is no time; expected minutes, hours or days, such as 30m"),
         (["elsewhere"], "elsewhere: no such folder"),
+        (["--params", "data", "--preset", "smoke", "--force"], "data: a folder; expected a regular file"),
+        (["--params", "data/classes.json/x.yaml"], "classes.json: exists and is no folder"),
         (["--preset", "smok"], "presets/smok.yaml: no such preset; did you mean 'smoke'?"),
     ],
 )
@@ -150,6 +152,13 @@ def test_a_teacher_of_whose_classes_none_is_the_data_sets_is_refused(
     assert main(["init", data, "--classes", "sky,road,car", "--teacher", teacher]) == 2
     assert "none of its classes has a name of the data set's; it has cat, dog" in capsys.readouterr().err
     assert not (project / "params.yaml").exists()
+
+
+@pytest.mark.parametrize("wish", [["--student", "resnet81"], ["--teacher", "teachers/pets"]])
+def test_data_are_not_brought_for_a_wish_that_is_refused(project: Path, wish: list[str]) -> None:
+    write_teacher(project / "teachers/pets", ["cat", "dog"])
+    assert main(["init", str(photos(project.parent / "mine")), *wish]) == 2
+    assert not (project / "data").exists()
 
 
 def test_data_that_are_there_are_not_overwritten(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

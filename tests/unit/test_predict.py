@@ -3,6 +3,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,28 @@ def test_a_photograph_is_turned_as_its_camera_says_and_a_list_names_any_images(m
     assert (tmp_path / "out/masks/a/turned.png").exists()
 
 
+def test_masks_stay_in_their_folder_whatever_places_a_list_names(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here/b").mkdir(parents=True)
+    for place in ("above.png", "here/b/below.png", "whole.png"):
+        Image.new("RGB", (40, 30)).save(tmp_path / place)
+    (tmp_path / "here/list.txt").write_text(f"../above.png\nb/below.png\n{tmp_path / 'whole.png'}\n")
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["predict", str(model), "list.txt", "--out", "out"]) == 0
+    masks = {path.relative_to("out/masks").as_posix() for path in Path("out").rglob("*.png")}
+    assert masks == {"above.png", "whole.png", "here/b/below.png"}
+
+
+def test_hidden_files_beside_photos_are_left_alone(model: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (9, 9)).save(photos / "a.jpg")
+    (photos / "._a.jpg").write_bytes(b"what macOS writes beside a photo")
+    assert main(["predict", str(model), str(photos), "--out", str(tmp_path / "out")]) == 0
+    assert [path.name for path in (tmp_path / "out/masks").iterdir()] == ["a.png"]
+
+
 def test_every_nth_frame_of_a_video_is_predicted(model: Path, tmp_path: Path) -> None:
     av = pytest.importorskip("av")
     with av.open(str(tmp_path / "drive.mp4"), "w") as container:
@@ -121,6 +144,7 @@ def test_every_nth_frame_of_a_video_is_predicted(model: Path, tmp_path: Path) ->
     [
         (lambda root: (root / "b.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off"), "b.jpg: damaged or truncated"),
         (lambda root: Image.new("RGB", (9, 9)).save(root / "a.jpeg"), "its mask would have the name of that of"),
+        (lambda root: (root / "a.png").rename(os.fsdecode(bytes(root) + b"/\xff.png")), "name is not UTF-8; rename it"),
         (lambda root: (root / "a.png").unlink(), "no image in it; allowed: .jpg, .jpeg, .png"),
     ],
 )

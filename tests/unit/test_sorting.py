@@ -80,6 +80,12 @@ def test_an_image_without_a_mask_is_in_the_split_unlabelled(tmp_path: Path) -> N
     assert (tmp_path / "out/images/unlabelled/more.jpg").is_file()
 
 
+def test_images_that_lack_a_mask_are_named(tmp_path: Path) -> None:
+    source = flat(tmp_path / "mine")
+    (source / "masks/4.png").unlink()
+    assert "without a mask, so in the split 'unlabelled': 4.jpg" in bring(source).notes
+
+
 def test_a_list_of_pairs_says_which_belong_together(tmp_path: Path) -> None:
     source = flat(tmp_path / "mine", 3, "a/{}/x.jpg", "b/{}.png")
     rows = [f"a/{number}/x.jpg,b/{number}.png,{split}" for number, split in enumerate(SPLITS)]
@@ -89,13 +95,34 @@ def test_a_list_of_pairs_says_which_belong_together(tmp_path: Path) -> None:
     assert (tmp_path / "out/images/val/a__1__x.jpg").is_file()
     for text, sentence in [
         ("picture,mask\n", "unknown column 'picture'"),
+        ("a/0/x.jpg,b/0.png\n", "its first line must name its columns: image,mask or image,mask,split"),
         ("image,mask\n,b/0.png\n", "line 2: expected image,mask"),
+        (
+            "image,mask\n/a/0/x.jpg,b/0.png\n",
+            "line 2: '/a/0/x.jpg' is no path from the list's folder to a file below it",
+        ),
+        ("image,mask\n" + 200_000 * "a", "line 2: not CSV: field larger than field limit"),
         ("image,mask,split\na/0/x.jpg,b/0.png,trian\n", "line 2: unknown split 'trian'; did you mean 'train'?"),
         ("image,mask\na/0/x.jpg,\n", "no row has an image and a mask"),
     ]:
         (source / "pairs.csv").write_text(text)
         with pytest.raises(UserError, match=sentence.replace("?", r"\?")):
             import_dataset("csv", source / "pairs.csv", tmp_path / "out2", workers=1)
+
+
+def test_a_list_of_a_spreadsheet_that_writes_semicolons_is_read_alike(tmp_path: Path) -> None:
+    source = flat(tmp_path / "mine", 3)
+    rows = [f"images/{number}.jpg;masks/{number}.png;{split}" for number, split in enumerate(SPLITS)]
+    (source / "pairs.csv").write_text("\r\n".join(["\ufeffimage;mask;split", *rows]) + "\r\n", encoding="utf-8")
+    imported = import_dataset("csv", source / "pairs.csv", tmp_path / "out", workers=1)
+    assert imported.samples == {"train": 1, "val": 1, "test": 1}
+
+
+def test_a_seed_below_zero_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = flat(tmp_path / "mine"), tmp_path / "out"
+    assert main(["data", "import", "folder", str(source), "--out", str(out), "--seed", "-1"]) == 2
+    assert "--seed: -1; allowed: 0 and more" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_groups_of_frames_stay_together_and_a_seed_draws_the_same(tmp_path: Path) -> None:
