@@ -18,7 +18,7 @@ from segdistill.files import file_hash
 WITHOUT_EFFECT = ("workers", "cache_gib", "log_every", "checkpoint_every", "gradient_share_every")
 PACKAGE = Path(__file__).parent
 # The rooms whose code decides numbers, but for two tables: for a method speaks its own module, for a layout the data.
-DECISIVE = ("data", "engine", "geometry", "losses", "methods", "metrics", "models")
+DECISIVE = ("data", "engine", "geometry", "images", "losses", "methods", "metrics", "models")
 TABLES = ("segdistill.methods", "segdistill.data.layouts")
 
 

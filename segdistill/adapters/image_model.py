@@ -49,6 +49,8 @@ class ImageModel(PythonModel):
         self.session = onnxruntime.InferenceSession(context.artifacts["network"], providers=providers)
         contract = json.loads(self.session.get_modelmeta().custom_metadata_map["segdistill"])
         self.classes, self.inference = contract["classes"], contract["inference"]
+        described = contract.get("input", {})
+        self.channels, self.bits = described.get("shape", (0, 3))[1], described.get("bits", 8)
 
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -57,7 +59,7 @@ class ImageModel(PythonModel):
 
         Args:
             context: as above.
-            model_input: has a column ``image``: JPEG or PNG files, as bytes or base64.
+            model_input: has a column ``image``: JPEG, PNG or .npy files, as bytes or base64; TIFF with tifffile.
             params: none are known.
 
         Raises:
@@ -68,24 +70,31 @@ class ImageModel(PythonModel):
     def _answer(self, place: int, content: Any) -> dict[str, Any]:
         content = content.encode() if isinstance(content, str) else content
         try:
-            if not content.startswith((b"\xff\xd8", b"\x89PNG")):  # MLflow decodes what comes in some formats only
+            if not content.startswith(
+                (b"\xff\xd8", b"\x89PNG", b"\x93NUMPY", b"II*\0", b"MM\0*")
+            ):  # MLflow decodes what comes in some formats only
                 content = base64.b64decode(content, validate=True)
         except (AttributeError, ValueError):
             raise BadRequest(f"image {place}: neither a JPEG or PNG file nor the base64 of one") from None
         if not content:
             raise BadRequest(f"image {place}: empty; a JPEG or PNG file in base64 is due")
         try:
-            pixels = np.asarray(self.decoding.decode_image(content, most_pixels=MOST_PIXELS))  # [H, W, 3] uint8
+            pixels = self.decoding.decode_pixels(content, most_pixels=MOST_PIXELS)  # [H, W, C]
         except self.decoding.BadFile as error:
             raise BadRequest(f"image {place}: {error}") from None
+        if (pixels.shape[2], 8 * pixels.dtype.itemsize) != (self.channels, self.bits):
+            raise BadRequest(
+                f"image {place}: {pixels.shape[2]} channels of {8 * pixels.dtype.itemsize} bits, but the network is"
+                f" made for images with {self.channels} channels of {self.bits} bits; send those as .npy"
+            )
         mask = self._logits(pixels)[0].argmax(0).astype(np.uint8)
         png = self.decoding.encode_png(self.decoding.Image.fromarray(mask))
         height, width = mask.shape
         return {"mask": base64.b64encode(png).decode(), "width": width, "height": height, "classes": self.classes}
 
     def _logits(self, pixels: np.ndarray) -> np.ndarray:
-        """Shape: pixels [H, W, 3] uint8; returns [1, K, H, W] float32."""
-        images = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]).astype(np.float32) / np.float32(255)
+        """Shape: pixels [H, W, C] uint8 or uint16; returns [1, K, H, W] float32."""
+        images = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]).astype(np.float32) / np.float32(2**self.bits - 1)
         size, scale = images.shape[-2:], self.inference["input_scale"]
         if scale != 1.0:
             scaled = [max(1, round(length * scale)) for length in size]

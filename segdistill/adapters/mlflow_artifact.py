@@ -20,6 +20,7 @@ import yaml
 from segdistill.data import decoding
 from segdistill.errors import UserError
 from segdistill.files import SEAL, file_hash, read_bytes, read_text, require_regular, seal, sealed_hashes, write_file
+from segdistill.images import of_contract
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -57,7 +58,9 @@ class SealedModel:
     ) -> None:
         self.program, self.document, self.beside = program, document, beside
         self.serves_images = ONNX in beside
-        self.signature = image_signature() if self.serves_images else tensor_signature(classes)
+        self.signature = (
+            image_signature() if self.serves_images else tensor_signature(classes, of_contract(document).channels)
+        )
         packages = ("numpy", "onnxruntime", "pillow") if self.serves_images else ("numpy", "torch")
         self.requirements = [f"{package}=={importlib.metadata.version(package)}" for package in packages]
         self.checksums = ""  # the SHA-256 of the list of hashes, once it is written
@@ -95,13 +98,15 @@ class SealedModel:
         self.checksums = _checksums(folder)
 
 
-def tensor_signature(classes: int) -> "ModelSignature":
-    """Images [B, 3, H, W] in 0..1 to logits [B, K, H, W]."""
+def tensor_signature(classes: int, images: int = 3) -> "ModelSignature":
+    """Images [B, C, H, W] in 0..1 to logits [B, K, H, W]."""
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    inputs, outputs = (Schema([TensorSpec(np.dtype("float32"), (-1, channels, -1, -1))]) for channels in (3, classes))
+    inputs, outputs = (
+        Schema([TensorSpec(np.dtype("float32"), (-1, channels, -1, -1))]) for channels in (images, classes)
+    )
     return ModelSignature(inputs=inputs, outputs=outputs)
 
 

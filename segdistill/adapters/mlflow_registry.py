@@ -38,6 +38,7 @@ from segdistill.adapters.mlflow_tracking import MlflowTracker, Settings
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.files import read_text
+from segdistill.images import of_contract
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -104,7 +105,7 @@ def register(model: "nn.Module", submission: Submission, *, name: str, min_gain:
     """Registers ``model`` under ``name``, unless these very weights are there, checks it, and gives it its alias.
 
     Args:
-        model: images [B, 3, H, W] in 0..1 to logits [B, K, H, W], in eval mode.
+        model: images [B, C, H, W] in 0..1 to logits [B, K, H, W], in eval mode.
         submission: whose model it is.
         name: the registered model.
         min_gain: points of mIoU by which the champion must be beaten.
@@ -143,7 +144,8 @@ def _register(
         with store.lock(".registry"):
             version = create_version(client, name, uri, run_id, {**tags, CHECKSUMS: checksums, "run_id": run_id})
     try:
-        check_served(model, f"models:/{name}/{version.version}", version.tags[CHECKSUMS])
+        channels = of_contract(submission.contract).channels
+        check_served(model, f"models:/{name}/{version.version}", version.tags[CHECKSUMS], channels=channels)
     except UserError:
         if is_new:
             client.delete_model_version(name, version.version)
@@ -241,7 +243,7 @@ def log_exported(model: "nn.Module", submission: Submission, run_id: str, tags: 
 
     from segdistill.models.portable import to_program
 
-    program = submission.program or to_program(model)
+    program = submission.program or to_program(model, of_contract(submission.contract).channels)
     flavor = SealedModel(program, len(submission.classes), submission.contract, submission.beside)
     info = Model.log(
         artifact_path=None,
@@ -347,7 +349,7 @@ def _aliases(client: "MlflowClient", store: Store, name: str) -> dict[str, str]:
 
 
 def check_served(
-    model: "nn.Module", uri: str, checksums: str, sizes: Sequence[tuple[int, int]] = CHECKED_SIZES
+    model: "nn.Module", uri: str, checksums: str, sizes: Sequence[tuple[int, int]] = CHECKED_SIZES, channels: int = 3
 ) -> None:
     """Loads the registered model without unpickling and compares its logits with those of the network.
 
@@ -363,7 +365,7 @@ def check_served(
         served = mlflow.pytorch.load_model(str(folder), device="cpu")
     generator = torch.Generator().manual_seed(0)
     for number, (height, width) in enumerate(sizes):
-        images = torch.rand((number + 1, 3, height, width), generator=generator)
+        images = torch.rand((number + 1, channels, height, width), generator=generator)
         with torch.no_grad():
             expected, logits = model.eval()(images), served(images)
         difference = float((expected - logits).abs().max()) if expected.shape == logits.shape else math.inf

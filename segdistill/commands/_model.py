@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from segdistill.config import parse
 from segdistill.engine.settings import InferenceConfig, inference_of
 from segdistill.errors import UserError, nearest
+from segdistill.images import ImageFormat, of_contract
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,11 @@ class Model:
     network: "Network"
     contract: dict[str, Any]
     program: "ExportedProgram | None"  # where it came as one
+
+    @property
+    def images(self) -> ImageFormat:
+        """What it is shown."""
+        return of_contract(self.contract)
 
     @property
     def inference(self) -> InferenceConfig:

@@ -105,7 +105,7 @@ def run(
             )
         learner = build_learner(
             {name: student.model for name, student in settings.students.items()}, [method for _, method in methods],
-            seed=seed, num_classes=info.num_classes, teacher=frozen.info if frozen else None,
+            seed=seed, num_classes=info.num_classes, images=info.images, teacher=frozen.info if frozen else None,
             supervised=settings.supervised, auxiliary=settings.auxiliary, pseudo_labels=settings.pseudo_labels,
             loss=train.loss, class_weights=class_weights(train.loss, prepared, "distill.train.loss"),
         )  # fmt: skip

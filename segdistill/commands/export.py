@@ -70,7 +70,9 @@ def command(arguments: argparse.Namespace) -> None:
             exported, sentence = quantized(model, exported, arguments.prepared, images, loss)
             networks["int8"] = portable.load_portable(exported, torch.device("cpu"))[0]
             facts.append(sentence)
-        seconds = {name: portable.latency(network, size) for name, network in networks.items()}
+        seconds = {
+            name: portable.latency(network, size, channels=model.images.channels) for name, network in networks.items()
+        }
         content = exported.read_bytes()
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +108,7 @@ def to_file(model: Model, path: Path) -> "tuple[float, Network]":
     expected: torch.nn.Module
     if isinstance(model.network, SegmentationNetwork):
         expected = ExportedSegmenter(model.network).eval()
-        program = portable.to_program(expected)
+        program = portable.to_program(expected, model.images.channels)
     elif model.program is not None:
         program, expected = model.program, model.program.module()
     else:
@@ -164,14 +166,15 @@ def validation_miou(model: Model, network: "Network", dataset: "ShardDataset") -
 
 
 def calibration(dataset: "ShardDataset", images: int, scale: float) -> Iterator[np.ndarray]:
-    """Evenly spread images, one at a time, at the scale that the network is shown: [1, 3, H, W] float32."""
+    """Evenly spread images, one at a time, at the scale that the network is shown: [1, C, H, W] float32."""
     import torch
     from torch.nn import functional
 
+    from segdistill.data.transforms import unit_range
     from segdistill.report.pictures import evenly_spread
 
     for index in evenly_spread(len(dataset), images):
-        pixels = torch.from_numpy(dataset[index][0]).permute(2, 0, 1)[None].float() / 255
+        pixels = unit_range(torch.from_numpy(dataset[index][0]).permute(2, 0, 1)[None])
         if scale != 1.0:
             size = [max(1, round(length * scale)) for length in pixels.shape[-2:]]
             pixels = functional.interpolate(pixels, size=size, mode="bilinear", antialias=scale < 1.0)

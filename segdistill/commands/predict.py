@@ -16,13 +16,15 @@ import numpy as np
 
 from segdistill.commands import _model
 from segdistill.config import parse, to_dict
-from segdistill.data.decoding import FILE_LIMIT, BadFile, decode_image
+from segdistill.data.checks import format_of
+from segdistill.data.decoding import FILE_LIMIT, BadFile, decode_pixels
 from segdistill.data.layouts.layout import IMAGE_SUFFIXES, require_utf8
 from segdistill.data.pairing import list_files
 from segdistill.data.parallel import READERS, ahead
 from segdistill.engine.settings import InferenceConfig
 from segdistill.errors import UserError
 from segdistill.files import new_folder, read_bytes, read_text, require_free, require_regular, write_file
+from segdistill.images import ImageFormat
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +38,7 @@ class Picture:
     """An image to predict."""
 
     name: str  # of the files that are written: relative, without a suffix
-    pixels: np.ndarray  # [H, W, 3] uint8, upright RGB
+    pixels: np.ndarray  # [H, W, C] uint8 or uint16, upright
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def command(arguments: argparse.Namespace) -> None:
             writer = Writer(partial, model.contract["classes"], [name for name in EXTRAS if getattr(arguments, name)])
             task = bar.add_task("prediction", total=source.total)
             for pictures in batches(source.pictures(), inference.batch_size):
+                require_format(pictures, model.images)
                 for picture, prediction in zip(
                     pictures, predict(model.network, pictures, inference, processes.device, arguments.confidence),
                     strict=True,
@@ -160,7 +163,7 @@ class Source:
 def _read(named: tuple[str, Path]) -> Picture:
     name, file = named
     try:
-        return Picture(name, np.asarray(decode_image(read_bytes(file, limit=FILE_LIMIT))))
+        return Picture(name, decode_pixels(read_bytes(file, limit=FILE_LIMIT)))
     except BadFile as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -177,6 +180,14 @@ def batches(pictures: Iterator[Picture], size: int) -> Iterator[list[Picture]]:
         yield group
 
 
+def require_format(pictures: Sequence[Picture], images: ImageFormat) -> None:
+    """Raises a UserError for a picture with other channels or bits than the network is shown."""
+    for picture in pictures:
+        given = format_of(picture.pixels)
+        if (given.channels, given.bits) != (images.channels, images.bits):
+            raise UserError(f"{picture.name}: {given}, but the network is made for images with {images}")
+
+
 def predict(
     network: Any, pictures: Sequence[Picture], inference: InferenceConfig, device: "torch.device", confidence: bool
 ) -> Iterator[Prediction]:
@@ -187,10 +198,11 @@ def predict(
     """
     import torch
 
+    from segdistill.data.transforms import unit_range
     from segdistill.engine import inference as engine
 
     pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
-    images = pixels.permute(0, 3, 1, 2).to(device).float() / 255
+    images = unit_range(pixels.permute(0, 3, 1, 2).to(device))
     height, width = pictures[0].pixels.shape[:2]
     with torch.inference_mode():
         prediction = engine.predict(network, images, (height, width), engine.Views(inference), probability=confidence)
@@ -221,7 +233,7 @@ class Writer:
 
     def write(self, picture: Picture, prediction: Prediction) -> None:
         """One image's files."""
-        from segdistill.report.pictures import colorize
+        from segdistill.report.pictures import colorize, visible
 
         self._save("masks", picture, prediction.mask)
         if {"color", "overlay"} & set(self.extras):
@@ -229,7 +241,9 @@ class Writer:
             if "color" in self.extras:
                 self._save("color", picture, colored)
             if "overlay" in self.extras:
-                self._save("overlay", picture, ((picture.pixels.astype(np.uint16) + colored) // 2).astype(np.uint8))
+                self._save(
+                    "overlay", picture, ((visible(picture.pixels).astype(np.uint16) + colored) // 2).astype(np.uint8)
+                )
         if prediction.confidence is not None:
             self._save("confidence", picture, prediction.confidence)
         counts = np.bincount(prediction.mask.ravel(), minlength=len(self.names))

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from segdistill import files
-from segdistill.data.decoding import FILE_LIMIT, BadFile, Mask, decode_image, decode_mask, mask_kind
+from segdistill.data.decoding import FILE_LIMIT, BadFile, Mask, decode_mask, decode_pixels, mask_kind
 from segdistill.data.layouts import IGNORE_INDEX, UNKNOWN, UNLABELLED, Layout, Legend, Sample
 from segdistill.data.layouts.layout import describe_values
 from segdistill.data.parallel import ordered_map
 from segdistill.errors import UserError
+from segdistill.images import ImageFormat
 
 BLOCK = 2**22  # values counted at a time: counting widens each to eight bytes
 
@@ -30,6 +30,7 @@ class FileFacts:
     image_problem: str | None = None
     image_sha256: str | None = None
     image_size: tuple[int, int] | None = None  # width, height; upright
+    image_pixels: str | None = None  # "3 channels of 8 bits"
     mask_problem: str | None = None
     mask_size: tuple[int, int] | None = None
     mask_kind: str | None = None  # "8-bit grey", "16-bit grey", "8-bit RGB", ...
@@ -77,8 +78,11 @@ def read_file(path: Path) -> bytes:
     return content
 
 
-def load_sample(sample: Sample, legend: Legend) -> tuple[bytes, Image.Image, np.ndarray]:
-    """The encoded image, the upright RGB image, and the train ids [H, W] uint8 of a sample that is whole.
+def load_sample(sample: Sample, legend: Legend) -> tuple[bytes, np.ndarray, np.ndarray]:
+    """The encoded image, its upright pixels, and the train ids of a sample that is whole.
+
+    Shape:
+        pixels [H, W, C] uint8 or uint16; train ids [H, W] uint8.
 
     Raises:
         BadFile: with the whole sentence, the file's name included.
@@ -86,13 +90,13 @@ def load_sample(sample: Sample, legend: Legend) -> tuple[bytes, Image.Image, np.
     path = sample.image
     try:
         content = read_file(path)
-        image = decode_image(content)
+        pixels = decode_pixels(content)
         if sample.mask is None:
-            return content, image, np.full(image.size[::-1], UNLABELLED, dtype=np.uint8)
+            return content, pixels, np.full(pixels.shape[:2], UNLABELLED, dtype=np.uint8)
         path = sample.mask
         mask = decode_mask(read_file(path), legend.mask_kinds, legend.mask_colors)
-        if mask.values.shape[::-1] != image.size:
-            raise BadFile(size_mismatch((mask.values.shape[1], mask.values.shape[0]), image.size))
+        if mask.values.shape != pixels.shape[:2]:
+            raise BadFile(size_mismatch(_width_and_height(mask.values), _width_and_height(pixels)))
         counts = value_counts(mask.values)
         if unknown := unknown_labels(counts, legend):
             raise BadFile(outside_class_list(unknown, legend))
@@ -100,7 +104,16 @@ def load_sample(sample: Sample, legend: Legend) -> tuple[bytes, Image.Image, np.
             raise BadFile(contradiction)
     except BadFile as problem:
         raise BadFile(f"{path}: {problem}") from None
-    return content, image, legend.label_map[mask.values]
+    return content, pixels, legend.label_map[mask.values]
+
+
+def format_of(pixels: np.ndarray) -> ImageFormat:
+    """Channels and bits of an image [H, W, C]."""
+    return ImageFormat(channels=pixels.shape[2], bits=8 if pixels.dtype == np.uint8 else 16)
+
+
+def _width_and_height(pixels: np.ndarray) -> tuple[int, int]:
+    return pixels.shape[1], pixels.shape[0]
 
 
 def value_counts(values: np.ndarray) -> dict[int, int]:
@@ -155,7 +168,9 @@ def _image_facts(path: Path) -> dict[str, object]:
     try:
         content = read_file(path)
         facts["image_sha256"] = hashlib.sha256(content).hexdigest()
-        facts["image_size"] = decode_image(content).size
+        pixels = decode_pixels(content)
+        facts["image_size"] = _width_and_height(pixels)
+        facts["image_pixels"] = str(format_of(pixels))
     except BadFile as problem:
         facts["image_problem"] = str(problem)
     return facts
@@ -176,7 +191,7 @@ def _mask_facts(path: Path, legend: Legend) -> dict[str, object]:
     trained = np.zeros(256, dtype=np.int64)  # pixels by train id
     for value, pixels in counts.items():
         trained[legend.label(value)] += pixels
-    facts["mask_size"] = (mask.values.shape[1], mask.values.shape[0])
+    facts["mask_size"] = _width_and_height(mask.values)
     facts["values"] = counts
     facts["unknown_labels"] = unknown_labels(counts, legend)
     facts["palette_problem"] = palette_problem(mask, counts, legend)

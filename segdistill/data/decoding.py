@@ -1,9 +1,9 @@
 """Encoded pictures -> pixels, in one way for all who read pixels or sizes: checks, import, shards, predictions.
 
-A picture is read as every viewer shows it: turned as its EXIF orientation says. What 8 bits of red, green and blue
-cannot say without a guess (transparency, inks, 16 bits) is refused. Colour profiles and gamma are not applied, here
-as in training and in use. A registered model has a copy of this file (adapters/image_model.py), so it imports nothing
-of this package.
+A JPEG or PNG is read as every viewer shows it: turned as its EXIF orientation says. What 8 bits of red, green and blue
+cannot say without a guess (transparency, inks, 16 bits) is refused. A TIFF or .npy file gives its channels as they are,
+of 8 or 16 bits. Colour profiles and gamma are not applied, here as in training and in use. A registered model has a
+copy of this file (adapters/image_model.py), so it imports nothing of this package.
 """
 
 import io
@@ -19,6 +19,7 @@ from PIL import ExifTags, Image
 
 FILE_LIMIT = 256 * 2**20  # bytes of one image or mask
 MOST_PIXELS = 100_000_000  # of one image or mask: 300 MB as RGB
+MOST_CHANNELS = 256  # of an image; its values may be as many as those of the largest RGB image
 
 IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "YCbCr")  # 8 bits a channel: nothing is lost as RGB
 INDEX_MASKS = tuple(f"{bits}-bit {colour}" for colour in ("grey", "palette") for bits in (1, 2, 4, 8))
@@ -27,6 +28,8 @@ MATRIX_MASKS = ("MATLAB file",)  # with a matrix of class indices
 MATRIX = "LabelMap"  # its name
 _PNG_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
 _PNG_BEGIN, _JPEG_BEGIN, _MATLAB_BEGIN = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"MATLAB 5.0 MAT-file"
+# Little and big endian, and of more than 4 GB; what ends a picture is said by its own header.
+_TIFF_BEGIN, _NPY_BEGIN = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), b"\x93NUMPY"
 # What brings a picture upright, by EXIF orientation; 1, and any value without a meaning, leaves it as it is.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,8 +55,55 @@ class Mask:
 
 
 def image_format(content: bytes) -> str:
-    """``png`` or ``jpeg``, of what :func:`decode_image` accepts."""
-    return "png" if content.startswith(_PNG_BEGIN) else "jpeg"
+    """``png``, ``tiff``, ``npy`` or ``jpeg``, of what :func:`decode_pixels` accepts."""
+    begins: dict[str, bytes | tuple[bytes, ...]] = {"png": _PNG_BEGIN, "tiff": _TIFF_BEGIN, "npy": _NPY_BEGIN}
+    return next((name for name, begin in begins.items() if content.startswith(begin)), "jpeg")
+
+
+def decode_pixels(content: bytes, *, verified: bool = False, most_pixels: int | None = None) -> np.ndarray:
+    """The pixels of an image file: what :func:`decode_image` gives, or all channels of a TIFF or .npy file.
+
+    Shape:
+        returns [H, W, C] uint8 or uint16; it may be read-only.
+
+    Raises:
+        BadFile: another format, damaged, too large, or pixels that cannot be taken as they are.
+    """
+    kind = image_format(content)
+    if kind not in ("tiff", "npy"):
+        return np.asarray(decode_image(content, verified=verified, most_pixels=most_pixels))
+    try:
+        return (_read_tiff if kind == "tiff" else _read_array)(content, most_pixels or MOST_PIXELS)
+    except BadFile:
+        raise
+    except Exception as error:  # a decoder fed with garbage may raise anything
+        raise BadFile(f"damaged or truncated: {str(error).strip() or type(error).__name__}") from None
+
+
+def encode_pixels(pixels: np.ndarray) -> bytes:
+    """A file that keeps every value: a PNG of 8-bit RGB, a .npy of anything else.
+
+    Shape:
+        pixels: [H, W, C] uint8 or uint16.
+    """
+    if pixels.shape[2] == 3 and pixels.dtype == np.uint8:
+        return encode_png(Image.fromarray(pixels))
+    stream = io.BytesIO()
+    np.save(stream, np.ascontiguousarray(pixels), allow_pickle=False)
+    return stream.getvalue()
+
+
+def resize_pixels(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The same image at another width and height, averaged where it gets smaller.
+
+    Shape:
+        pixels: [H, W, C] uint8 or uint16; returns [size[1], size[0], C] of that type.
+    """
+    if pixels.shape[2] == 3 and pixels.dtype == np.uint8:
+        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+    planes = (Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR)
+              for plane in pixels.transpose(2, 0, 1).astype(np.float32))  # fmt: skip
+    return np.rint(np.stack([np.asarray(plane) for plane in planes], axis=2)).astype(pixels.dtype)
 
 
 def decode_image(content: bytes, *, verified: bool = False, most_pixels: int | None = None) -> Image.Image:
@@ -68,7 +118,7 @@ def decode_image(content: bytes, *, verified: bool = False, most_pixels: int | N
         BadFile: another format, damaged, too large, or pixels that are no 8-bit RGB without a guess.
     """
     if content.startswith(_PNG_BEGIN) and content[24:25] == b"\x10":  # Pillow would drop the lower byte without a word
-        raise BadFile(f"{mask_kind(content)}; an image must have 8 bits a channel")
+        raise BadFile(f"{mask_kind(content)}; an image must have 8 bits a channel as PNG: save 16 as TIFF or .npy")
     image = _decode(content, ("JPEG", "PNG"), verified, most_pixels)
     if image.mode == "CMYK":
         raise BadFile("CMYK: how its inks look as colours is not said in the file; save it as RGB")
@@ -174,6 +224,77 @@ def encode_png(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format="PNG")
     return stream.getvalue()
+
+
+def _read_tiff(content: bytes, most_pixels: int) -> np.ndarray:
+    """[H, W, C]: the channels of its one page, or of its pages if each is one channel; overviews are passed over."""
+    try:
+        import tifffile
+    except ImportError:
+        raise BadFile("tifffile is not installed, which TIFF files need: pip install tifffile") from None
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        if len(file.pages) > 4 * MOST_CHANNELS:
+            raise BadFile(f"{len(file.pages)} pages; at most {MOST_CHANNELS} are read, each as a channel")
+        pages = [page for page in (each.aspage() for each in file.pages) if not page.is_reduced and not page.is_mask]
+        if not pages:
+            raise BadFile("damaged or truncated: it has no page")
+        first, samples = pages[0], sum(page.samplesperpixel for page in pages)
+        kinds = {(page.imagelength, page.imagewidth, page.dtype) for page in pages}
+        if len(kinds) > 1 or (len(pages) > 1 and samples > len(pages)) or first.imagedepth > 1:
+            raise BadFile(
+                f"{len(pages)} pages; one page with all channels is due, or pages of one channel and one size"
+            )
+        _require_values((first.imagelength, first.imagewidth, samples), first.dtype, most_pixels)
+        colour = tifffile.PHOTOMETRIC(first.photometric).name
+        if colour not in ("MINISBLACK", "RGB"):
+            raise BadFile(f"its pixels are {colour}; MINISBLACK or RGB is due: channels as they were measured")
+        if (turn := first.tags.valueof(274, 1)) not in (0, 1):
+            raise BadFile(f"its orientation tag is {turn}; save it upright")
+        try:
+            parts = [page.asarray() for page in pages]  # each [H, W], [H, W, C] or, where it is stored so, [C, H, W]
+        except Exception as error:
+            if "imagecodecs" not in str(error):
+                raise
+            compression = tifffile.COMPRESSION(first.compression).name
+            raise BadFile(
+                f"its compression {compression} needs the library imagecodecs, which is not installed; save it with"
+                " Deflate or without compression"
+            ) from None
+    if first.planarconfig == tifffile.PLANARCONFIG.SEPARATE and parts[0].ndim == 3:
+        parts = [parts[0].transpose(1, 2, 0)]
+    pixels = np.concatenate([part.reshape(first.imagelength, first.imagewidth, -1) for part in parts], axis=2)
+    return np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))
+
+
+def _read_array(content: bytes, most_pixels: int) -> np.ndarray:
+    """[H, W, C] of a .npy file that holds that, or [H, W]; nothing is unpickled."""
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read_header(stream)
+    if len(shape) not in (2, 3):
+        raise BadFile(f"an array of shape {list(shape)}; [height, width] or [height, width, channels] is due")
+    _require_values((*shape, 1)[:3], dtype, most_pixels)
+    values = np.frombuffer(content, dtype, offset=stream.tell())
+    if values.size != np.prod(shape, dtype=np.int64):
+        raise BadFile(f"damaged or truncated: {values.size} values where its shape {list(shape)} needs others")
+    pixels = values.reshape(shape, order="F" if fortran else "C").reshape(*shape[:2], -1)
+    return np.ascontiguousarray(pixels, dtype=dtype.newbyteorder("="))
+
+
+def _require_values(shape: tuple[int, ...], dtype: np.dtype | None, most_pixels: int) -> None:
+    """Refuses what is no image of 8 or 16 bits before its pixels are looked at."""
+    height, width, channels = shape
+    if dtype is None or dtype.newbyteorder("=") not in (np.uint8, np.uint16):
+        raise BadFile(
+            f"values of type {dtype}; uint8 or uint16 is due: scale floats to 0..65535, all files alike, and round"
+        )
+    if not 1 <= channels <= MOST_CHANNELS or not height or not width:
+        raise BadFile(f"{height} x {width} pixels of {channels} channels (height, width, channels); at most"
+                      f" {MOST_CHANNELS} channels are read, and no empty image")  # fmt: skip
+    most = most_pixels * 3 // max(3, channels * dtype.itemsize)
+    if height * width > most:
+        raise BadFile(_too_large(height * width, most))
 
 
 def _decode(content: bytes, formats: tuple[str, ...], verified: bool, most_pixels: int | None = None) -> Image.Image:

@@ -38,7 +38,7 @@ def import_dataset(
 ) -> Imported:
     """Writes a data set of any layout, or loose pairs of photos and masks, in the layout "folder".
 
-    JPEG and PNG images are copied byte for byte; masks are written again with train ids, IGNORE_INDEX where ignored.
+    Images are copied byte for byte; masks are written again with train ids, IGNORE_INDEX where ignored.
     A published data set whose test split is val is no such folder: its archives are unpacked, and it keeps its layout.
 
     Args:
@@ -146,8 +146,8 @@ def _import_sample(sample: Sample, *, legend: Legend, out: Path) -> str | None:
         content, _, labels = load_sample(sample, legend)
     except BadFile as problem:
         return str(problem)
-    suffix = ".png" if image_format(content) == "png" else ".jpg"
-    (out / "images" / sample.split / f"{sample.id}{suffix}").write_bytes(content)
+    suffix = {"jpeg": "jpg", "tiff": "tif"}.get(image_format(content), image_format(content))
+    (out / "images" / sample.split / f"{sample.id}.{suffix}").write_bytes(content)
     if sample.mask is None:
         return None
     # Encoded first: where the disk is full, Pillow would not say so.

@@ -59,7 +59,7 @@ def training_batches(
         device: where the crops are augmented and wanted. A GPU does that in a stream of its own, beside the step.
 
     Shape:
-        images [b, 3, h, w] float32 in 0..1 and labels [b, h, w] uint8.
+        images [b, C, h, w] float32 in 0..1 and labels [b, h, w] uint8.
     """
     augment, cuda = Augmentation(augmentation), device.type == "cuda"
     sources = (source,) if beside is None else (source, beside)

@@ -1,7 +1,8 @@
 """Photos and masks as people keep them: which files belong together, and which split their place names.
 
 A mask is told from a photo by a folder (``masks/``, ``labels/``), by the end of its name (``a_mask.png``), or by being
-the PNG beside a JPEG of its name. What is left of the path is the sample's name, in which a folder may name a split.
+the PNG beside another image of its name. What is left of the path is the sample's name, in which a folder may name a
+split.
 """
 
 import csv
@@ -22,7 +23,7 @@ SPLIT_FOLDERS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
     "testing": "test", "unlabelled": WITHOUT_MASKS, "unlabeled": WITHOUT_MASKS,
 }  # fmt: skip
-OTHER_PICTURES = (".bmp", ".gif", ".heic", ".jp2", ".ppm", ".pgm", ".raw", ".tif", ".tiff", ".webp")
+OTHER_PICTURES = (".bmp", ".gif", ".heic", ".jp2", ".ppm", ".pgm", ".raw", ".webp")
 MOST_CSV = 2**28  # bytes of a list of pairs
 
 
@@ -42,13 +43,15 @@ def pair_tree(root: Path) -> list[Sample]:
         kind, key = _place(path.relative_to(root))
         if path.suffix.lower() in OTHER_PICTURES:
             raise UserError(f"{path}: '{path.suffix}' is not read; save photos as JPEG or PNG and masks as PNG")
+        if kind == "mask" and path.suffix.lower() in (".tif", ".tiff", ".npy"):
+            raise UserError(f"{path}: a mask of the kind '{path.suffix}' is not read; save masks as PNG")
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             others.append(path)
         elif kind is None and path.suffix.lower() == ".png":
             undecided.append((key, path))
         else:
             _add(masks if kind == "mask" else images, key, path)
-    for key, path in undecided:  # beside a JPEG of its name it is the mask
+    for key, path in undecided:  # beside a JPEG (TIFF, .npy) of its name it is the mask
         _add(
             masks if key in images and key not in masks and images[key].suffix.lower() != ".png" else images, key, path
         )

@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 from PIL import __version__ as pillow_version
 
+from segdistill.config import to_dict
 from segdistill.data.checks import load_sample
-from segdistill.data.decoding import FILE_LIMIT, BadFile, encode_png, image_format
+from segdistill.data.decoding import FILE_LIMIT, BadFile, encode_pixels, encode_png, image_format, resize_pixels
 from segdistill.data.layouts import IGNORE_INDEX, UNLABELLED, Layout, Legend, Sample
 from segdistill.data.parallel import ordered_map
 from segdistill.data.shards import (
@@ -27,6 +28,7 @@ from segdistill.data.shards import (
     sample_hash,
     shard_schema,
 )
+from segdistill.data.statistics import data_format, pixel_facts
 from segdistill.errors import UserError
 from segdistill.files import read_text, require_regular, seal, write_file
 
@@ -125,13 +127,17 @@ def write_index(layout: Layout, splits: Iterable[str], shards: list[Shard], rows
     import pyarrow
     import pyarrow.parquet
 
+    images = data_format(rows)
     source = {split: layout.tested_on if split == "test" else split for split in splits}
     rows = [{**row, "split": split} for split, place in source.items() for row in rows if row["split"] == place]
+    for row in rows:
+        del row["facts"]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / MANIFEST_FILE)
     names = [entry.name for entry in layout.classes]
     info = {
         "classes": [{"name": entry.name, "color": list(entry.color)} for entry in layout.classes],
         "ignore_index": IGNORE_INDEX,
+        "images": to_dict(images),
         "content_hash": content_hash(names, ((row["split"], row["id"], row["sha256"]) for row in rows)),
         "splits": {
             split: _describe([shard for shard in shards if shard.split == place]) for split, place in source.items()
@@ -160,12 +166,14 @@ def _describe(shards: list[Shard]) -> dict[str, Any]:
 
 
 def _encode(sample: Sample, root: Path, legend: Legend, max_side: int | None) -> Row:
-    content, image, labels = load_sample(sample, legend)
-    if max_side and max(image.size) > max_side:
-        factor = max_side / max(image.size)
-        size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    content, pixels, labels = load_sample(sample, legend)
+    height, width = labels.shape
+    if max_side and max(height, width) > max_side:
+        factor = max_side / max(height, width)
+        size = (max(1, round(width * factor)), max(1, round(height * factor)))
         # Without loss from here on: a second JPEG generation would add its own artefacts.
-        content = encode_png(image.resize(size, Image.Resampling.BILINEAR))
+        pixels = resize_pixels(pixels, size)
+        content = encode_pixels(pixels)
         labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
     label = encode_png(Image.fromarray(labels))
     return {
@@ -180,6 +188,7 @@ def _encode(sample: Sample, root: Path, legend: Legend, max_side: int | None) ->
         "mask_file": sample.mask.relative_to(root).as_posix() if sample.mask else None,
         "class_pixels": np.trim_zeros(np.bincount(labels.ravel())[:UNLABELLED], "b").tolist(),
         "sequence": sample.sequence,
+        "facts": pixel_facts(pixels),
     }
 
 
@@ -194,7 +203,7 @@ def _key(shard: Shard, layout: Layout, max_side: int | None) -> str:
             state = path.stat()
             files.append([sample.id, path.relative_to(layout.root).as_posix(), state.st_size, state.st_mtime_ns])
     layout_facts = [layout.legend.label_map.tolist(), layout.legend.colors, max_side]
-    made_by = ["class_pixels", pillow_version, pyarrow.__version__, *layout_facts]
+    made_by = ["class_pixels", "facts", pillow_version, pyarrow.__version__, *layout_facts]
     return hashlib.sha256(json.dumps([made_by, files]).encode()).hexdigest()
 
 

@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from segdistill.data.decoding import decode_image
+from segdistill.config import parse
+from segdistill.data.decoding import decode_pixels
 from segdistill.data.layouts.layout import ClassInfo
 from segdistill.data.memory import Memory
 from segdistill.errors import UserError
 from segdistill.files import MIB, read_sealed, read_sealed_json, require_regular
+from segdistill.images import RGB, ImageFormat
 
 INFO_FILE = "dataset.json"
 MANIFEST_FILE = "manifest.parquet"
@@ -39,6 +41,7 @@ class DatasetInfo:
     classes: tuple[ClassInfo, ...]
     splits: dict[str, int]  # samples in each split
     content_hash: str  # of the classes' names and of every sample, whatever the shards they lie in
+    images: ImageFormat = RGB
 
     @property
     def num_classes(self) -> int:
@@ -58,8 +61,9 @@ def read_dataset_info(prepared: Path) -> DatasetInfo:
     try:
         classes = tuple(ClassInfo(entry["name"], tuple(entry["color"])) for entry in content["classes"])
         splits = {split: entry["samples"] for split, entry in content["splits"].items()}
-        return DatasetInfo(classes, splits, content["content_hash"])
-    except (KeyError, TypeError, AttributeError):
+        images = parse(ImageFormat, content.get("images", {}), "images")
+        return DatasetInfo(classes, splits, content["content_hash"], images)
+    except (UserError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: written by another version; {MEND}") from None
 
 
@@ -79,6 +83,7 @@ class ShardDataset:
         if split not in info.splits:
             raise UserError(f"{prepared / INFO_FILE}: no split '{split}'; it has {', '.join(info.splits)}")
         self.prepared, self.split = prepared, split
+        self.images = info.images
         self._class_names = [entry.name for entry in info.classes]
         self._samples = _read_manifest(prepared, split)
         self._files: dict[str, _File] = {}
@@ -94,7 +99,7 @@ class ShardDataset:
         """The image and its train ids; whoever changes them changes what is kept.
 
         Shape:
-            image [H, W, 3] uint8 RGB; label [H, W] uint8, ``losses.IGNORE_INDEX`` where there is no label.
+            image [H, W, C] uint8 or uint16; label [H, W] uint8, ``losses.IGNORE_INDEX`` where there is no label.
 
         Raises:
             UserError: the sample is not what ``prepare`` wrote; names shard and sample.
@@ -115,7 +120,8 @@ class ShardDataset:
             image, label = read_encoded(file.descriptor, **place)
         except ValueError as error:
             raise UserError(f"{path}: sample '{self.sample_id(index)}': {error}; {MEND}") from None
-        return np.array(decode_image(image, verified=True)), np.array(Image.open(io.BytesIO(label)))
+        pixels = np.require(decode_pixels(image, verified=True), requirements="W")
+        return pixels, np.array(Image.open(io.BytesIO(label)))
 
     def sample_id(self, index: int) -> str:
         """The name of a sample, as in the source."""
@@ -208,7 +214,7 @@ def shard_schema() -> Any:
         {
             "id": pyarrow.string(),
             "image": pyarrow.binary(),  # encoded
-            "image_format": pyarrow.string(),  # jpeg or png
+            "image_format": pyarrow.string(),  # jpeg, png, tiff or npy
             "label": pyarrow.binary(),  # PNG of train ids
             "height": pyarrow.int32(),  # of the upright image
             "width": pyarrow.int32(),

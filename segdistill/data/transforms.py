@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from segdistill.data.settings import AugmentationConfig
 from segdistill.losses import IGNORE_INDEX
 
-WHITE = 255.0
 GREY = (0.299, 0.587, 0.114)  # the shares of red, green and blue in the brightness of a colour (ITU-R BT.601)
 
 Area = tuple[slice, slice]
@@ -65,10 +64,10 @@ class Augmentation:
             device: where the work is done.
 
         Shape:
-            Windows [4, H, W] uint8. Returns [b, 3, h, w] float32 RGB in 0..1 and [b, h, w] uint8.
+            Windows [C + 1, H, W] uint8 or uint16. Returns [b, C, h, w] float32 in 0..1 and [b, h, w] uint8.
         """
-        size = self.config.crop_size
-        images = torch.zeros((len(samples), 3, *size), device=device)
+        size, pixels = self.config.crop_size, samples[0][0]
+        images = torch.zeros((len(samples), len(pixels) - 1, *size), device=device)
         labels = torch.full((len(samples), *size), IGNORE_INDEX, dtype=torch.uint8, device=device)
         for image, label, (window, crop) in zip(images, labels, samples, strict=True):
             scaled_image, scaled_label = _scaled(window.to(device, non_blocking=True), label[crop.place].shape)
@@ -76,10 +75,22 @@ class Augmentation:
             label[crop.place] = scaled_label.flip(-1) if crop.flip else scaled_label
         if self.config.color_jitter:
             colors = torch.tensor([crop.color for _, crop in samples], pin_memory=device.type == "cuda")
-            images = jitter(images, colors.to(device, non_blocking=True))
+            colors = colors.to(device, non_blocking=True)
+            is_rgb = len(pixels) - 1 == 3 and pixels.dtype == torch.uint8
+            images = jitter(images, colors) if is_rgb else jitter_channels(images, colors, white(pixels))
         else:
-            images.div_(WHITE)
+            images.div_(white(pixels))
         return images, labels
+
+
+def white(pixels: Tensor) -> float:
+    """The largest value that pixels [...] uint8 or uint16 can have."""
+    return float(torch.iinfo(pixels.dtype).max)
+
+
+def unit_range(pixels: Tensor) -> Tensor:
+    """Pixels [...] uint8 or uint16 as networks are shown them: float32 in 0..1."""
+    return pixels.float() / white(pixels)
 
 
 def cut(image: np.ndarray, label: np.ndarray, window: Area, *, pinned: bool) -> Tensor:
@@ -89,13 +100,13 @@ def cut(image: np.ndarray, label: np.ndarray, window: Area, *, pinned: bool) -> 
         pinned: in memory from which a GPU copies by itself.
 
     Shape:
-        image: [H, W, 3] uint8; label: [H, W] uint8. Returns [4, h, w] uint8: RGB and label.
+        image: [H, W, C] uint8 or uint16; label: [H, W] uint8. Returns [C + 1, h, w] of the image's type: both.
     """
-    part = label[window]
-    pixels = torch.empty((4, *part.shape), dtype=torch.uint8, pin_memory=pinned)
+    part, dtype = label[window], torch.uint8 if image.dtype == np.uint8 else torch.uint16
+    pixels = torch.empty((image.shape[2] + 1, *part.shape), dtype=dtype, pin_memory=pinned)
     planes = pixels.numpy()  # which copies without a team of threads of its own for each thread that reads
-    planes[:3] = image[window].transpose(2, 0, 1)
-    planes[3] = part
+    planes[:-1] = image[window].transpose(2, 0, 1)
+    planes[-1] = part
     return pixels
 
 
@@ -109,12 +120,27 @@ def jitter(images: Tensor, factors: Tensor) -> Tensor:
         images: [b, 3, h, w] in 0..255, returned in 0..1; factors: [b, 3] of brightness, contrast and saturation.
     """
     brightness, contrast, saturation = (factor.view(-1, 1, 1, 1) for factor in factors.unbind(1))
-    brightness = brightness / WHITE
+    brightness = brightness / 255
     red, green, blue = images.split(1, dim=1)
     grey = (red * GREY[0]).add_(green * GREY[1]).add_(blue * GREY[2])  # [b, 1, h, w]
     constant = brightness * (1 - contrast) * grey.mean((2, 3), keepdim=True)
     grey.mul_(brightness * contrast * (1 - saturation)).add_(constant)
     return images.mul_(brightness * contrast * saturation).add_(grey).clamp_(0, 1)
+
+
+def jitter_channels(images: Tensor, factors: Tensor, white: float) -> Tensor:
+    """Other brightness and contrast, in place, of images whose channels are no colours.
+
+    All channels have the same factors, and contrast goes against each channel's own mean: the brightest channel would
+    decide a common one. There is no saturation where there is no grey.
+
+    Shape:
+        images: [b, C, h, w] in 0..white, returned in 0..1; factors: as of :func:`jitter`.
+    """
+    brightness, contrast, _ = (factor.view(-1, 1, 1, 1) for factor in factors.unbind(1))
+    brightness = brightness / white
+    constant = brightness * (1 - contrast) * images.mean((2, 3), keepdim=True)
+    return images.mul_(brightness * contrast).add_(constant).clamp_(0, 1)
 
 
 def _along_a_side(length: int, crop: int, factor: float, generator: torch.Generator) -> tuple[slice, slice]:
@@ -136,12 +162,14 @@ def _below(limit: int, generator: torch.Generator) -> int:
 def _scaled(pixels: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Image and label on one grid: averaged where they get smaller, the label at each centre.
 
-    A CPU resizes bytes several times as fast as floats, and rounds to bytes; a GPU has no code for bytes.
+    A CPU resizes bytes several times as fast as floats, and rounds to bytes; a GPU has no code for bytes. For 16 bits
+    torch has hardly any code.
 
     Shape:
-        pixels: [4, H, W] uint8; returns [3, *size] uint8 or float32, and [*size] uint8.
+        pixels: [C + 1, H, W] uint8 or uint16; returns [C, *size] and [*size], uint8 or float32.
     """
-    image, label = pixels[None, :3], pixels[None, 3:]
+    pixels = pixels if pixels.dtype == torch.uint8 else pixels.float()
+    image, label = pixels[None, :-1], pixels[None, -1:]
     if tuple(size) != tuple(pixels.shape[1:]):
         image = F.interpolate(image.float() if image.is_cuda else image, list(size), mode="bilinear", antialias=True)
         # "nearest" takes the pixel at a cell's corner, up to half a pixel beside the image's.

@@ -8,8 +8,9 @@ import torch
 from segdistill.engine.learner import Learner
 from segdistill.engine.settings import LossConfig
 from segdistill.engine.supervision import Supervision
+from segdistill.images import RGB, ImageFormat
 from segdistill.methods import build_offline, build_online
-from segdistill.models.config import ModelConfig
+from segdistill.models.config import ModelConfig, for_images
 from segdistill.models.outputs import ModelInfo
 from segdistill.models.segmenter import build_segmenter
 
@@ -20,6 +21,7 @@ def build_learner(
     *,
     seed: int,
     num_classes: int,
+    images: ImageFormat = RGB,
     teacher: ModelInfo | None = None,
     supervised: float = 1.0,
     auxiliary: float = 0.4,
@@ -34,6 +36,7 @@ def build_learner(
         methods: configs; offline ones if there is a teacher.
         seed: of all weights.
         num_classes: of the data set.
+        images: likewise.
         teacher: what is known of the teacher's network.
         supervised: weight of what the labels teach.
         auxiliary: weight of what they teach the auxiliary head, times ``supervised``.
@@ -45,7 +48,7 @@ def build_learner(
         UserError: a network that cannot be built, or methods and networks that do not go together.
     """
     torch.manual_seed(seed)
-    networks = {name: build_segmenter(model, num_classes) for name, model in students.items()}
+    networks = {name: build_segmenter(for_images(model, images), num_classes) for name, model in students.items()}
     infos = {name: network.info for name, network in networks.items()}
     if teacher is None:
         built = build_online(methods, infos)

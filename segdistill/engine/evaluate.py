@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from segdistill.data.parallel import READERS, ahead
+from segdistill.data.transforms import unit_range
 from segdistill.engine.distributed import Processes
 from segdistill.engine.inference import Network, Views, predict
 from segdistill.errors import UserError
@@ -80,11 +81,11 @@ def masks(
     """Some images of a split, with their labels and the classes that the network gives them.
 
     Shape:
-        image: [H, W, 3] uint8; label, mask: [h, w] uint8, of the label's size.
+        image: [H, W, C] uint8 or uint16; label, mask: [h, w] uint8, of the label's size.
     """
     for index in indices:
         image, label = dataset[index]
-        pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(device).float() / 255
+        pixels = unit_range(torch.from_numpy(image).permute(2, 0, 1)[None].to(device))
         prediction = predict(network, pixels, (label.shape[0], label.shape[1]), views)
         yield image, label, prediction.classes[0].to(torch.uint8).cpu().numpy()
 
@@ -149,7 +150,7 @@ def evaluate_together(
     broken, gaps, edges = zeros(), zeros(BINS), zeros(3, num_classes)
     share = list(range(processes.rank, len(dataset), processes.world_size))
     for numbers, images, labels in _batches(dataset, share, views.settings.batch_size):
-        images, labels = images.to(device).float() / 255, labels.to(device).long()
+        images, labels = unit_range(images.to(device)), labels.to(device).long()
         places, (height, width) = torch.tensor(numbers, device=device), labels.shape[-2:]
         for key, network in networks.items():
             network.eval()
@@ -179,7 +180,7 @@ def evaluate_together(
 
 
 def _batches(dataset: Samples, numbers: list[int], size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Neighbouring images of equal size, stacked: [b, 3, H, W] and [b, H, W], uint8."""
+    """Neighbouring images of equal size, stacked: [b, C, H, W] and [b, H, W], as they are stored."""
     group: list[tuple[int, Tensor, Tensor]] = []
     samples = ahead(dataset.__getitem__, numbers, READERS if len(numbers) >= MANY else 0)
     for number, (image, label) in zip(numbers, samples, strict=True):

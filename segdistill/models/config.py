@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from segdistill.config import config
+from segdistill.errors import UserError
+from segdistill.images import MOST_CHANNELS, RGB, ImageFormat
 
 MOST = 8192  # of any number that a decoder takes: channels, rates of dilation, shares
 
@@ -41,5 +43,37 @@ class ModelConfig:
     decoder: dict[str, Annotated[Any, AfterValidator(_is_decoder_value)]] = dataclasses.field(default_factory=dict)
     """Extra keywords of the decoder's class, such as decoder_channels."""
 
+    channels: Annotated[tuple[Annotated[int, Field(ge=0, lt=MOST_CHANNELS)], ...], Field(min_length=1)] | None = None
+    """Which of the images' channels the network sees, by index from 0, such as [0, 1, 2]; null: all of them."""
+
     aux: bool = False
     """Add an auxiliary FCN head on the third encoder stage, which gives ``aux_logits``."""
+
+
+@config
+class NetworkConfig(ModelConfig):
+    """A network that was built for images that are no photographs, as its file says it."""
+
+    images: ImageFormat = RGB
+    """What it is shown, of which it sees ``channels``."""
+
+
+def for_images(config: ModelConfig, images: ImageFormat) -> ModelConfig:
+    """The config with what the network is shown; of photographs it stays as it is.
+
+    Raises:
+        UserError: the images have no such channel.
+    """
+    if config.channels and max(config.channels) >= images.channels:
+        raise UserError(
+            f"model.channels: {max(config.channels)}, but the images have {images}; allowed: 0 to {images.channels - 1}"
+        )
+    if images == RGB:
+        return config
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
+    return NetworkConfig(**values, images=images)
+
+
+def images_of(config: ModelConfig) -> ImageFormat:
+    """What a network of this config is shown."""
+    return config.images if isinstance(config, NetworkConfig) else RGB

@@ -37,7 +37,7 @@ class ExportedSegmenter(nn.Module):
         """Float32 logits at the size of the images.
 
         Shape:
-            images: [B, 3, H, W], float RGB in 0..1. Returns [B, K, H, W].
+            images: [B, C, H, W], float in 0..1. Returns [B, K, H, W].
         """
         stride = self.segmenter.info.logits_stride
         return logits_at(self.segmenter.logits(images), images.shape[-2:], stride)
@@ -148,7 +148,7 @@ def count_parameters(segmenter: SegmentationNetwork) -> int:
 def count_macs(segmenter: SegmentationNetwork, size: tuple[int, int]) -> int:
     """Multiply-accumulates of serving one image of ``size`` (H, W); convolutions and matrix products are counted."""
     training = segmenter.training
-    image = torch.zeros(1, 3, *size, device=next(segmenter.parameters()).device)
+    image = torch.zeros(1, segmenter.images.channels, *size, device=next(segmenter.parameters()).device)
     # Attention by its plain products, since fused kernels are not counted on every device.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         ExportedSegmenter(segmenter).eval()(image)

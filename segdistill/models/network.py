@@ -16,11 +16,12 @@ from segmentation_models_pytorch.base.initialization import initialize_head
 from segmentation_models_pytorch.encoders import encoders as smp_encoders
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.conv2d_same import Conv2dSame
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segdistill.errors import UserError, nearest
-from segdistill.models.config import ModelConfig
+from segdistill.models.config import ModelConfig, images_of
 
 # What each decoder can be built at: DeepLab's are written for a dilated encoder, FPN adds stages that halve each time,
 # and DPT's stages all have the patch size for their stride.
@@ -103,10 +104,39 @@ def build_parts(config: ModelConfig, num_classes: int, *, pretrained: bool) -> P
         if pretrained:
             raise  # the same config has been built without weights before, so it is the download: see weights.py
         raise _misfit(config, encoder_name, error) from None
-    return _take_apart(network, config)
+    parts = _take_apart(network, config)
+    _adapt_input(parts.encoder, len(config.channels or range(images_of(config).channels)))
+    return parts
+
+
+def _adapt_input(encoder: nn.Module, channels: int) -> None:
+    """Gives an encoder of RGB images others, as timm does: weights are repeated and rescaled, or summed for one.
+
+    Here, and not by either library: so encoders of both, downloaded weights and those of a file go the same way.
+    """
+    if channels == 3:
+        return
+    for module in encoder.modules():  # several where a stem has branches; an encoder that needs more does not run
+        if isinstance(module, nn.Conv2d) and module.in_channels == 3:
+            module.weight = nn.Parameter(adapt_input_conv(channels, module.weight.detach()))
+            module.in_channels = channels
 
 
 def normalisation(config: ModelConfig, *, pretrained: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel that the network sees.
+
+    Of photographs those that the encoder was trained with; of other images those of the train split.
+    """
+    images = images_of(config)
+    if images.is_rgb:
+        mean, std = _of_encoder(config, pretrained=pretrained)
+    else:
+        mean, std = images.mean or (0.0,) * images.channels, images.std or (1.0,) * images.channels
+    seen = config.channels or range(images.channels)
+    return tuple(mean[channel] for channel in seen), tuple(std[channel] or 1.0 for channel in seen)
+
+
+def _of_encoder(config: ModelConfig, *, pretrained: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation [3] that the encoder was trained with, ImageNet's where nothing is recorded.
 
     timm's record comes with its code. That of the other library's own encoders (resnet18, mit_b0) lies beside their

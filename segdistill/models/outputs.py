@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from segdistill.errors import UserError
+from segdistill.images import RGB, ImageFormat
 
 Tap = Literal["stage1", "stage2", "stage3", "stage4", "last_feature"]
 """Where a method takes a feature: an encoder stage, shallow to deep, or what enters the classifier."""
@@ -63,6 +64,7 @@ class ModelInfo:
 class SegmentationNetwork(nn.Module):
     """Images in, :class:`Outputs` out: our own segmenter, or a teacher of another origin (:mod:`models.teachers`)."""
 
+    images: ImageFormat = RGB  # what it is shown
     config: Any  # a config class; what the same network is built from again
     info: ModelInfo
     aux_head: nn.Module | None  # its parameters are not served
@@ -71,7 +73,7 @@ class SegmentationNetwork(nn.Module):
         """One pass.
 
         Shape:
-            images: [B, 3, H, W], float RGB in 0..1.
+            images: [B, C, H, W], float in 0..1: the channels of ``images``, RGB if it is not said.
         """
         raise NotImplementedError
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import segdistill
 from segdistill.errors import UserError
 from segdistill.files import parse_json, require_regular
+from segdistill.images import of_contract
 from segdistill.models.outputs import SegmentationNetwork
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ FORMATS = ("onnx", "pt2")
 OPSET = 20  # of ONNX: onnxruntime knows it from 1.17 on
 DOCUMENT = "segdistill"  # the key in a file's metadata
 INPUT, OUTPUT = "images", "logits"
-EXAMPLE = (2, 3, 64, 96)  # two images, since a batch of one would fix the batch size
-CHECKED = ((1, 3, 96, 128), (2, 3, 97, 75), (3, 3, 60, 33))  # shapes at which a file is compared with torch
+EXAMPLE = (2, 64, 96)  # two images, since a batch of one would fix the batch size
+CHECKED = ((1, 96, 128), (2, 97, 75), (3, 60, 33))  # images and sizes at which a file is compared with torch
 TOLERANCE = 1e-3  # of the largest logit: other kernels add in another order
 _CONFIG = re.compile(r"(^|/)data/(weights|constants)/[^/]+_config\.json$")
 
@@ -54,7 +55,7 @@ class PortableNetwork(nn.Module):
         """Logits at the size of the images.
 
         Shape:
-            images: [B, 3, H, W], float RGB in 0..1. Returns [B, K, H, W].
+            images: [B, C, H, W], float in 0..1, as the contract says. Returns [B, K, H, W].
         """
         raise NotImplementedError
 
@@ -134,12 +135,14 @@ def contract(
         buffers = dict(segmenter.named_buffers(recurse=False))
         values = {key: buffers[key].flatten().tolist() for key in ("mean", "std") if key in buffers}
         normalisation = {"within the graph": True, **values}
+    images = of_contract(document) if segmenter is None else segmenter.images
     return {
         "name": document["name"],
         "classes": [{"name": entry["name"], "color": list(entry["color"])} for entry in document["classes"]],
         "input": {
-            "name": INPUT, "type": "float32", "shape": ["batch", 3, "height", "width"], "channels": "RGB",
-            "range": [0, 1], "size": "any; images are not resized", "normalisation": normalisation,
+            "name": INPUT, "type": "float32", "shape": ["batch", images.channels, "height", "width"],
+            "channels": "RGB" if images.is_rgb else "those of the data set, in the order of its files",
+            "bits": images.bits, "range": [0, 1], "size": "any; images are not resized", "normalisation": normalisation,
         },
         "output": {
             "name": OUTPUT, "type": "float32", "shape": ["batch", len(document["classes"]), "height", "width"],
@@ -152,17 +155,17 @@ def contract(
     }  # fmt: skip
 
 
-def to_program(network: nn.Module) -> "ExportedProgram":
-    """The graph of what maps images to logits, for any batch and image size.
+def to_program(network: nn.Module, channels: int = 3) -> "ExportedProgram":
+    """The graph of what maps images of so many channels to logits, for any batch and image size.
 
     Raises:
         UserError: torch cannot make it, which happens to networks of other libraries.
     """
-    dynamic = torch.export.Dim.DYNAMIC
+    dynamic, example = torch.export.Dim.DYNAMIC, torch.rand(EXAMPLE[0], channels, *EXAMPLE[1:])
     try:
         with torch.no_grad():
             return torch.export.export(
-                network.eval(), (torch.rand(EXAMPLE),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
+                network.eval(), (example,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
             )
     except Exception as error:  # whatever the code of a network, and torch's own, may raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -189,7 +192,7 @@ def save_checked(
     save = save_onnx if path.suffix == ".onnx" else save_program
     save(program, path, document)
     network, _ = load_portable(path, torch.device("cpu"))
-    return check_same(expected, network, path.name), network
+    return check_same(expected, network, path.name, of_contract(document).channels), network
 
 
 def save_program(program: "ExportedProgram", path: Path, document: Mapping[str, Any]) -> None:
@@ -277,7 +280,7 @@ def quantize(source: Path, path: Path, batches: Iterable[Any], document: Mapping
     Args:
         source: the float32 file.
         path: the file to write.
-        batches: float32 arrays [B, 3, H, W] of RGB in 0..1, of training images.
+        batches: float32 arrays [B, C, H, W] in 0..1, of training images.
         document: its contract.
     """
     onnx = import_export("onnx")
@@ -332,21 +335,23 @@ def require_contract(document: Any, where: object) -> dict[str, Any]:
     try:
         classes = [{"name": str(entry["name"]), "color": [int(x) for x in entry["color"]]}
                    for entry in document["classes"]]  # fmt: skip
+        of_contract(document)
         if all(len(entry["color"]) == 3 for entry in classes):  # type: ignore[arg-type]
             return {**document, "classes": classes}
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, IndexError, AttributeError):
         pass
     raise UserError(f"{where}: no classes with names and colours in its metadata; was it written by segdistill export?")
 
 
-def check_same(expected: nn.Module, network: PortableNetwork, where: object) -> float:
+def check_same(expected: nn.Module, network: PortableNetwork, where: object, channels: int = 3) -> float:
     """The largest difference of two networks' logits, as a share of the largest logit, at several sizes.
 
     Raises:
         UserError: it is more than rounding.
     """
     generator, largest = torch.Generator().manual_seed(0), 0.0
-    for shape in CHECKED:
+    for number, *size in CHECKED:
+        shape = (number, channels, *size)
         images = torch.rand(shape, generator=generator)
         with torch.no_grad():
             wanted, given = expected(images), network.logits(images)
@@ -360,9 +365,9 @@ def check_same(expected: nn.Module, network: PortableNetwork, where: object) -> 
 
 
 @torch.inference_mode()
-def latency(network: Any, size: tuple[int, int], repeats: int = 30) -> float:
+def latency(network: Any, size: tuple[int, int], repeats: int = 30, channels: int = 3) -> float:
     """Median seconds of one image's forward pass, when warm, of whatever has ``logits``."""
-    image, times = torch.rand((1, 3, *size)), []
+    image, times = torch.rand((1, channels, *size)), []
     for _ in range(repeats + 3):  # the first ones only warm up
         started = time.perf_counter()
         network.logits(image)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from segdistill.errors import UserError
 from segdistill.geometry import crop, enlarge, resize
 from segdistill.models.batch_norm import allow_single_values
-from segdistill.models.config import ModelConfig
+from segdistill.models.config import ModelConfig, images_of
 from segdistill.models.network import build_parts, is_transformer, normalisation, resolve_encoder
 from segdistill.models.operators import first_stage_operators
 from segdistill.models.outputs import ModelInfo, Outputs, SegmentationNetwork
@@ -33,6 +33,7 @@ class Segmenter(SegmentationNetwork):
 
     mean: Tensor
     std: Tensor
+    seen: Tensor | None
 
     def __init__(self, config: ModelConfig, num_classes: int, *, pretrained: bool = False) -> None:
         super().__init__()
@@ -40,8 +41,11 @@ class Segmenter(SegmentationNetwork):
         parts = build_parts(config, num_classes, pretrained=pretrained)
         self.encoder, self.decoder, self.neck, self.classifier = parts
         mean, std = normalisation(config, pretrained=pretrained)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        self.images = images_of(config)
+        # On the device of the network, so that no index is sent there at each step.
+        self.register_buffer("seen", torch.tensor(config.channels) if config.channels else None, persistent=False)
         self.info = self._measure(num_classes)
         self.aux_head = _fcn_head(self.info.feature_channels[2], num_classes) if config.aux else None
         allow_single_values(self)
@@ -50,7 +54,7 @@ class Segmenter(SegmentationNetwork):
         """One pass.
 
         Shape:
-            images: [B, 3, H, W], float RGB in 0..1.
+            images: [B, C, H, W], float in 0..1: all channels of the data set's images, such as RGB.
         """
         height, width = images.shape[-2:]
         stages, decoded = self._run(self._prepare(images))
@@ -88,6 +92,10 @@ class Segmenter(SegmentationNetwork):
         return (parameter for parameter in self.parameters() if id(parameter) not in encoder)
 
     def _prepare(self, images: Tensor) -> Tensor:
+        if images.shape[1] != self.images.channels:
+            raise UserError(f"images of {images.shape[1]} channels, but the network is made for {self.images}")
+        if self.seen is not None:
+            images = images.index_select(1, self.seen)
         return pad((images - self.mean) / self.std)
 
     def _run(self, images: Tensor) -> tuple[Sequence[Tensor], Tensor]:
@@ -102,7 +110,7 @@ class Segmenter(SegmentationNetwork):
         self.eval()
         try:
             with torch.no_grad():
-                stages, last = self._run(torch.zeros(1, 3, _PROBE, _PROBE))
+                stages, last = self._run(torch.zeros(1, self.mean.shape[1], _PROBE, _PROBE))
         except (RuntimeError, ValueError, AssertionError, IndexError) as error:
             raise UserError(
                 f"model: architecture '{self.config.architecture}' over encoder '{self.config.encoder}'"

@@ -32,7 +32,7 @@ class Teacher(nn.Module):
         """One pass without gradient. Not in inference mode: a loss may save these tensors for its backward pass.
 
         Shape:
-            images: [B, 3, H, W], float RGB in 0..1.
+            images: [B, C, H, W], float in 0..1.
         """
         with torch.no_grad():
             return self.segmenter(images)  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from segdistill.errors import UserError
@@ -131,11 +132,17 @@ def load_encoder_file(encoder: nn.Module, name: str, path: Path) -> None:
             continue
         if flat[key] not in given:
             raise UserError(f"{path}: key '{key}' of encoder '{title}' is missing: wrong weights")
-        loaded[key] = given[flat[key]][1]
+        loaded[key] = _adapted(given[flat[key]][1], tensor)
         read, needed = tuple(loaded[key].shape), tuple(tensor.shape)
         if read != needed:
             raise UserError(f"{path}: key '{key}' has shape {read}, encoder '{title}' needs {needed}: wrong weights")
     nn.Module.load_state_dict(module, loaded, strict=True)
+
+
+def _adapted(weight: Tensor, place: Tensor) -> Tensor:
+    """The weights of a convolution of RGB images for as many channels as there are, as timm changes them."""
+    is_rgb = weight.ndim == place.ndim == 4 and weight.shape[1] == 3 != place.shape[1]
+    return adapt_input_conv(place.shape[1], weight) if is_rgb else weight
 
 
 def _whole_model(name: str) -> set[str]:

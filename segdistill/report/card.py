@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from segdistill.images import of_contract
 from segdistill.report import text
 from segdistill.report.results import Comparison, Row, SeedResult
 
@@ -40,11 +41,12 @@ def model_card(
     """
     protocol, teacher = results.protocol, results.teacher
     classes = [entry["name"] for entry in contract["classes"]]
+    images = of_contract(contract)
     twin = next((other for other in results.rows if other.experiment == row.reference and not other.distilled), None)
     lines = [f"# {name}: '{row.student}' of {row.experiment}, seed {seed.seed}", "", method(row), ""]
     lines += [
         "| | |", "|---|---|",
-        "| task | semantic segmentation: a class for each pixel of an RGB image |",
+        f"| task | semantic segmentation: a class for each pixel of an image with {images} |",
         f"| classes | {', '.join(classes)} |",
         f"| network | {model['architecture']} over {model['encoder']}, encoder weights: {model['encoder_weights']} |",
         f"| data | content {protocol.data_content[:16]}" + (f", version {data_md5}" if data_md5 else "")
@@ -74,7 +76,8 @@ def model_card(
     lines += [
         "", "## How to load it", "",
         f"    segdistill predict models:/{name}@champion photos/ --out masks", "",
-        "It takes float32 RGB in 0..1, [batch, 3, height, width] of any size; the normalisation is within.",
+        f"It takes float32 {'RGB' if images.is_rgb else 'channels'} in 0..1,"
+        f" [batch, {images.channels}, height, width] of any size; the normalisation is within.",
         *(f"* `{path}`: {what}" for path, what in files.items()),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ from segdistill.data.shards import ShardDataset
 from segdistill.errors import UserError
 from segdistill.files import read_sealed
 from segdistill.report.inputs import EVALUATE, Measured
-from segdistill.report.pictures import evenly_spread
+from segdistill.report.pictures import evenly_spread, visible
 from segdistill.report.text import percent
 
 IGNORED = 255
@@ -86,7 +86,7 @@ def read(
 
 def scene(
     sample: str,
-    image: NDArray[np.uint8],
+    image: np.ndarray,
     truth: NDArray[np.uint8],
     predictions: Iterable[tuple[Measured, NDArray[np.uint8], str]],
     colors: Sequence[tuple[int, int, int]],
@@ -107,7 +107,7 @@ def scene(
                 score=score,
             )
         )
-    photograph = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
+    photograph = Image.fromarray(visible(image)).resize(size, Image.Resampling.LANCZOS)
     return Scene(sample, size, _data_uri(photograph, "JPEG", quality=85), tuple(tiles))
 
 

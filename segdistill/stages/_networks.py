@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segdistill.errors import UserError
-from segdistill.models.config import ModelConfig
+from segdistill.images import ImageFormat
+from segdistill.models.config import ModelConfig, for_images
 from segdistill.plan import ExperimentConfig, TeacherConfig, parse_methods
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ def outline(config: ModelConfig) -> "Segmenter":
 
     from segdistill.models.segmenter import Segmenter
 
+    if config.channels:  # of a data set that is not looked at here
+        config = for_images(config, ImageFormat(channels=max(3, *(channel + 1 for channel in config.channels))))
     with contextlib.suppress(UserError), torch.device("meta"):
         return Segmenter(config, CLASSES)
     with torch.random.fork_rng(devices=[]):

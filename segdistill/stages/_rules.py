@@ -59,6 +59,8 @@ def rules(config: "Config", mask_kinds: Sequence[str]) -> list[Rule]:
     return [
         Rule("Every image can be read", "files", NULL, {"column": "image_problem"}, "image",
              itemgetter("image_problem")),
+        Rule("Every image has the channels and bits of the others", "files", NULL,
+             {"column": "pixels_problem"}, "image", itemgetter("pixels_problem")),
         Rule("Every image has a mask that can be read", "files", NULL, {"column": "mask_problem"}, "mask",
              lambda row: row["mask_problem"] + _of_image(row)),
         Rule("Every mask holds class indices", "files", IN_SET,
@@ -142,18 +144,29 @@ def _files(facts: Sequence[FileFacts], layout: Layout) -> list[Row]:
         if fact.image_sha256:
             same[fact.image_sha256].append(fact)
     rows, repeated = [], {layout.tested_on, "test"}
+    usual = usual_pixels(facts)
     for fact in facts:
         equal = same[fact.image_sha256] if fact.image_sha256 else [fact]
         others = [other.image for other in equal if other.split != fact.split and {other.split, fact.split} != repeated]
         unknown = fact.unknown_labels
         row = vars(fact) | {"image_size": _size(fact.image_size), "mask_size": _size(fact.mask_size)}
         row["size_problem"] = _size_problem(fact)
+        row["pixels_problem"] = (
+            f"{fact.image_pixels}, but most images have {usual}: all of a data set must have the same"
+            if fact.image_pixels not in (None, usual) else None
+        )  # fmt: skip
         row["unknown_pixels"] = None if unknown is None else sum(unknown.values())
         row["label_problem"] = outside_class_list(unknown, layout.legend) if unknown else None
         row["same_as"] = others[0] if others else None
         row["copies"] = Counter(other.split for other in equal)[fact.split]
         rows.append(row)
     return rows
+
+
+def usual_pixels(facts: Sequence[FileFacts]) -> str | None:
+    """Channels and bits of most images, of the first of them where two are as frequent; None if none can be read."""
+    counts = Counter(fact.image_pixels for fact in facts if fact.image_pixels)
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def _split(split: str, facts: Sequence[FileFacts], layout: Layout, config: "Config") -> Row:

@@ -317,7 +317,8 @@ def _training(member: Member, common: Common, trackers: Mapping[str, Tracker]) -
     students = planned.settings.students
     learner = build_learner(
         {name: student.model for name, student in students.items()}, member.methods, seed=planned.seed,
-        num_classes=common.info.num_classes, teacher=frozen.info if frozen and member.needs_teacher else None,
+        num_classes=common.info.num_classes, images=common.info.images,
+        teacher=frozen.info if frozen and member.needs_teacher else None,
         supervised=planned.settings.supervised, auxiliary=planned.settings.auxiliary,
         pseudo_labels=planned.settings.pseudo_labels, loss=member.protocol.train.loss,
         class_weights=common.class_weights,

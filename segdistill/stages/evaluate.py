@@ -321,7 +321,7 @@ def _pass_seconds(
     """Seconds of each of some forward passes of one image, when warm."""
     import torch
 
-    image = torch.rand((1, 3, *size), device=processes.device)
+    image = torch.rand((1, network.images.channels, *size), device=processes.device)
     wait = torch.cuda.synchronize if processes.device.type == "cuda" else lambda: None
     times = []
     with torch.inference_mode():

@@ -151,7 +151,7 @@ def run(
 
     inference = inference_of(best.folder)
     network = ExportedSegmenter(segmenter).eval()
-    program = to_program(network)
+    program = to_program(network, segmenter.images.channels)
     document_of_files = contract(document, segmenter, inference)
     row, scores_of_seed = card.find(results, best.experiment, best.student, best.seed)
     beside = overlays(segmenter, prepared, parse(InferenceConfig, inference, "inference"))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from segdistill.config import flatten, to_dict
 from segdistill.engine.tracker import Tracker
+from segdistill.errors import UserError
 from segdistill.identity import Identity, effective
 from segdistill.plan import TEACHER, TeacherConfig, TeacherPlan, read_plan
 from segdistill.report.highlights import Highlights, trained
@@ -72,7 +73,8 @@ def _train(
     info, train_set, val_set = dataset(prepared, Memory(config.train.cache_gib))
     work = work or teacher.with_name(teacher.name + ".work")
     learner = build_learner(
-        {TEACHER: config.model}, seed=config.seed, num_classes=info.num_classes, loss=config.train.loss,
+        {TEACHER: config.model}, seed=config.seed, num_classes=info.num_classes, images=info.images,
+        loss=config.train.loss,
         class_weights=class_weights(config.train.loss, prepared, "train_teacher.train.loss"),
     )  # fmt: skip
     training = Training(
@@ -120,6 +122,11 @@ def _import(config: TeacherConfig, prepared: Path, teacher: Path, tracker: Track
         return {}
     with join(device) as processes:
         network = open_teacher(config.folders, [item.name for item in info.classes], config.labels)
+        if (network.images.channels, network.images.bits) != (info.images.channels, info.images.bits):
+            raise UserError(
+                f"train_teacher.import_from: a network for images with {network.images}, but those of the data set have"
+                f" {info.images}"
+            )
         network.to(processes.device)
         views = Views(config.inference)
         evaluation = evaluate(network, val_set, views, num_classes=info.num_classes, processes=processes)

@@ -98,6 +98,7 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
             for rule, verdict in judged
         ]
         summary["values"] = _rules.values(layout, facts)
+        summary["images"] = _rules.usual_pixels(facts)
         (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         (partial / "summary.md").write_text(_markdown(summary, data), encoding="utf-8")
         html = page(summary, data.name, layout.legend.colors, _examples(layout), most=MOST_SENTENCES)
@@ -115,24 +116,26 @@ def run(config: Config, *, data: Path, report: Path, tracker: Tracker) -> None:
     images = ", ".join(f"{split} {count}" for split, count in summary["samples"].items())
     told = f"{counts['warnings']} warnings" if counts["warnings"] else "no warning"
     logger.info(
-        "%s is sound: %d images (%s), %d classes; %d checks passed, %s; see %s",
-        data, len(samples), images, len(summary["classes"]), sum(verdict.success for verdict in verdicts), told,
-        report / "summary.html",
+        "%s is sound: %d images (%s) with %s, %d classes; %d checks passed, %s; see %s",
+        data, len(samples), images, summary["images"], len(summary["classes"]),
+        sum(verdict.success for verdict in verdicts), told, report / "summary.html",
     )  # fmt: skip
 
 
 def _examples(layout: "Layout") -> "Iterator[Example]":
     """Some evenly spread training images with their classes, of those that can be read."""
+    from PIL import Image
+
     from segdistill.data.checks import load_sample
     from segdistill.data.decoding import BadFile
-    from segdistill.report.pictures import evenly_spread
+    from segdistill.report.pictures import evenly_spread, visible
     from segdistill.report.validation import example
 
     samples = [sample for sample in layout.samples("train") if sample.mask]
     for index in evenly_spread(len(samples), EXAMPLES) if samples else ():
         with contextlib.suppress(BadFile, OSError, UserError):  # a finding says so
-            _, image, labels = load_sample(samples[index], layout.legend)
-            yield example(samples[index].id, image, labels, layout.legend.colors)
+            _, pixels, labels = load_sample(samples[index], layout.legend)
+            yield example(samples[index].id, Image.fromarray(visible(pixels)), labels, layout.legend.colors)
 
 
 def _finding(rule: Any, verdict: Any, tables: "Tables", data: Path) -> dict[str, Any]:
@@ -172,6 +175,7 @@ def _verdict_sentence(failures: Sequence[dict[str, Any]], report: Path) -> str:
 def _markdown(summary: dict[str, Any], data: Path) -> str:
     outcome = "passed" if summary["success"] else "FAILED"
     lines = [f"# Validation of {data}: {outcome}", ""]
+    lines += [f"Images: {summary['images'] or 'none that can be read'}.", ""]
     lines += ["| split | samples | ignored pixels |", "| --- | ---: | ---: |"]
     for split, count in summary["samples"].items():
         ignored = summary["ignore_fraction"][split]

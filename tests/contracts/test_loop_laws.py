@@ -44,13 +44,18 @@ def finished(process: Any) -> int:
     return process.exitcode  # type: ignore[no-any-return]
 
 
-def two(*arguments: Any) -> list[Any]:
-    """Two gloo processes, in the environment that torchrun would set."""
+def ranks() -> list[dict[str, str]]:
+    """The environments that torchrun would set for two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [start(*arguments, environment=shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    return [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+
+
+def two(*arguments: Any) -> list[Any]:
+    """Two gloo processes."""
+    return [start(*arguments, environment=environment) for environment in ranks()]
 
 
 def result(path: Path) -> dict[str, Any]:
@@ -120,6 +125,19 @@ def test_a_mean_over_labelled_pixels_that_a_method_takes_is_one_of_the_piece(tmp
     _, whole = trained(tmp_path / "a", method="kd", settings=MASKED, void=0.95)
     _, pieces = trained(tmp_path / "b", method="kd", settings=MASKED, void=0.95, accumulate=4)
     assert max((pieces[name] - value).abs().max() for name, value in whole.items()) > 1e-4
+
+
+def test_two_processes_count_each_image_once_where_their_number_is_odd(tmp_path: Path) -> None:
+    pair = [CLEAN.Process(target=tiny.evaluated, args=(str(tmp_path), 7, environment)) for environment in ranks()]
+    for process in pair:
+        process.start()
+    assert [finished(process) for process in pair] == [0, 0]
+    tiny.evaluated(str(tmp_path / "alone"), 7, {})
+    whole = result(tmp_path / "alone/0")
+    assert int(whole["confusion"].sum()) == 7 * tiny.SIZE[0] * tiny.SIZE[1]
+    for rank in (0, 1):
+        for name, counts in result(tmp_path / str(rank)).items():
+            assert torch.equal(counts, whole[name]), (rank, name)
 
 
 @pytest.mark.parametrize(

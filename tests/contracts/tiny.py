@@ -19,6 +19,8 @@ from segdistill.config import parse
 from segdistill.engine import checkpoint
 from segdistill.engine.cohort import Cohort
 from segdistill.engine.distributed import Processes, processes
+from segdistill.engine.evaluate import evaluate
+from segdistill.engine.inference import Views
 from segdistill.engine.learner import Learner
 from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
 from segdistill.engine.supervision import Supervision
@@ -255,6 +257,18 @@ def main(work: str, out: str, *options: str) -> int:
                 state = {"weights": weights(member), "curves": member.progress.curves}
                 checkpoint.save(Path(out) if not number else Path(f"{out}-{member.training.name}"), state)
     return 0
+
+
+def evaluated(out: str, samples: int, environment: dict[str, str]) -> None:
+    """What one process of as many as the environment says has counted, in ``out/<rank>``."""
+    os.environ.update(environment)
+    torch.manual_seed(0)
+    with processes("cpu") as here:
+        counted = evaluate(
+            TinySegmenter(), Blobs(samples), Views(INFERENCE), num_classes=CLASSES, processes=here  # type: ignore[arg-type]
+        )  # fmt: skip
+        counts = {"confusion": torch.from_numpy(counted.confusion), "counts": torch.from_numpy(counted.counts)}
+        checkpoint.save(Path(out) / str(here.rank), counts)
 
 
 def child(arguments: list[str], environment: dict[str, str]) -> None:

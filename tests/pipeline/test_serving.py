@@ -10,15 +10,18 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from model_server import model_server
 from PIL import Image
 from torch import Tensor, nn
 
-from segdistill.adapters.mlflow_artifact import CODE, IMAGE_MODEL, ONNX, SealedModel, check_files
+from segdistill.adapters.image_model import BadRequest, ImageModel
+from segdistill.adapters.mlflow_artifact import CODE, DECODING, IMAGE_MODEL, ONNX, SealedModel, check_files
 from segdistill.adapters.mlflow_registry import Submission, register
 from segdistill.adapters.mlflow_store import default_store
 from segdistill.adapters.mlflow_tracking import open_run
@@ -160,3 +163,28 @@ def test_mlflow_serves_the_champion_and_the_documented_commands_get_its_mask(
                 urllib.request.urlopen(request)
             assert error.value.code == 400
             assert json.loads(error.value.read())["message"] == sentence
+
+
+def test_a_server_of_other_channels_takes_arrays_and_refuses_photographs_in_one_sentence(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Conv2d(5, 3, 3, padding=1).eval()
+    document = {"classes": CLASSES, "inference": WHOLE, "input": {"shape": ["batch", 5, "height", "width"], "bits": 16}}
+    portable.save_checked(portable.to_program(network, 5), network, tmp_path / "model.onnx", document)
+    served = ImageModel()
+    served.load_context(
+        SimpleNamespace(artifacts={"network": str(tmp_path / "model.onnx"), "decoding": CODE[DECODING]})
+    )
+    pixels = np.random.default_rng(0).integers(0, 65536, (20, 30, 5)).astype(np.uint16)
+    stream = io.BytesIO()
+    np.save(stream, pixels)
+    (answer,) = served.predict(None, pd.DataFrame({"image": [base64.b64encode(stream.getvalue()).decode()]}))
+    with torch.no_grad():
+        logits = network(torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None] / 65535)
+    mask = np.array(Image.open(io.BytesIO(base64.b64decode(answer["mask"]))))
+    np.testing.assert_array_equal(mask, logits[0].argmax(0).numpy())
+    with pytest.raises(BadRequest) as caught:
+        served.predict(None, pd.DataFrame({"image": [photograph(20, 30)]}))
+    assert caught.value.sentence == (
+        "image 0: 3 channels of 8 bits, but the network is made for images with 5 channels of 16 bits; send those as"
+        " .npy"
+    )

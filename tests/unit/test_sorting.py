@@ -215,7 +215,7 @@ def test_an_image_is_read_as_its_orientation_turns_it_and_sizes_may_differ(tmp_p
     [
         (lambda s: save(s / "images/0.png", PIXELS), "two files for the sample '0'; rename one of them"),
         (lambda s: save(s / "masks/9.png", LABELS), "no image for the masks masks/9.png; a mask has its image's name"),
-        (lambda s: (s / "images/x.tif").write_bytes(b"II"), "'.tif' is not read; save photos as JPEG or PNG"),
+        (lambda s: (s / "images/x.webp").write_bytes(b"II"), "'.webp' is not read; save photos as JPEG or PNG"),
         (lambda s: [p.unlink() for p in (s / "masks").iterdir()], "no image with a mask; expected images/NAME.jpg"),
         (lambda s: save(s / "masks/0.png", LABELS + 7), "masks store 7-9, which is no class (0 sky, 1 road, 2 car)"),
         (lambda s: (s / "images/0.jpg").write_bytes(b"junk"), "images/0.jpg: not a JPEG or PNG file"),

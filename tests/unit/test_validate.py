@@ -328,5 +328,6 @@ def test_a_sound_data_set_is_told_with_its_numbers(
     counts, images = summary["samples"], sum(summary["samples"].values())
     splits = ", ".join(f"{split} {count}" for split, count in counts.items())
     said = caplog.messages[-1]
-    assert said.startswith(f"{data} is sound: {images} images ({splits}), {len(summary['classes'])} classes; ")
+    pixels = "with 3 channels of 8 bits"
+    assert said.startswith(f"{data} is sound: {images} images ({splits}) {pixels}, {len(summary['classes'])} classes; ")
     assert "checks passed" in said and said.endswith(f"see {tmp_path / 'report/summary.html'}")

@@ -44,9 +44,9 @@ class ClassList:
 
 
 class Folder(Layout):
-    """``images/<split>/<id>.jpg|png`` beside ``masks/<split>/<id>.png``; ``classes.json`` says what a pixel means.
+    """``images/<split>/<id>.jpg|png|tif|npy``, ``masks/<split>/<id>.png`` and ``classes.json``: what a pixel means.
 
-    ``images/unlabelled/<id>.jpg|png``, which may be absent, has no masks.
+    ``images/unlabelled/<id>.*``, which may be absent, has no masks.
     """
 
     name = "folder"

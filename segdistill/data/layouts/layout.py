@@ -19,7 +19,7 @@ UNLABELLED = 254  # as segdistill.losses.UNLABELLED: every pixel of an image wit
 UNKNOWN = 254  # in a legend: the layout gives this raw value no meaning; no label map that is written has it
 SPLITS = ("train", "val", "test")
 WITHOUT_MASKS = "unlabelled"  # the split of images for which nobody drew a mask; a data set need not have it
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # in small or capital letters
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".npy")  # in small or capital letters
 SHOWN = 3  # files named in one sentence
 
 

@@ -28,6 +28,7 @@ class Ensemble(SegmentationNetwork):
     def __init__(self, members: Sequence[SegmentationNetwork]) -> None:
         super().__init__()
         self.members, self.aux_head = nn.ModuleList(members), None
+        self.images = members[0].images
         self.config = EnsembleConfig(members=[to_dict(member.config) for member in members])
         self.info = mean_info([member.info for member in members])
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from segdistill.config import parse
-from segdistill.models.config import ModelConfig
+from segdistill.models.config import ModelConfig, NetworkConfig
 from segdistill.models.export import load_model, read_document
 from segdistill.models.outputs import ModelInfo, SegmentationNetwork
 from segdistill.models.segmenter import build_segmenter
@@ -36,7 +36,7 @@ def read(folder: Path, classes: Sequence[str], labels: Mapping[str, str]) -> Seg
 
 def build(description: dict[str, Any], num_classes: int, where: str) -> SegmentationNetwork:
     """Our own segmenter."""
-    config = parse(ModelConfig, description, where)
+    config = parse(NetworkConfig if "images" in description else ModelConfig, description, where)
     with torch.random.fork_rng(devices=[]):  # a loaded teacher must not change the student's initialisation
         segmenter = build_segmenter(dataclasses.replace(config, encoder_weights="none"), num_classes)
     segmenter.config = config  # what the weights began from stays known
