@@ -18,7 +18,7 @@ RUN --mount=type=bind,source=requirements.lock,target=/tmp/requirements.lock --m
     && python3 -m venv --without-pip /opt/segdistill \
     && /tmp/uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/segdistill/bin/python \
        --constraints /tmp/requirements.lock \
-       boto3 configobj great-expectations jinja2 kfp mlflow numpy pandas pillow pyarrow pydantic pyyaml rich scipy \
+       boto3 configobj great-expectations jinja2 kfp mlflow numpy pandas pillow pyarrow pydantic pyyaml rich scipy tifffile \
     && rm -rf /tmp/uv*
 
 FROM libraries AS package

@@ -57,7 +57,7 @@ def run_parts(tasks: Sequence[Callable[[], T]], processes: Processes, bar: Train
     after it. With one thread, on a GPU and under torchrun tasks run here. SIGTERM is passed on to the processes, and
     what one raises is raised here when all have ended. What they log, and the bar that they move, is shown by this one.
     """
-    if not _may_fork(processes):
+    if not (tasks and _may_fork(processes)):
         return [task() for task in tasks]
     context, threads = multiprocessing.get_context("fork"), max(1, torch.get_num_threads() // len(tasks))
     children: list[tuple[BaseProcess, Connection]] = []

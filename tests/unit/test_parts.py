@@ -58,6 +58,11 @@ def test_one_part_has_a_process_too_so_that_others_can_follow_it() -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
+def test_nothing_to_do_is_done_at_once() -> None:
+    assert run_parts([], ALONE) == []
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_a_mistake_in_one_part_is_raised_when_the_others_have_ended(tmp_path: Path) -> None:
     def mistake() -> None:
         raise UserError("a mistake")
