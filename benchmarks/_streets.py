@@ -22,7 +22,9 @@ NOISE = 2.0  # of a sensor, standard deviation: makes a PNG of 2048x1024 as larg
 def make_files(folder: Path, size: Sequence[int], samples: int, workers: int = 0) -> Path:
     """A data set in the layout "folder" of so many training samples of a height and width."""
     height, width = size
-    jobs = [(split, number) for split, count in (("train", samples), ("val", 1), ("test", 1)) for number in range(count)]
+    jobs = [
+        (split, number) for split, count in (("train", samples), ("val", 1), ("test", 1)) for number in range(count)
+    ]
     for _ in ordered_map(functools.partial(_write, folder, (width, height)), jobs, workers=workers):
         pass
     classes = [{"name": entry[0], "color": list(entry[1])} for entry in streets.CLASSES]

@@ -71,7 +71,6 @@ class Files:
         with Image.open(sample.image) as image, Image.open(sample.mask) as mask:
             return np.asarray(image.convert("RGB")), self.label_map[np.asarray(mask)]
 
-
     def size(self, index: int) -> tuple[int, int]:
         with Image.open(self.samples[index].image) as image:
             return image.height, image.width

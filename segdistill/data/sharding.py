@@ -116,14 +116,13 @@ def write_shards(
         for path in (folder / name).iterdir():
             if path.name not in done:
                 path.unlink()
-    todo = [shard for shard in shards if shard.name not in done]
+    missing = [shard for shard in shards if shard.name not in done]
     for shard in shards:
         if shard.name in done:
             yield shard, done[shard.name], 0
     task = functools.partial(_write, folder=folder, root=layout.root, legend=layout.legend, storage=storage)
-    for shard, (rows, peak) in zip(todo, ordered_map(task, todo, workers=workers), strict=True):
-        text = json.dumps(rows)
-        write_file(folder / KEYS / shard.name, f"{_digest(keys[shard.name], text)}\n{text}".encode())
+    jobs = [(shard, keys[shard.name]) for shard in missing]
+    for shard, (rows, peak) in zip(missing, ordered_map(task, jobs, workers=workers), strict=True):
         yield shard, rows, peak
 
 
@@ -132,8 +131,13 @@ def peak_memory() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _write(shard: Shard, **settings: Any) -> tuple[list[Row], int]:
-    return write_shard(shard, **settings), peak_memory()
+def _write(job: tuple[Shard, str], *, folder: Path, **settings: Any) -> tuple[list[Row], int]:
+    """Writes a shard, and, once it is whole, of what it was made: by then it is done, whatever becomes of the others."""
+    shard, key = job
+    rows = write_shard(shard, folder=folder, **settings)
+    text = json.dumps(rows)
+    write_file(folder / KEYS / shard.name, f"{_digest(key, text)}\n{text}".encode())
+    return rows, peak_memory()
 
 
 def write_shard(shard: Shard, *, folder: Path, root: Path, legend: Legend, storage: Storage) -> list[Row]:
