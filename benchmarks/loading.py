@@ -241,8 +241,7 @@ def rate(side: Side, workers: int, given: argparse.Namespace) -> float:
     for _ in range(2 * workers + 1):
         next(batches)
     count = -(-given.reads // given.batch)
-    passed = seconds(lambda: [next(batches) for _ in range(count)], torch.device(given.device))
-    del batches  # which ends the workers
+    passed = seconds(lambda: list(islice(batches, count)), torch.device(given.device))
     return count * given.batch / passed
 
 
@@ -266,7 +265,8 @@ def forms(given: argparse.Namespace, config: AugmentationConfig, folder: Path) -
     steps["augment: scale, flip and colour the window"] = (lambda: augment(windows, CPU), len(windows))
     costs = [[core_seconds(action) / count for action, count in steps.values()] for _ in range(given.rounds)]
     medians = [1000 * statistics.median(column) for column in zip(*costs, strict=True)]
-    print(markdown(["step", "ms of a core, a sample"], [[name, f"{cost:.1f}"] for name, cost in zip(steps, medians)]))
+    costed = [[name, f"{cost:.1f}"] for name, cost in zip(steps, medians, strict=True)]
+    print(markdown(["step", "ms of a core, a sample"], costed))
     headers = ["data", "MiB a sample", *(f"{count} workers, samples/s (ratio)" for count in given.worker_counts)]
     rows = [[way.name, f"{way.size / given.samples / 2**20:.2f}"] for way in ways]
     for workers in given.worker_counts:
@@ -357,7 +357,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         if given.forms:
-            return forms(given, config, Path(folder))
+            forms(given, config, Path(folder))
+            return
         print(markdown(["step", "ms of a core", "samples/s of a core", "ratio to before"], costs(given, config)))
         torch.set_num_threads(threads)
         rows = [end_to_end(given, config, name) for name in given.experiments]

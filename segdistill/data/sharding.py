@@ -132,7 +132,7 @@ def peak_memory() -> int:
 
 
 def _write(job: tuple[Shard, str], *, folder: Path, **settings: Any) -> tuple[list[Row], int]:
-    """Writes a shard, and, once it is whole, of what it was made: by then it is done, whatever becomes of the others."""
+    """Writes a shard, and, once it is whole, of what it was made: it is done, whatever becomes of the others."""
     shard, key = job
     rows = write_shard(shard, folder=folder, **settings)
     text = json.dumps(rows)

@@ -35,8 +35,8 @@ class Config:
     are stored decoded: of a size that one request to S3 is worth."""
 
     images: Literal["original", "jpeg", "decoded"] = "original"
-    """How images are stored. original: the bytes as they are; all of an image is decoded for each crop. jpeg: what is no
-    JPEG becomes one, which is smaller and decoded sooner, but has other pixels: brightness is rounded in squares of
+    """How images are stored. original: the bytes as they are; each crop decodes a whole image. jpeg: what is no JPEG
+    becomes one, which is smaller and decoded sooner, but has other pixels: brightness is rounded in squares of
     8x8 pixels, and colour, at half the resolution, too. decoded: pixels and labels uncompressed, 4 bytes a pixel of
     RGB, so that a crop reads its rows alone. Labels are never changed."""
 
