@@ -474,6 +474,23 @@ def test_decoded_shards_give_the_same_pixels_whole_and_by_rows(tmp_path: Path, s
     assert np.array_equal(*(read_class_pixels(dataset.prepared, "train") for dataset in (original, decoded)))
 
 
+def test_training_sees_the_same_crops_of_decoded_shards(tmp_path: Path) -> None:
+    import torch
+
+    from segdistill.data.loader import Share, training_batches
+    from segdistill.data.settings import AugmentationConfig
+
+    source = make_folder(tmp_path / "data", SAMPLES, size=(90, 70))
+    config = AugmentationConfig(crop_size=(32, 48), scale=(0.3, 2.0), flip=0.5, color_jitter=0.2)
+    crops = []
+    for images in ("original", "decoded"):
+        dataset = ShardDataset(prepare(source, tmp_path / images, images=images), "train")
+        batches = training_batches(dataset, config, seed=0, share=Share(2), first_iteration=0, workers=1)
+        crops.append([next(batches) for _ in range(8)])
+    for original, decoded in zip(*crops, strict=True):
+        assert all(torch.equal(*both) for both in zip(original, decoded, strict=True))
+
+
 def test_of_a_decoded_sample_only_the_bands_of_a_crop_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_folder(tmp_path / "data", SAMPLES, size=(20, 256))
     dataset = ShardDataset(prepare(source, tmp_path / "prepared", images="decoded"), "train")
