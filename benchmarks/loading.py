@@ -7,9 +7,16 @@ On a GPU, at the size that papers use, in some minutes and without a network; th
     python benchmarks/loading.py --streets 1024 2048 --samples 64 --crop 512 1024 --scale 0.5 2 --workers 8 \
         --params benchmarks/full_size.yaml --precision bf16 --channels-last
 
+In which form to store images of that size, without a GPU, in about five minutes (docs/results/loading.md):
+
+    python benchmarks/loading.py --streets 1024 2048 --samples 24 --crop 512 1024 --scale 0.5 2 --batch 4 \
+        --forms original jpeg decoded --rounds 3
+
 First, the time of a core that each step takes for one sample, beside the steps that it took before: decoding each
 time, and torchvision's transforms, sample by sample. Second, experiments of params.yaml: steps on batches as training
-gets them, against steps on one batch that is there. Rounds of the two sides alternate.
+gets them, against steps on one batch that is there. Rounds of the two sides alternate. With --forms instead: what
+each form of the prepared data costs by step, and samples a second as training gets them, against PyTorch's DataLoader
+over the files.
 """
 
 import argparse
@@ -20,17 +27,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import step
 import torch
 from _cost import seconds
-from _streets import make_data
+from _streets import make_data, make_files, prepare_files
 from _table import machine, markdown
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
@@ -63,6 +71,27 @@ class Files:
         with Image.open(sample.image) as image, Image.open(sample.mask) as mask:
             return np.asarray(image.convert("RGB")), self.label_map[np.asarray(mask)]
 
+    def size(self, index: int) -> tuple[int, int]:
+        with Image.open(self.samples[index].image) as image:
+            return image.height, image.width
+
+    def rows(self, index: int, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        image, label = self[index]
+        return image[rows], label[rows]
+
+
+class Plain(Dataset):  # type: ignore[type-arg]
+    """What is written first: files, decoded and augmented sample by sample."""
+
+    def __init__(self, files: Files, config: AugmentationConfig) -> None:
+        self.files, self.augment = files, by_torchvision(config)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.augment(*self.files[index])
+
 
 class RandomScale(v2.Transform):
     """Resizes image and mask by one random factor."""
@@ -82,8 +111,8 @@ class RandomScale(v2.Transform):
         return tv_tensors.wrap(functional.resize_image(inpt[None], params["size"], exact)[0], like=inpt)
 
 
-def by_torchvision(config: AugmentationConfig) -> Callable[[np.ndarray, np.ndarray], Tensor]:
-    """Scale, crop, flip and colour of one sample, as it was done before: the image as floats."""
+def by_torchvision(config: AugmentationConfig) -> Callable[[np.ndarray, np.ndarray], tuple[Tensor, Tensor]]:
+    """Scale, crop, flip and colour of one sample, as it was done before: the image as floats, and its label."""
     strength, fill = config.color_jitter, {tv_tensors.Image: 0, tv_tensors.Mask: IGNORE_INDEX}
     transform = v2.Compose(
         [
@@ -94,9 +123,10 @@ def by_torchvision(config: AugmentationConfig) -> Callable[[np.ndarray, np.ndarr
         ]
     )
 
-    def augment(image: np.ndarray, label: np.ndarray) -> Tensor:
+    def augment(image: np.ndarray, label: np.ndarray) -> tuple[Tensor, Tensor]:
         pair = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), tv_tensors.Mask(torch.from_numpy(label))
-        return transform(*pair)[0].as_subclass(Tensor).float().div_(255)  # type: ignore[no-any-return]
+        image, label = (part.as_subclass(Tensor) for part in transform(*pair))
+        return image.float().div_(255), label
 
     return augment
 
@@ -165,6 +195,90 @@ def costs(given: argparse.Namespace, config: AugmentationConfig) -> list[list[st
     ]
 
 
+class Side(NamedTuple):
+    """One way to get batches."""
+
+    name: str
+    size: int  # bytes on the disk
+    step: Callable[[int], object]  # of what differs between the sides: reading a sample
+    batches: Callable[[int], Iterator[object]]  # without end, with so many workers
+
+
+def sides(given: argparse.Namespace, config: AugmentationConfig, folder: Path) -> list[Side]:
+    """The files, in the plain way and in ours, and each form of the prepared data."""
+    data = make_files(folder / "data", given.streets, given.samples)
+    files, augment = Files(data, "folder"), Augmentation(config)
+    plain = Plain(files, config)
+
+    def by_loader(workers: int) -> Iterator[object]:
+        sampler = RandomSampler(plain, replacement=True, num_samples=10**6)
+        return iter(DataLoader(plain, given.batch, sampler=sampler, num_workers=workers))
+
+    def ours(source: Any) -> Callable[[int], Iterator[object]]:
+        share = Share(given.batch)
+        return lambda workers: training_batches(
+            source, config, seed=0, share=share, first_iteration=0, workers=workers, device=torch.device(given.device)
+        )
+
+    def read(source: Any) -> Callable[[int], object]:
+        return lambda index: source.rows(index, augment.draw(source.size(index), index).window[0])
+
+    size = sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
+    found = [
+        Side("files, DataLoader and torchvision", size, files.__getitem__, by_loader),
+        Side("files, our augmentation", size, read(files), ours(files)),
+    ]
+    for form in given.forms:
+        source = ShardDataset(prepare_files(data, folder / form, images=form), "train")
+        size = sum(path.stat().st_size for path in (folder / form / "shards").iterdir())
+        found.append(Side(f"shards, {form}", size, read(source), ours(source)))
+    return found
+
+
+def rate(side: Side, workers: int, given: argparse.Namespace) -> float:
+    """Samples a second, once what was read ahead at the start is used up."""
+    batches = side.batches(workers)
+    for _ in range(2 * workers + 1):
+        next(batches)
+    count = -(-given.reads // given.batch)
+    passed = seconds(lambda: list(islice(batches, count)), torch.device(given.device))
+    return count * given.batch / passed
+
+
+def forms(given: argparse.Namespace, config: AugmentationConfig, folder: Path) -> None:
+    """Prints what each form costs by step, and how many samples come in a second."""
+    ways, augment, torchvision = sides(given, config, folder), Augmentation(config), by_torchvision(config)
+    files = Files(folder / "data", "folder")
+    numbers = [number % given.samples for number in range(given.reads)]
+    pairs = [files[index] for index in range(min(8, given.samples))]
+    crops = [augment.draw(label.shape, seed) for seed, (_, label) in enumerate(pairs)]
+    windows = [(cut(*pair, crop.window, pinned=False), crop) for pair, crop in zip(pairs, crops, strict=True)]
+    steps: dict[str, tuple[Callable[[], object], int]] = {
+        f"{way.name}: read and decode": (lambda way=way: [way.step(index) for index in numbers], len(numbers))
+        for way in ways
+        if way.name != "files, our augmentation"
+    }
+    steps["augment: torchvision, the whole image"] = (lambda: [torchvision(*pair) for pair in pairs], len(pairs))
+    steps["cut the window out"] = (
+        lambda: [cut(*pair, crop.window, pinned=False) for pair, crop in zip(pairs, crops, strict=True)], len(pairs)
+    )  # fmt: skip
+    steps["augment: scale, flip and colour the window"] = (lambda: augment(windows, CPU), len(windows))
+    costs = [[core_seconds(action) / count for action, count in steps.values()] for _ in range(given.rounds)]
+    medians = [1000 * statistics.median(column) for column in zip(*costs, strict=True)]
+    costed = [[name, f"{cost:.1f}"] for name, cost in zip(steps, medians, strict=True)]
+    print(markdown(["step", "ms of a core, a sample"], costed))
+    headers = ["data", "MiB a sample", *(f"{count} workers, samples/s (ratio)" for count in given.worker_counts)]
+    rows = [[way.name, f"{way.size / given.samples / 2**20:.2f}"] for way in ways]
+    for workers in given.worker_counts:
+        rounds = [[rate(way, workers, given) for way in ways] for _ in range(given.rounds)]
+        for number, row in enumerate(rows):
+            ratio = statistics.median(rates[number] / rates[0] for rates in rounds)
+            row.append(f"{statistics.median(rates[number] for rates in rounds):.1f} ({ratio:.2f})")
+            print(*row, file=sys.stderr, flush=True)
+    print(f"\nOn {given.device}, batch {given.batch}; ratio to the first row, median of {given.rounds} rounds.\n")
+    print(markdown(headers, rows))
+
+
 def end_to_end(given: argparse.Namespace, config: AugmentationConfig, name: str) -> list[str]:
     """One row: an experiment's steps with their data against the same steps on a batch that is there."""
     torch.manual_seed(0)
@@ -212,6 +326,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prepared", type=Path, default=Path("artifacts/prepared"))
     parser.add_argument("--streets", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="make data of this size")
     parser.add_argument("--samples", type=int, default=64, help="of the streets that are made")
+    parser.add_argument("--forms", nargs="+", choices=["original", "jpeg", "decoded"], help="of prepare.images")
+    parser.add_argument("--worker-counts", type=int, nargs="+", default=[0, 1, 2], help="with --forms")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     parser.add_argument("--experiments", nargs="*", default=["none"])
     parser.add_argument("--crop", type=int, nargs=2, default=(96, 128), metavar=("HEIGHT", "WIDTH"))
@@ -226,18 +342,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="training steps a round")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args(arguments)
+    if given.forms and not given.streets:
+        parser.error("--forms needs --streets")
     with tempfile.TemporaryDirectory() as folder:
-        if given.streets:
+        if given.streets and not given.forms:
             given.prepared, given.data = make_data(Path(folder), given.streets, given.samples), Path(folder) / "data"
         strengths = {"flip": 0.5, "color_jitter": 0.2}
         config = parse(AugmentationConfig, {"crop_size": given.crop, "scale": given.scale, **strengths}, "augmentation")
-        height, width = ShardDataset(given.prepared, "train")[0][1].shape
+        height, width = given.streets if given.forms else ShardDataset(given.prepared, "train").size(0)
         print(
             f"Samples of {width}x{height}, crops of {given.crop[1]}x{given.crop[0]}, scale {given.scale[0]:g} to "
             f"{given.scale[1]:g}, flip, jitter; files in the page cache. {machine(['torch', 'pillow'])}\n"
         )
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
+        if given.forms:
+            forms(given, config, Path(folder))
+            return
         print(markdown(["step", "ms of a core", "samples/s of a core", "ratio to before"], costs(given, config)))
         torch.set_num_threads(threads)
         rows = [end_to_end(given, config, name) for name in given.experiments]

@@ -219,6 +219,13 @@ def not_of_these(kind: str, kinds: Sequence[str]) -> str:
     return f"{kind} where {' or '.join(text for group, text in words.items() if group[0] in kinds)}"
 
 
+def encode_jpeg(image: Image.Image, quality: int) -> bytes:
+    """A JPEG file, which has other pixels than the image: see ``prepare.images``."""
+    stream = io.BytesIO()
+    image.save(stream, format="JPEG", quality=quality)
+    return stream.getvalue()
+
+
 def encode_png(image: Image.Image) -> bytes:
     """A PNG file."""
     stream = io.BytesIO()

@@ -105,10 +105,12 @@ def _read(
     which, number = place
     source = sources[which]
     epoch, position = divmod(number, len(source))
-    image, label = source[int(_order(seed, epoch, len(source), which)[position])]
+    index = int(_order(seed, epoch, len(source), which)[position])
     draw = int(np.random.SeedSequence((seed, number, 1 + which)).generate_state(1, np.uint64)[0] >> 1)
-    crop = augmentation.draw(label.shape, draw)
-    return cut(image, label, crop.window, pinned=pinned), crop
+    crop = augmentation.draw(source.size(index), draw)
+    rows, columns = crop.window
+    image, label = source.rows(index, rows)
+    return cut(image, label, (slice(None), columns), pinned=pinned), crop
 
 
 @functools.lru_cache(maxsize=4)

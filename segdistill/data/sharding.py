@@ -4,23 +4,34 @@ import functools
 import hashlib
 import json
 import os
+import resource
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 from PIL import __version__ as pillow_version
 
 from segdistill.config import to_dict
-from segdistill.data.checks import load_sample
-from segdistill.data.decoding import FILE_LIMIT, BadFile, encode_pixels, encode_png, image_format, resize_pixels
+from segdistill.data.checks import format_of, load_sample
+from segdistill.data.decoding import (
+    FILE_LIMIT,
+    BadFile,
+    encode_jpeg,
+    encode_pixels,
+    encode_png,
+    image_format,
+    resize_pixels,
+)
 from segdistill.data.layouts import IGNORE_INDEX, UNLABELLED, Layout, Legend, Sample
 from segdistill.data.parallel import ordered_map
+from segdistill.data.rows import band_checksums, encode_rows
 from segdistill.data.shards import (
     INFO_FILE,
     MANIFEST_FILE,
+    PARTS,
     PLACE,
     SHARD_FOLDER,
     content_hash,
@@ -38,27 +49,62 @@ KEYS = "keys"  # the folder that says of what finished shards were made, until a
 
 
 @dataclass(frozen=True)
+class Storage:
+    """In which form samples are stored; see the section ``prepare`` of params.yaml."""
+
+    images: Literal["original", "jpeg", "decoded"]
+    jpeg_quality: int
+    max_side: int | None
+
+
+@dataclass(frozen=True)
 class Shard:
     """A file to write, and what goes into it."""
 
     name: str
     split: str
     samples: tuple[Sample, ...]
+    size: int  # bytes, about; see sample_size
 
 
-def plan_shards(splits: Mapping[str, Sequence[Sample]], shard_samples: int) -> list[Shard]:
-    """Cuts every split into shards of equal length; the last one of a split may be shorter."""
-    shards = []
+def plan_shards(
+    splits: Mapping[str, Sequence[Sample]], shard_samples: int, shard_bytes: int, storage: Storage
+) -> list[Shard]:
+    """Cuts every split into shards, each as long as both limits allow."""
+    shards: list[Shard] = []
     for split, samples in splits.items():
-        for number, start in enumerate(range(0, len(samples), shard_samples)):
-            part = tuple(samples[start : start + shard_samples])
-            shards.append(Shard(f"{split}-{number:05d}.arrow", split, part))
+        sizes = [sample_size(sample, storage) for sample in samples]
+        number = start = 0
+        while start < len(samples):
+            end, filled = start + 1, sizes[start]
+            while end < min(start + shard_samples, len(samples)) and filled + sizes[end] <= shard_bytes:
+                filled += sizes[end]
+                end += 1
+            shards.append(Shard(f"{split}-{number:05d}.arrow", split, tuple(samples[start:end]), filled))
+            number, start = number + 1, end
     return shards
 
 
+def sample_size(sample: Sample, storage: Storage) -> int:
+    """Bytes that a sample takes, before it is read: those of its files, or, to be decoded, of its pixels.
+
+    JPEG will take less than the files, TIFF and .npy files about as much as their pixels.
+    """
+    paths = [path for path in (sample.image, sample.mask) if path]
+    size = sum(require_regular(path, limit=FILE_LIMIT) for path in paths)
+    if storage.images != "decoded":
+        return size
+    try:
+        with sample.image.open("rb") as file, Image.open(file) as image:  # reads the header alone
+            factor = min(1, storage.max_side / max(image.size)) if storage.max_side else 1
+            return int(image.width * image.height * 4 * factor**2)
+    except (OSError, ValueError, Image.DecompressionBombError):  # said of what is no image when it is read
+        return size
+
+
 def write_shards(
-    layout: Layout, shards: list[Shard], folder: Path, *, max_side: int | None, workers: int
-) -> Iterator[tuple[Shard, list[Row]]]:
+    layout: Layout, shards: list[Shard], folder: Path, *, storage: Storage, workers: int
+) -> Iterator[tuple[Shard, list[Row], int]]:
     """Writes the shards that ``folder`` does not hold yet, and yields each as soon as it is there.
 
     Args:
@@ -66,31 +112,45 @@ def write_shards(
         shards: the plan.
         folder: the unfinished folder; a shard counts as there if it was made from the same files in the same way, and
             every sample in it is still what was written.
-        max_side: shrink larger images to this longer side; None keeps them.
+        storage: in which form.
         workers: processes; 0 = all cores.
 
     Yields:
-        A shard, and what the manifest says of its samples.
+        A shard, what the manifest says of its samples, and the most memory that the process which wrote it has had
+        until then, in bytes; 0 where the shard was there.
     """
-    keys = {shard.name: _key(shard, layout, max_side) for shard in shards}
+    keys = {shard.name: _key(shard, layout, storage) for shard in shards}
     done = {name: rows for name, key in keys.items() if (rows := _finished(folder, name, key))}
     for name in (SHARD_FOLDER, KEYS):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for path in (folder / name).iterdir():
             if path.name not in done:
                 path.unlink()
-    todo = [shard for shard in shards if shard.name not in done]
+    missing = [shard for shard in shards if shard.name not in done]
     for shard in shards:
         if shard.name in done:
-            yield shard, done[shard.name]
-    task = functools.partial(write_shard, folder=folder, root=layout.root, legend=layout.legend, max_side=max_side)
-    for shard, rows in zip(todo, ordered_map(task, todo, workers=workers), strict=True):
-        text = json.dumps(rows)
-        write_file(folder / KEYS / shard.name, f"{_digest(keys[shard.name], text)}\n{text}".encode())
-        yield shard, rows
+            yield shard, done[shard.name], 0
+    task = functools.partial(_write, folder=folder, root=layout.root, legend=layout.legend, storage=storage)
+    jobs = [(shard, keys[shard.name]) for shard in missing]
+    for shard, (rows, peak) in zip(missing, ordered_map(task, jobs, workers=workers), strict=True):
+        yield shard, rows, peak
 
 
-def write_shard(shard: Shard, *, folder: Path, root: Path, legend: Legend, max_side: int | None) -> list[Row]:
+def peak_memory() -> int:
+    """The most memory that this process has had, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _write(job: tuple[Shard, str], *, folder: Path, **settings: Any) -> tuple[list[Row], int]:
+    """Writes a shard, and, once it is whole, of what it was made: it is done, whatever becomes of the others."""
+    shard, key = job
+    rows = write_shard(shard, folder=folder, **settings)
+    text = json.dumps(rows)
+    write_file(folder / KEYS / shard.name, f"{_digest(key, text)}\n{text}".encode())
+    return rows, peak_memory()
+
+
+def write_shard(shard: Shard, *, folder: Path, root: Path, legend: Legend, storage: Storage) -> list[Row]:
     """Writes one shard, with one sample in memory at a time; returns what the manifest says of its samples.
 
     Raises:
@@ -105,9 +165,9 @@ def write_shard(shard: Shard, *, folder: Path, root: Path, legend: Legend, max_s
     try:
         with partial.open("wb") as file, pyarrow.ipc.new_file(file, schema) as writer:
             for sample in shard.samples:
-                row = _encode(sample, root, legend, max_side)
+                row = _encode(sample, root, legend, storage)
                 writer.write_batch(pyarrow.record_batch([[row[name]] for name in schema.names], schema=schema))
-                sizes = {f"{name}_bytes": len(row.pop(name)) for name in ("image", "label")}
+                sizes = {f"{name}_bytes": len(row.pop(name)) for name in PARTS}
                 rows.append({"split": shard.split, "shard": shard.name, "row": len(rows), **row, **sizes})
         for row, place in zip(rows, _places(partial), strict=True):
             row.update(place)
@@ -156,7 +216,7 @@ def _places(shard: Path) -> Iterator[dict[str, int]]:
         reader = pyarrow.ipc.open_file(whole)
         for number in range(reader.num_record_batches):
             record = reader.get_batch(number)
-            values = {name: record[name].buffers()[2] for name in ("image", "label")}  # of one value, it begins there
+            values = {name: record[name].buffers()[2] for name in PARTS}  # of one value, it begins there
             yield {f"{name}_offset": buffer.address - whole.address for name, buffer in values.items()}
 
 
@@ -165,17 +225,26 @@ def _describe(shards: list[Shard]) -> dict[str, Any]:
     return {"samples": sum(len(shard.samples) for shard in shards), "shards": files}
 
 
-def _encode(sample: Sample, root: Path, legend: Legend, max_side: int | None) -> Row:
+def _encode(sample: Sample, root: Path, legend: Legend, storage: Storage) -> Row:
     content, pixels, labels = load_sample(sample, legend)
-    height, width = labels.shape
-    if max_side and max(height, width) > max_side:
-        factor = max_side / max(height, width)
-        size = (max(1, round(width * factor)), max(1, round(height * factor)))
-        # Without loss from here on: a second JPEG generation would add its own artefacts.
+    factor = min(1.0, (storage.max_side or max(labels.shape)) / max(labels.shape))
+    if factor < 1:
+        size = (max(1, round(labels.shape[1] * factor)), max(1, round(labels.shape[0] * factor)))
         pixels = resize_pixels(pixels, size)
-        content = encode_pixels(pixels)
         labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
-    label = encode_png(Image.fromarray(labels))
+    if storage.images == "decoded":
+        content, label = encode_rows(pixels), encode_rows(labels)
+    else:
+        if storage.images == "jpeg" and (factor < 1 or image_format(content) != "jpeg"):
+            if not format_of(pixels).is_rgb:
+                raise BadFile(
+                    f"{sample.image}: {format_of(pixels)}, and a JPEG holds 3 of 8; choose another prepare.images"
+                )
+            content = encode_jpeg(Image.fromarray(pixels), storage.jpeg_quality)
+        elif factor < 1:  # without loss: a second JPEG generation would add its own artefacts
+            content = encode_pixels(pixels)
+        label = encode_png(Image.fromarray(labels))
+    parts = dict(zip(PARTS, (content, label), strict=True)) if storage.images == "decoded" else {}
     return {
         "id": sample.id,
         "image": content,
@@ -189,10 +258,11 @@ def _encode(sample: Sample, root: Path, legend: Legend, max_side: int | None) ->
         "class_pixels": np.trim_zeros(np.bincount(labels.ravel())[:UNLABELLED], "b").tolist(),
         "sequence": sample.sequence,
         "facts": pixel_facts(pixels),
+        **{f"{part}_checksums": band_checksums(file) for part, file in parts.items()},
     }
 
 
-def _key(shard: Shard, layout: Layout, max_side: int | None) -> str:
+def _key(shard: Shard, layout: Layout, storage: Storage) -> str:
     """A digest of all that decides a shard's bytes; a file counts as the same if size and time of change are."""
     import pyarrow
 
@@ -202,7 +272,7 @@ def _key(shard: Shard, layout: Layout, max_side: int | None) -> str:
             require_regular(path, limit=FILE_LIMIT)
             state = path.stat()
             files.append([sample.id, path.relative_to(layout.root).as_posix(), state.st_size, state.st_mtime_ns])
-    layout_facts = [layout.legend.label_map.tolist(), layout.legend.colors, max_side]
+    layout_facts = [layout.legend.label_map.tolist(), layout.legend.colors, list(vars(storage).values())]
     made_by = ["class_pixels", "facts", pillow_version, pyarrow.__version__, *layout_facts]
     return hashlib.sha256(json.dumps([made_by, files]).encode()).hexdigest()
 

@@ -1,8 +1,8 @@
-"""Prepared data: Arrow files with encoded images and train ids, of which single samples are read and verified.
+"""Prepared data: Arrow files with images and train ids, of which single samples, or rows, are read and verified.
 
 The manifest says where in its shard each image and label lies, and their hash. So a reader takes just those bytes,
-and nothing is decoded, and nothing of Arrow is believed, before they are known to be what ``prepare`` wrote. The
-manifest and ``dataset.json`` are sealed.
+and nothing is decoded, and nothing of Arrow is believed, before they are known to be what ``prepare`` wrote. Of what
+is stored decoded it takes rows, see rows.py. The manifest and ``dataset.json`` are sealed.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from segdistill.config import parse
 from segdistill.data.decoding import decode_pixels
 from segdistill.data.layouts.layout import ClassInfo
 from segdistill.data.memory import Memory
+from segdistill.data.rows import DAMAGED, read_rows
 from segdistill.errors import UserError
 from segdistill.files import MIB, read_sealed, read_sealed_json, require_regular
 from segdistill.images import RGB, ImageFormat
@@ -75,7 +76,8 @@ class ShardDataset:
     Args:
         prepared: the folder.
         split: its name.
-        memory: where decoded samples are kept, as far as they fit; None decodes each time.
+        memory: where decoded samples are kept, as far as they fit; None decodes each time. What is stored decoded is
+            not kept: the system's cache of files has it, and needs no second copy.
     """
 
     def __init__(self, prepared: Path, split: str, memory: Memory | None = None) -> None:
@@ -104,24 +106,43 @@ class ShardDataset:
         Raises:
             UserError: the sample is not what ``prepare`` wrote; names shard and sample.
         """
-        if index in self._kept:
-            return self._kept[index]
-        sample = self._decoded(index)
-        if self._memory and self._memory.take(sum(part.nbytes for part in sample)):
-            self._kept[index] = sample
-        return sample
+        return self.rows(index, slice(0, self.size(index)[0]))
 
-    def _decoded(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, index: int, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Some rows of a sample. Where it is stored decoded, no others are read.
+
+        Shape:
+            as of a whole sample, but of height ``rows.stop - rows.start``.
+
+        Raises:
+            UserError: the sample is not what ``prepare`` wrote; names shard and sample.
+        """
+        if index in self._kept:
+            image, label = self._kept[index]
+            return image[rows], label[rows]
         place = {name: self._value(name, index) for name in PLACE}
         shard = place.pop("shard")
-        path = self.prepared / SHARD_FOLDER / shard
         try:
             file = self._open(shard)
-            image, label = read_encoded(file.descriptor, **place)
+            if "image_checksums" in self._samples.column_names:
+                image_checksums, label_checksums = (self._value(f"{part}_checksums", index) for part in PARTS)
+                return (
+                    read_rows(file.descriptor, place["image_offset"], rows, image_checksums),
+                    read_rows(file.descriptor, place["label_offset"], rows, label_checksums),
+                )
+            encoded_image, encoded_label = read_encoded(file.descriptor, **place)
         except ValueError as error:
+            path = self.prepared / SHARD_FOLDER / shard
             raise UserError(f"{path}: sample '{self.sample_id(index)}': {error}; {MEND}") from None
-        pixels = np.require(decode_pixels(image, verified=True), requirements="W")
-        return pixels, np.array(Image.open(io.BytesIO(label)))
+        image = np.require(decode_pixels(encoded_image, verified=True), requirements="W")
+        label = np.array(Image.open(io.BytesIO(encoded_label)))
+        if self._memory and self._memory.take(image.nbytes + label.nbytes):
+            self._kept[index] = image, label
+        return image[rows], label[rows]
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of a sample, which nothing is decoded for."""
+        return self._value("height", index), self._value("width", index)
 
     def sample_id(self, index: int) -> str:
         """The name of a sample, as in the source."""
@@ -171,6 +192,7 @@ class _File:
 
 
 # The columns of the manifest that say where a sample lies, and what must be found there.
+PARTS = ("image", "label")
 PLACE = ("shard", "image_offset", "image_bytes", "label_offset", "label_bytes", "sha256")
 
 
@@ -189,7 +211,7 @@ def read_encoded(
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     if sample_hash(image, label) != sha256:
-        raise ValueError("damaged, or cut off: not what the manifest records")
+        raise ValueError(DAMAGED)
     return image, label
 
 
@@ -215,7 +237,7 @@ def shard_schema() -> Any:
             "id": pyarrow.string(),
             "image": pyarrow.binary(),  # encoded
             "image_format": pyarrow.string(),  # jpeg, png, tiff or npy
-            "label": pyarrow.binary(),  # PNG of train ids
+            "label": pyarrow.binary(),  # PNG of train ids, or a .npy file
             "height": pyarrow.int32(),  # of the upright image
             "width": pyarrow.int32(),
             "sha256": pyarrow.string(),  # of image and label as they stand here
@@ -247,10 +269,11 @@ def _read_manifest(prepared: Path, split: str, *more: str) -> Any:
     import pyarrow.parquet
 
     content = read_sealed(prepared, MANIFEST_FILE, mend=MEND, limit=MANIFEST_LIMIT)
-    names = ["split", "id", *PLACE, *more]
+    names = ["split", "id", "height", "width", *PLACE, *more]
     try:
-        optional = [*names, "sequence"]
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content), columns=optional, use_threads=False)
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
+        optional = {"sequence", *(f"{part}_checksums" for part in PARTS)}.intersection(file.schema_arrow.names)
+        table = file.read(columns=[*names, *sorted(optional)], use_threads=False)
         table.select(names)  # all of them are there
         table = table.filter(pyarrow.compute.field("split") == split).combine_chunks()
     except (pyarrow.ArrowException, KeyError):

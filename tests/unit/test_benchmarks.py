@@ -147,6 +147,20 @@ def test_the_cost_of_samples_is_measured_by_step_and_end_to_end(
     assert all(float(cell) > 0 for cell in experiments[1][1:])
 
 
+def test_each_form_of_the_data_is_timed_against_the_files(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # for its worker processes
+    small = ["--streets", "64", "96", "--samples", "2", "--crop", "32", "32", "--scale", "0.5", "2", "--batch", "2"]
+    forms = ["--forms", "jpeg", "decoded", "--worker-counts", "0", "1", "--reads", "2", "--rounds", "1"]
+    loading.main([*small, *forms, "--device", "cpu"])
+    steps, rates = tables(capsys.readouterr().out)
+    ways = ["files, DataLoader and torchvision", "files, our augmentation", "shards, jpeg", "shards, decoded"]
+    assert [row[0] for row in rates[1:]] == ways
+    assert steps[3][0] == "shards, decoded: read and decode"
+    assert all(float(cell.split()[0]) > 0 for row in rates[1:] for cell in row[1:])
+
+
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_intervals_hold_and_equal_methods_seldom_differ(seeds: int) -> None:
     for world in ("alike", "unlike"):

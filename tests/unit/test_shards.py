@@ -3,12 +3,14 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from _folders import CLASSES, make_folder, prepare, read_mask, save, truncate, w
 from PIL import Image
 
 from segdistill.data import sharding, shards
+from segdistill.data.memory import Memory
 from segdistill.data.shards import ShardDataset, read_class_pixels, read_dataset_info
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker
 from segdistill.errors import UserError
@@ -455,3 +458,110 @@ def test_the_numbers_are_logged(data: Path, tmp_path: Path) -> None:
     run(config, data=data, report=tmp_path, prepared=tmp_path / "prepared", tracker=tracker)
     (record,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert record["values"]["data/samples/train"] == 7 and record["values"]["data/bytes"] > 0
+
+
+@pytest.mark.parametrize("size", [(12, 8), (20, 77)])  # less than a band of rows, and several
+def test_decoded_shards_give_the_same_pixels_whole_and_by_rows(tmp_path: Path, size: tuple[int, int]) -> None:
+    source = make_folder(tmp_path / "data", SAMPLES, size=size)
+    original = ShardDataset(prepare(source, tmp_path / "original"), "train")
+    decoded = ShardDataset(prepare(source, tmp_path / "decoded", images="decoded"), "train", Memory("auto"))
+    for index in range(len(original)):
+        assert decoded.size(index) == original.size(index) == size[::-1]
+        for rows in (slice(0, size[1]), slice(0, 1), slice(3, 7), slice(size[1] - 5, size[1]), slice(31, size[1])):
+            parts, expected = decoded.rows(index, rows), original.rows(index, rows)
+            assert all(np.array_equal(*both) and both[0].flags.writeable for both in zip(parts, expected, strict=True))
+    assert read_dataset_info(decoded.prepared).splits == SAMPLES
+    assert np.array_equal(*(read_class_pixels(dataset.prepared, "train") for dataset in (original, decoded)))
+
+
+def test_training_sees_the_same_crops_of_decoded_shards(tmp_path: Path) -> None:
+    import torch
+
+    from segdistill.data.loader import Share, training_batches
+    from segdistill.data.settings import AugmentationConfig
+
+    source = make_folder(tmp_path / "data", SAMPLES, size=(90, 70))
+    config = AugmentationConfig(crop_size=(32, 48), scale=(0.3, 2.0), flip=0.5, color_jitter=0.2)
+    crops = []
+    for images in ("original", "decoded"):
+        dataset = ShardDataset(prepare(source, tmp_path / images, images=images), "train")
+        batches = training_batches(dataset, config, seed=0, share=Share(2), first_iteration=0, workers=1)
+        crops.append([next(batches) for _ in range(8)])
+    for original, decoded in zip(*crops, strict=True):
+        assert all(torch.equal(*both) for both in zip(original, decoded, strict=True))
+
+
+def test_of_a_decoded_sample_only_the_bands_of_a_crop_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_folder(tmp_path / "data", SAMPLES, size=(20, 256))
+    dataset = ShardDataset(prepare(source, tmp_path / "prepared", images="decoded"), "train")
+    read: list[int] = []
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *request: read.append(preadv(*request)) or read[-1])
+    dataset.rows(1, slice(70, 100))  # in the bands from 64 to 128
+    assert read == [64 * 20 * 3, 64 * 20]
+
+
+def test_no_damage_of_decoded_rows_passes_in_silence(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "data", {"train": 1, "val": 1, "test": 1}, size=(20, 70))
+    prepared = prepare(source, tmp_path / "prepared", images="decoded")
+    expected, random = ShardDataset(prepared, "train").rows(0, slice(30, 50)), np.random.default_rng(0)
+    path, noticed = prepared / "shards/train-00000.arrow", 0
+    whole = path.read_bytes()
+    for number in range(150):
+        damaged = bytearray(whole)
+        damaged[int(random.integers(len(whole)))] ^= 1 << int(random.integers(8))
+        path.write_bytes(damaged[: len(damaged) // 2] if number == 0 else damaged)
+        try:
+            parts = ShardDataset(prepared, "train").rows(0, slice(30, 50))
+            assert all(np.array_equal(*both) for both in zip(parts, expected, strict=True))
+        except UserError as error:
+            noticed += 1
+            assert str(error).startswith(f"{path}: sample '0000': damaged, or cut off") and "'prepare'" in str(error)
+    assert 100 < noticed < 150  # rows 0 to 64 of 70 are looked at
+
+
+def test_as_jpeg_images_change_a_little_and_labels_and_jpegs_do_not(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "data", SAMPLES, size=(64, 48))
+    smooth = np.add.outer(np.arange(48), np.arange(64))[..., None].repeat(3, 2).astype(np.uint8)
+    save(source / "images/train/0001.png", smooth)
+    original = ShardDataset(prepare(source, tmp_path / "original"), "train")
+    lossy = ShardDataset(prepare(source, tmp_path / "jpeg", images="jpeg", jpeg_quality=90), "train")
+    assert all(np.array_equal(original[index][1], lossy[index][1]) for index in range(len(original)))
+    assert np.array_equal(original[0][0], lossy[0][0])  # it was a JPEG
+    change = np.abs(original[1][0].astype(int) - lossy[1][0])
+    assert 0 < change.max() < 10
+    record = pyarrow.ipc.open_file((lossy.prepared / "shards/train-00000.arrow").read_bytes()).get_batch(1)
+    assert record["image_format"][0].as_py() == "jpeg"
+
+
+@pytest.mark.parametrize(
+    ("images", "samples"),
+    # 0.8 MB of noise as PNG with its mask, the first one less as JPEG; as much of pixels and labels.
+    [("original", [2, 1, 1, 1, 1, 1]), ("decoded", [2, 2, 2, 1])],
+)
+def test_a_shard_is_no_larger_than_asked(tmp_path: Path, images: str, samples: list[int]) -> None:
+    source = make_folder(tmp_path / "data", {"train": 7, "val": 1, "test": 1}, size=(500, 400))
+    limit = 1 if images == "original" else 2  # MiB
+    prepared = prepare(source, tmp_path / "prepared", images=images, shard_samples=100, shard_mib=limit)
+    info = json.loads((prepared / "dataset.json").read_text())
+    assert [shard["samples"] for shard in info["splits"]["train"]["shards"]] == samples
+    assert all(path.stat().st_size < limit * 2**20 for path in (prepared / "shards").iterdir())
+    whole = prepare(source, tmp_path / "whole", images=images, shard_samples=100)
+    assert read_dataset_info(whole).content_hash == read_dataset_info(prepared).content_hash
+
+
+def test_decoded_data_that_do_not_fit_the_disk_are_refused_at_the_start(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(UserError, match=r"prepare\.images: decoded needs 0 MiB in .*, and 0 MiB are free; choose"):
+        prepare(data, tmp_path / "prepared", images="decoded")
+    assert not list(tmp_path.glob("prepared*"))
+
+
+def test_a_run_says_how_much_memory_it_took(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        prepare(data, tmp_path / "prepared", workers=2)
+    (line,) = [record.getMessage() for record in caplog.records if "samples" in record.getMessage()]
+    found = re.fullmatch(r"12 samples, .* MiB in 5 shards; at most (\d+) MiB of memory here, (\d+) MiB in .*", line)
+    assert found and all(10 < int(number) < 10_000 for number in found.groups())
