@@ -24,6 +24,7 @@ def model_card(
     contract: Mapping[str, Any],
     model: Mapping[str, Any],
     data_md5: str | None,
+    data_licence: str | None,
     name: str,
     files: Mapping[str, str],
 ) -> str:
@@ -36,6 +37,7 @@ def model_card(
         contract: what its file says of itself (models/portable.py).
         model: its architecture.
         data_md5: the version of the data, where it is known.
+        data_licence: under which they may be used, where that is stated.
         name: of the registered model.
         files: what lies beside the model: path in the artefact -> what it is.
     """
@@ -51,7 +53,8 @@ def model_card(
         f"| network | {model['architecture']} over {model['encoder']}, encoder weights: {model['encoder_weights']} |",
         f"| data | content {protocol.data_content[:16]}" + (f", version {data_md5}" if data_md5 else "")
         + f"; {', '.join(f'{count} {split}' for split, count in protocol.splits.items())} images |",
-        "| licence of the data | not stated by the data set; it binds the use of this network |",
+        f"| licence of the data | {data_licence or 'not stated (register.data_licence)'};"
+        " it binds the use of this network |",
         f"| licence of the teacher's weights | {protocol.teacher_licence or 'not stated in its file'}; where they were"
         " imported, or first downloaded, it binds the use of this network |",
         f"| teacher | test mIoU {text.mean(teacher.test_miou)} %, {protocol.teacher_network or 'a network'} with"

@@ -68,6 +68,10 @@ class Config:
     onnx: bool = False
     """Whether the version has its network as ONNX, too, which needs the extra ``export``."""
 
+    data_licence: Annotated[str, Field(pattern=r"^[^|\n]+$", max_length=300)] | None = None
+    """Under which licence the data set may be used, in the words that the model card is to have; null: the card says
+    that it is not stated."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -161,7 +165,7 @@ def run(
         described[ONNX] = "the same network for onnxruntime and Triton"
     model_card = card.model_card(
         results, row, scores_of_seed, contract=document_of_files, model=document["model"], name=config.model_name,
-        files=described, data_md5=environment.data_md5(),
+        files=described, data_md5=environment.data_md5(), data_licence=config.data_licence,
     )  # fmt: skip
     beside[CARD] = model_card.encode()
     submission = Submission(

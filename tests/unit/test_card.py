@@ -18,7 +18,7 @@ def row(experiment: str, *, distilled: bool, gain: Gain | None = None) -> Row:
     )  # fmt: skip
 
 
-def written(network: Row, others: tuple[Row, ...] = ()) -> str:
+def written(network: Row, others: tuple[Row, ...] = (), data_licence: str | None = None) -> str:
     splits = {"train": 5, "test": 3}
     protocol = Protocol((0,), (80,), ("road", "sky"), splits, (96, 128), None, 0.95, 1, "d" * 64, "t" * 64)
     teacher = row("teacher", distilled=False)
@@ -26,6 +26,7 @@ def written(network: Row, others: tuple[Row, ...] = ()) -> str:
     found, seed = card.find(results, network.experiment, "vit", 0)
     return card.model_card(
         results, found, seed, contract=CONTRACT, model=MODEL, data_md5="m5", name="student",
+        data_licence=data_licence,
         files={"onnx/model.onnx": "for onnxruntime"},
     )  # fmt: skip
 
@@ -41,6 +42,11 @@ def test_a_card_says_task_data_score_gain_classes_limits_and_how_to_load() -> No
         "| licence of the data | not stated", "| licence of the teacher's weights | not stated",
     ):  # fmt: skip
         assert words in text, words
+
+
+def test_a_card_has_the_licence_of_the_data_in_the_words_of_params() -> None:
+    text = written(row("none", distilled=False), data_licence="CC BY 4.0")
+    assert "| licence of the data | CC BY 4.0; it binds the use of this network |" in text
 
 
 def test_a_champion_that_was_not_distilled_says_so_first() -> None:
