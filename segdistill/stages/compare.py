@@ -363,11 +363,13 @@ def predicted_masks(
     Shape:
         each: [H, W] uint8, of the label's size.
     """
+    from segdistill.data.shards import read_dataset_info
     from segdistill.engine.evaluate import masks
     from segdistill.engine.inference import Views
     from segdistill.models.export import load_model
 
-    segmenter, _ = load_model(folder, network.student)
+    classes = [entry.name for entry in read_dataset_info(test_set.prepared).classes]
+    segmenter, _ = load_model(folder, network.student, classes=classes)
     views = Views(parse(InferenceConfig, network.test["inference"], f"{network.overlays.parent.parent}: inference"))
     return [mask for _, _, mask in masks(segmenter, test_set, indices, views)]
 

@@ -217,7 +217,7 @@ def test_a_new_method_trains_nothing(project: Path, edit: Any) -> None:
 @pytest.mark.parametrize("file", ["engine/cohort.py", "methods/kd.py", "losses/__init__.py"])
 def test_a_comment_in_the_code_of_a_training_trains_nothing(project: Path, edit: Any, file: str) -> None:
     edit(f"segdistill/{file}", appended("# a comment\n"))
-    assert stale_after_plan(project) <= {"evaluate_teacher", "register"} | EVALUATIONS
+    assert stale_after_plan(project) <= {"evaluate_teacher", "compare", "register"} | EVALUATIONS
 
 
 def test_changed_code_of_a_method_concerns_the_students_and_not_the_teacher(project: Path, edit: Any) -> None:
@@ -231,4 +231,5 @@ def test_changed_code_of_a_method_concerns_the_students_and_not_the_teacher(proj
 
 def test_changed_code_of_the_loop_concerns_every_training(project: Path, edit: Any) -> None:
     edit("segdistill/engine/cohort.py", appended("CHANGED = True\n"))
-    assert stale_after_plan(project) == {"train_teacher", "evaluate_teacher", "register"} | STUDENTS | EVALUATIONS
+    stages = {"train_teacher", "evaluate_teacher", "compare", "register"}
+    assert stale_after_plan(project) == stages | STUDENTS | EVALUATIONS
