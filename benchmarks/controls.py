@@ -267,6 +267,13 @@ class Memory:
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         return self.samples[index]
 
+    def size(self, index: int) -> tuple[int, int]:
+        return self.samples[index][1].shape
+
+    def rows(self, index: int, rows: slice) -> tuple[Any, Any]:
+        image, label = self.samples[index]
+        return image[rows], label[rows]
+
     def sample_id(self, index: int) -> str:
         return self.ids[index]
 

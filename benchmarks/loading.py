@@ -69,7 +69,7 @@ class Files:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         sample = self.samples[index]
         with Image.open(sample.image) as image, Image.open(sample.mask) as mask:
-            return np.asarray(image.convert("RGB")), self.label_map[np.asarray(mask)]
+            return np.array(image.convert("RGB")), self.label_map[np.asarray(mask)]
 
     def size(self, index: int) -> tuple[int, int]:
         with Image.open(self.samples[index].image) as image:

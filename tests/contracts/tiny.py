@@ -81,6 +81,13 @@ class Blobs:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         return self.images[index], self.labels[index]
 
+    def size(self, index: int) -> tuple[int, int]:
+        return SIZE
+
+    def rows(self, index: int, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        image, label = self[index]
+        return image[rows], label[rows]
+
     def sample_id(self, index: int) -> str:
         return f"{index:04d}"
 

@@ -25,8 +25,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with each image that is decoded."""
     calls: list[int] = []
-    decode = shards.decode_image
-    monkeypatch.setattr(shards, "decode_image", lambda *args, **rest: calls.append(1) or decode(*args, **rest))
+    decode = shards.decode_pixels
+    monkeypatch.setattr(shards, "decode_pixels", lambda *args, **rest: calls.append(1) or decode(*args, **rest))
     return calls
 
 
