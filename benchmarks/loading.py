@@ -69,7 +69,7 @@ class Files:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         sample = self.samples[index]
         with Image.open(sample.image) as image, Image.open(sample.mask) as mask:
-            return np.asarray(image.convert("RGB")), self.label_map[np.asarray(mask)]
+            return np.array(image.convert("RGB")), self.label_map[np.asarray(mask)]
 
     def size(self, index: int) -> tuple[int, int]:
         with Image.open(self.samples[index].image) as image:
@@ -223,14 +223,14 @@ def sides(given: argparse.Namespace, config: AugmentationConfig, folder: Path) -
     def read(source: Any) -> Callable[[int], object]:
         return lambda index: source.rows(index, augment.draw(source.size(index), index).window[0])
 
-    size = sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in data.glob("*/train/*"))
     found = [
         Side("files, DataLoader and torchvision", size, files.__getitem__, by_loader),
         Side("files, our augmentation", size, read(files), ours(files)),
     ]
     for form in given.forms:
         source = ShardDataset(prepare_files(data, folder / form, images=form), "train")
-        size = sum(path.stat().st_size for path in (folder / form / "shards").iterdir())
+        size = sum(path.stat().st_size for path in (folder / form / "shards").glob("train-*"))
         found.append(Side(f"shards, {form}", size, read(source), ours(source)))
     return found
 
