@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from segdistill.losses import IGNORE_INDEX
+from segdistill.losses.masks import IGNORE_INDEX
 from segdistill.models.outputs import Outputs
 
 Loss = Callable[[Any, Outputs, Outputs, Tensor], Tensor]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segdistill.losses import IGNORE_INDEX
+from segdistill.losses.masks import IGNORE_INDEX
 from segdistill.methods import build_offline, build_online, parse_method
 from segdistill.methods.hfd_bsd.operators import ConvMLP, PooledAttention
 from segdistill.methods.method import Method

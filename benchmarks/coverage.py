@@ -31,7 +31,7 @@ from _table import markdown
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from segdistill.metrics import iou_from_counts
+from segdistill.metrics.confusion import iou_from_counts
 from segdistill.report.intervals import combined, differences, jackknife_variance, leave_one_out
 
 CONFIDENCE, CLASSES, RESAMPLES = 0.95, 3, 1000

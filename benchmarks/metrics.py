@@ -18,7 +18,7 @@ from _table import machine, markdown
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
-from segdistill.metrics import confusion_matrix_per_image, iou_counts
+from segdistill.metrics.confusion import confusion_matrix_per_image, iou_counts
 
 IGNORED = 255
 

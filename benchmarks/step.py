@@ -36,7 +36,8 @@ from segdistill.config import parse, read_yaml
 from segdistill.engine.learner import Learner
 from segdistill.engine.optim import build_optimizer, student_optimizer
 from segdistill.engine.settings import OptimizerConfig
-from segdistill.losses import IGNORE_INDEX, cross_entropy
+from segdistill.losses.masks import IGNORE_INDEX
+from segdistill.losses.supervised import cross_entropy
 from segdistill.methods import METHODS, build_offline, build_online, load
 from segdistill.models.config import ModelConfig
 from segdistill.models.segmenter import build_segmenter

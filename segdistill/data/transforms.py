@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segdistill.data.settings import AugmentationConfig
-from segdistill.losses import IGNORE_INDEX
+from segdistill.losses.masks import IGNORE_INDEX
 
 GREY = (0.299, 0.587, 0.114)  # the shares of red, green and blue in the brightness of a colour (ITU-R BT.601)
 

@@ -28,7 +28,7 @@ from segdistill.engine.stopwatch import timed
 from segdistill.engine.supervision import Supervision
 from segdistill.engine.trainer import AGREE_EVERY, Diverged, Ended, Result, Trainer, Training, autocast
 from segdistill.errors import GOES_ON, Interrupted, UserError, stop_on_signal
-from segdistill.losses import above_zero
+from segdistill.losses.supervised import above_zero
 from segdistill.models.segmenter import Segmenter
 from segdistill.models.teacher import Teacher
 

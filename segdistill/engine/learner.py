@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from segdistill.engine.supervision import Supervision
-from segdistill.losses import with_pseudo_labels
+from segdistill.losses.pseudo_labels import with_pseudo_labels
 from segdistill.methods.method import Method, OfflineMethod
 from segdistill.models.outputs import Outputs
 from segdistill.models.segmenter import Segmenter
@@ -67,7 +67,7 @@ class Learner(nn.Module):
 
         Args:
             mass: what the sums of cross-entropies are divided by if this is a piece of a batch; see
-                :func:`segdistill.losses.cross_entropy`.
+                :func:`segdistill.losses.supervised.cross_entropy`.
             teacher_outputs: what the teacher gives for the images, where :attr:`needs_teacher`.
 
         Shape:

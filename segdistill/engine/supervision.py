@@ -11,7 +11,8 @@ from segdistill.data.shards import read_class_pixels, read_dataset_info
 from segdistill.engine.settings import EffectiveNumberConfig, GivenWeightsConfig, LossConfig
 from segdistill.errors import UserError, nearest
 from segdistill.geometry import size_of
-from segdistill.losses import cross_entropy, dice, hard_cross_entropy, label_mass, lovasz_softmax, resized_in_one_block
+from segdistill.losses.blocks import resized_in_one_block
+from segdistill.losses.supervised import cross_entropy, dice, hard_cross_entropy, label_mass, lovasz_softmax
 
 
 class Supervision(nn.Module):

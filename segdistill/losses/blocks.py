@@ -117,7 +117,7 @@ def mean_over_pixels(
 ) -> Tensor:
     """The mean of ``values(*logits, *maps)`` where ``mask`` is true, a block of images at a time.
 
-    An empty mask gives a zero that is still joined to the graph; see :func:`segdistill.losses.masked_mean`.
+    An empty mask gives a zero that is still joined to the graph; see :func:`segdistill.losses.masks.masked_mean`.
 
     Args:
         values: of resized logits, [B, h, w].

@@ -8,7 +8,8 @@ from torch import Tensor
 from segdistill.config import config
 from segdistill.errors import UserError
 from segdistill.geometry import average
-from segdistill.losses import in_float32, unit
+from segdistill.losses.precision import in_float32
+from segdistill.losses.vectors import unit
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
 

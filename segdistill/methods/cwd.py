@@ -5,18 +5,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from segdistill.config import config
-from segdistill.losses import (
-    LEFT_OUT,
-    divergence,
-    in_float32,
-    masked_mean,
-    projection,
-    resize_features,
-    resize_labels,
-    resize_logits,
-    size_of,
-    valid_mask,
-)
+from segdistill.geometry import resize_labels, size_of
+from segdistill.losses.align import projection, resize_features, resize_logits
+from segdistill.losses.divergence import divergence
+from segdistill.losses.masks import LEFT_OUT, masked_mean, valid_mask
+from segdistill.losses.precision import in_float32
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Temperature
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
 

@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from segdistill.config import config
-from segdistill.losses import align_logits, in_float32, masked_mean, resize_logits, size_of, valid_mask
+from segdistill.geometry import size_of
+from segdistill.losses.align import resize_logits
+from segdistill.losses.blocks import align_logits
+from segdistill.losses.masks import masked_mean, valid_mask
+from segdistill.losses.precision import in_float32
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Temperature
 from segdistill.models.outputs import Outputs
 

@@ -8,7 +8,10 @@ from torch.nn import functional as F
 
 from segdistill.config import config
 from segdistill.errors import UserError
-from segdistill.losses import LEFT_OUT, align_logits, divergence, in_float32, labelled_mask, mean_over_pixels
+from segdistill.losses.blocks import align_logits, mean_over_pixels
+from segdistill.losses.divergence import divergence
+from segdistill.losses.masks import LEFT_OUT, labelled_mask
+from segdistill.losses.precision import in_float32
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Temperature
 from segdistill.models.outputs import ModelInfo, Outputs
 

@@ -6,7 +6,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from segdistill.config import config
-from segdistill.losses import counted_mask, finest, pixel_kl, resize_labels, resized_in_one_block, size_of
+from segdistill.geometry import finest, resize_labels, size_of
+from segdistill.losses.blocks import resized_in_one_block
+from segdistill.losses.divergence import pixel_kl
+from segdistill.losses.masks import counted_mask
 from segdistill.methods.method import MethodConfig, NonNegative, OnlineMethod, Temperature
 from segdistill.models.outputs import Outputs
 

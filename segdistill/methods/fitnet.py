@@ -8,16 +8,10 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from segdistill.config import config
-from segdistill.losses import (
-    Projection,
-    in_float32,
-    masked_mean,
-    projection,
-    resize_features,
-    resize_labels,
-    size_of,
-    valid_mask,
-)
+from segdistill.geometry import resize_labels, size_of
+from segdistill.losses.align import Projection, projection, resize_features
+from segdistill.losses.masks import masked_mean, valid_mask
+from segdistill.losses.precision import in_float32
 from segdistill.methods.method import Count, MethodConfig, NonNegative, OfflineMethod
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
 

@@ -6,17 +6,11 @@ import torch
 from torch import Tensor
 
 from segdistill.config import config
-from segdistill.losses import (
-    UNLABELLED,
-    class_members,
-    in_float32,
-    labelled_mask,
-    masked_mean,
-    resize_features,
-    resize_labels,
-    size_of,
-    unit,
-)
+from segdistill.geometry import resize_labels, size_of
+from segdistill.losses.align import resize_features
+from segdistill.losses.masks import UNLABELLED, class_members, labelled_mask, masked_mean
+from segdistill.losses.precision import in_float32
+from segdistill.losses.vectors import unit
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
 

@@ -5,7 +5,9 @@ from typing import Literal
 from torch import Tensor
 
 from segdistill.config import config
-from segdistill.losses import align_logits, counted_mask, pixel_kl
+from segdistill.losses.blocks import align_logits
+from segdistill.losses.divergence import pixel_kl
+from segdistill.losses.masks import counted_mask
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Temperature
 from segdistill.models.outputs import Outputs
 

@@ -7,17 +7,12 @@ import torch
 from torch import Tensor
 
 from segdistill.config import config
-from segdistill.losses import (
-    finest,
-    in_float32,
-    labelled_mask,
-    pixel_divergence,
-    resize_labels,
-    resize_logits,
-    resized_in_one_block,
-    size_of,
-    sum_over_images,
-)
+from segdistill.geometry import finest, resize_labels, size_of
+from segdistill.losses.align import resize_logits
+from segdistill.losses.blocks import resized_in_one_block, sum_over_images
+from segdistill.losses.divergence import pixel_divergence
+from segdistill.losses.masks import labelled_mask
+from segdistill.losses.precision import in_float32
 from segdistill.methods.method import Count, MethodConfig, NonNegative, OnlineMethod, Temperature
 from segdistill.models.outputs import Outputs
 

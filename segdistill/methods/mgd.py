@@ -7,8 +7,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from segdistill.config import config
-from segdistill.losses import in_float32, projection, resize_features, size_of
+from segdistill.geometry import size_of
+from segdistill.losses.align import projection, resize_features
 from segdistill.losses.fused import fused
+from segdistill.losses.precision import in_float32
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
 

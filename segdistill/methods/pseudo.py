@@ -7,7 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segdistill.config import Fraction, config
-from segdistill.losses import align_logits, in_float32, size_of, sum_over_images, valid_mask
+from segdistill.geometry import size_of
+from segdistill.losses.blocks import align_logits, sum_over_images
+from segdistill.losses.masks import valid_mask
+from segdistill.losses.precision import in_float32
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod
 from segdistill.models.outputs import Outputs
 

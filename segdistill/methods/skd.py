@@ -10,7 +10,10 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from segdistill.config import Beta, LearningRate, config
-from segdistill.losses import in_float32, resize_features, resize_logits, size_of, sum_over_blocks
+from segdistill.geometry import size_of
+from segdistill.losses.align import resize_features, resize_logits
+from segdistill.losses.blocks import sum_over_blocks
+from segdistill.losses.precision import in_float32
 from segdistill.methods.method import Channels, Count, MethodConfig, NonNegative, OfflineMethod
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
 

@@ -16,7 +16,7 @@ from segdistill.config import parse
 from segdistill.errors import UserError
 from segdistill.files import read_sealed, read_sealed_json
 from segdistill.identity import require_classes
-from segdistill.metrics import iou_counts, mean_iou
+from segdistill.metrics.confusion import iou_counts, mean_iou
 from segdistill.plan import DIVERGED, TRAINED
 
 TRAIN, EVALUATE = "run the stage that trains it again", "run the stage 'evaluate' again"

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segdistill.errors import UserError
-from segdistill.metrics import iou_from_counts, mean_over_present
+from segdistill.metrics.confusion import iou_from_counts, mean_over_present
 
 Name = TypeVar("Name", bound=Hashable)
 Seed = int | None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from segdistill.metrics import iou_from_counts, mean_over_present
+from segdistill.metrics.confusion import iou_from_counts, mean_over_present
 from segdistill.report.inputs import Measured
 
 LEAST = 0.005  # of the pixels of a class; rarer mistakes are none to speak of

@@ -16,7 +16,7 @@ from segdistill.config import parse
 from segdistill.engine.settings import InferenceConfig
 from segdistill.errors import UserError
 from segdistill.files import read_sealed_json
-from segdistill.metrics import iou, mean_over_present
+from segdistill.metrics.confusion import iou, mean_over_present
 from segdistill.report.inputs import Diverged, Measured
 from segdistill.report.intervals import Difference, Estimate, block_starts, differences, estimate
 from segdistill.report.mistakes import Confusion, HardImage

@@ -276,7 +276,7 @@ def _score_elsewhere(
     Pixels that are taken for a class that the set has not are wrong, but no class of their own.
     """
     from segdistill.engine.evaluate import evaluate
-    from segdistill.metrics import iou_from_counts, mean_over_present
+    from segdistill.metrics.confusion import iou_from_counts, mean_over_present
 
     try:
         evaluation = evaluate(network, second_set, views, num_classes=num_classes, processes=processes)
@@ -295,7 +295,7 @@ def _write_images(
     import pyarrow
     import pyarrow.parquet
 
-    from segdistill.metrics import iou_from_counts, mean_over_present
+    from segdistill.metrics.confusion import iou_from_counts, mean_over_present
 
     images = range(len(test_set))
     tables = []

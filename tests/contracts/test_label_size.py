@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from segdistill.config import parse
 from segdistill.engine.settings import LossConfig
 from segdistill.engine.supervision import Supervision
-from segdistill.losses import UNLABELLED, blocks, with_pseudo_labels
+from segdistill.losses import blocks
+from segdistill.losses.masks import UNLABELLED
+from segdistill.losses.pseudo_labels import with_pseudo_labels
 from segdistill.methods import METHODS, load
 
 CLASSES, BATCH, SIZE = 5, 4, (24, 28)

@@ -15,7 +15,8 @@ from segdistill.engine.supervision import Supervision
 from segdistill.engine.tracker import NullTracker
 from segdistill.errors import UserError
 from segdistill.identity import effective
-from segdistill.losses import IGNORE_INDEX, UNLABELLED, resize_logits
+from segdistill.losses.align import resize_logits
+from segdistill.losses.masks import IGNORE_INDEX, UNLABELLED
 from segdistill.methods import METHODS
 from segdistill.models.outputs import Outputs
 

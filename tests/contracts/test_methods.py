@@ -14,7 +14,8 @@ from torch import Tensor
 
 from segdistill.config import parse, to_dict
 from segdistill.errors import UserError
-from segdistill.losses import IGNORE_INDEX, UNLABELLED, pixel_kl
+from segdistill.losses.divergence import pixel_kl
+from segdistill.losses.masks import IGNORE_INDEX, UNLABELLED
 from segdistill.methods import METHODS, build_offline, build_online, load, parse_method
 from segdistill.methods.method import Evidence, Method
 from segdistill.models.outputs import ModelInfo, Outputs

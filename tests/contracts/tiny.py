@@ -27,7 +27,7 @@ from segdistill.engine.supervision import Supervision
 from segdistill.engine.tracker import NullTracker, Tracker
 from segdistill.engine.trainer import Diverged, Result, Trainer, Training
 from segdistill.errors import Interrupted
-from segdistill.losses import IGNORE_INDEX, UNLABELLED
+from segdistill.losses.masks import IGNORE_INDEX, UNLABELLED
 from segdistill.methods import build_offline, build_online, parse_method
 from segdistill.models.outputs import ModelInfo, Outputs
 from segdistill.models.teacher import Teacher

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from segdistill.config import to_dict
 from segdistill.errors import UserError
-from segdistill.losses import class_members
+from segdistill.losses.masks import class_members
 from segdistill.methods import parse_method
 from segdistill.methods.apd import AdaptivePerspective
 from segdistill.models.outputs import ModelInfo, Outputs

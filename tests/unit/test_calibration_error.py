@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from segdistill.metrics import calibration_gaps, expected_calibration_error
+from segdistill.metrics.calibration_error import calibration_gaps, expected_calibration_error
 
 
 def slowly(probability: torch.Tensor, right: torch.Tensor, labelled: torch.Tensor) -> float:

@@ -24,7 +24,7 @@ from segdistill.data.shards import read_dataset_info
 from segdistill.engine.tracker import JsonLinesTracker, NullTracker
 from segdistill.errors import UserError
 from segdistill.files import seal
-from segdistill.metrics import iou_counts, mean_iou, per_class_iou
+from segdistill.metrics.confusion import iou_counts, mean_iou, per_class_iou
 from segdistill.plan import Job
 from segdistill.report import charts, page
 from segdistill.report.inputs import Diverged

@@ -4,7 +4,7 @@ import torch
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 from sklearn.metrics import jaccard_score
 
-from segdistill.metrics import (
+from segdistill.metrics.confusion import (
     confusion_matrix,
     confusion_matrix_per_image,
     iou,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segdistill.config import to_dict
-from segdistill.losses import Projection
+from segdistill.losses.align import Projection
 from segdistill.methods import parse_method
 from segdistill.methods.cwd import ChannelWise, channel_kl
 from segdistill.models.outputs import ModelInfo, Outputs

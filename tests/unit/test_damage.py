@@ -19,7 +19,7 @@ from segdistill.config import parse
 from segdistill.engine import checkpoint
 from segdistill.errors import UserError
 from segdistill.files import read_sealed_json, seal
-from segdistill.metrics import iou_counts
+from segdistill.metrics.confusion import iou_counts
 from segdistill.models.config import ModelConfig
 from segdistill.models.export import load_model, save_model
 from segdistill.models.segmenter import build_segmenter

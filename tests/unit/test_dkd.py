@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from segdistill.errors import UserError
-from segdistill.losses import pixel_kl
+from segdistill.losses.divergence import pixel_kl
 from segdistill.methods import parse_method
 from segdistill.methods.dkd import Decoupled, non_target_kl, target_kl
 from segdistill.models.outputs import ModelInfo, Outputs

@@ -22,8 +22,9 @@ from segdistill.engine.inference import Views, class_scores, predict
 from segdistill.engine.optim import build_optimizer, factor, set_learning_rates
 from segdistill.engine.settings import AdamWConfig, InferenceConfig, OptimizerConfig, PolySchedule, SGDConfig
 from segdistill.errors import UserError
-from segdistill.metrics import calibration_gaps, expected_calibration_error, iou_counts
 from segdistill.metrics.boundary import boundary_counts
+from segdistill.metrics.calibration_error import calibration_gaps, expected_calibration_error
+from segdistill.metrics.confusion import iou_counts
 from segdistill.models.outputs import ModelInfo
 
 ALONE = Processes(0, 1, torch.device("cpu"))

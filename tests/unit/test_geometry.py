@@ -11,12 +11,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from segdistill import geometry, losses
+from segdistill import geometry
 from segdistill.config import parse
 from segdistill.data.settings import AugmentationConfig
 from segdistill.data.transforms import Augmentation, cut
 from segdistill.engine.inference import Views, class_scores
 from segdistill.engine.settings import InferenceConfig
+from segdistill.losses import align, supervised
 from segdistill.methods import build_offline, build_online, parse_method
 from segdistill.models.outputs import ModelInfo, Outputs
 from segdistill.models.segmenter import logits_at
@@ -75,10 +76,10 @@ def test_a_cell_keeps_its_place_in_the_image_whatever_the_two_strides(
 def test_training_and_evaluation_place_logits_alike(size: tuple[int, int], stride: int) -> None:
     logits = torch.randn(1, 2, *cells(size, stride), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     evaluated = logits_at(logits, size, stride)
-    torch.testing.assert_close(losses.resize_logits(logits.float(), size), evaluated, rtol=0, atol=0)
+    torch.testing.assert_close(align.resize_logits(logits.float(), size), evaluated, rtol=0, atol=0)
     target = evaluated.argmax(1)
     right = F.cross_entropy(evaluated.double(), target)
-    torch.testing.assert_close(losses.cross_entropy(logits, target).double(), right, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(supervised.cross_entropy(logits, target).double(), right, rtol=1e-5, atol=1e-6)
 
 
 def test_ideal_logits_at_33_pixels_and_stride_32_are_right_in_training_as_in_evaluation() -> None:
@@ -86,7 +87,7 @@ def test_ideal_logits_at_33_pixels_and_stride_32_are_right_in_training_as_in_eva
     target[..., 32:] = 1
     # Two cells: the first ends with pixel 31, the second begins with pixel 32, so the border is between them.
     logits = ideal_logits(target, 32)
-    for full in (losses.resize_logits(logits, (33, 33)), logits_at(logits, (33, 33), 32)):
+    for full in (align.resize_logits(logits, (33, 33)), logits_at(logits, (33, 33), 32)):
         assert (full.argmax(1) == target).double().mean() == 1.0
 
 
@@ -96,7 +97,7 @@ def test_the_cross_entropy_of_ideal_logits_at_crop_713_and_stride_8() -> None:
     logits = ideal_logits(target, 8)
     covered = F.interpolate(logits, size=(16, 720), mode="bilinear", align_corners=False)[..., :713]
     right = F.cross_entropy(covered, target)
-    torch.testing.assert_close(losses.cross_entropy(logits, target), right)
+    torch.testing.assert_close(supervised.cross_entropy(logits, target), right)
     stretched = F.interpolate(logits, size=(16, 713), mode="bilinear", align_corners=False)
     assert F.cross_entropy(stretched, target) > 5 * right
 
@@ -106,7 +107,7 @@ def test_the_cross_entropy_of_ideal_logits_at_crop_713_and_stride_8() -> None:
 def test_of_a_finer_student_every_cell_gets_a_gradient(size: tuple[int, int], coarse: int) -> None:
     for align_corners in (False, True):
         student = torch.randn(2, 3, *cells(size, 4), requires_grad=True)
-        pooled = losses.resize_features(student, cells(size, coarse), align_corners=align_corners)
+        pooled = align.resize_features(student, cells(size, coarse), align_corners=align_corners)
         (gradient,) = torch.autograd.grad(pooled.sum(), student)
         assert (gradient > 0).all()
         ratio, last = coarse // 4, pooled.shape[-2] - 1
@@ -116,9 +117,9 @@ def test_of_a_finer_student_every_cell_gets_a_gradient(size: tuple[int, int], co
 
 def test_at_equal_sizes_nothing_is_computed() -> None:
     maps, target = torch.randn(1, 2, 5, 7), torch.zeros(1, 5, 7, dtype=torch.int64)
-    assert losses.resize_features(maps, (5, 7)) is maps
+    assert align.resize_features(maps, (5, 7)) is maps
     assert geometry.average(maps, (5, 7)) is maps
-    assert losses.resize_labels(target, (5, 7)) is target
+    assert geometry.resize_labels(target, (5, 7)) is target
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -126,7 +127,7 @@ def test_at_equal_sizes_nothing_is_computed() -> None:
 def test_the_label_of_a_cell_lies_at_its_centre_and_in_the_image(size: tuple[int, int], stride: int) -> None:
     grid = cells(size, stride)
     places = torch.arange(size[0])[None, :, None] * 1000 + torch.arange(size[1])
-    taken = losses.resize_labels(places, grid)
+    taken = geometry.resize_labels(places, grid)
     for axis, found in enumerate((taken[0, :, 0] // 1000, taken[0, 0] % 1000)):
         first = torch.arange(grid[axis]) * stride
         assert bool((found >= first).all()) and bool((found < first + stride).all()) and found.max() < size[axis]
@@ -166,9 +167,9 @@ def test_by_products_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
 def test_half_precision_features_are_resized_as_they_are(dtype: torch.dtype) -> None:
     maps = torch.randn(1, 2, 9, 13)
     for size in ((3, 4), (33, 50)):
-        narrow = losses.resize_features(maps.to(dtype), size)
+        narrow = align.resize_features(maps.to(dtype), size)
         assert narrow.dtype == dtype
-        torch.testing.assert_close(narrow.float(), losses.resize_features(maps, size), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(narrow.float(), align.resize_features(maps, size), rtol=2e-2, atol=2e-2)
 
 
 # -- methods ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from segdistill.config import parse, to_dict
 from segdistill.errors import UserError
-from segdistill.losses import cross_entropy
+from segdistill.losses.supervised import cross_entropy
 from segdistill.methods import build_online, parse_method
 from segdistill.methods.hfd_bsd.selection import feature_distances, learners, pixel_errors, region_errors, region_means
 from segdistill.models.config import ModelConfig

@@ -7,7 +7,7 @@ from scipy import stats
 
 from segdistill import metrics
 from segdistill.errors import UserError
-from segdistill.metrics import mean_iou
+from segdistill.metrics.confusion import mean_iou
 from segdistill.report.intervals import (
     block_starts,
     combined,

@@ -20,7 +20,7 @@ from segdistill.engine.distributed import Processes
 from segdistill.engine.evaluate import evaluate
 from segdistill.engine.inference import Views
 from segdistill.engine.settings import InferenceConfig
-from segdistill.metrics import confusion_matrix, mean_iou
+from segdistill.metrics.confusion import confusion_matrix, mean_iou
 
 
 def miou_of_masks(masks: Path, data: Path) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from segdistill.config import to_dict
-from segdistill.losses import sum_over_blocks
+from segdistill.losses.blocks import sum_over_blocks
 from segdistill.methods import parse_method, skd
 from segdistill.methods.skd import Structured
 from segdistill.models.outputs import ModelInfo, Outputs

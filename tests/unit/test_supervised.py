@@ -14,14 +14,14 @@ from segmentation_models_pytorch.losses import DiceLoss, LovaszLoss
 from torch import Tensor
 from torch.nn import functional as F
 
-from segdistill import losses
 from segdistill.config import parse
 from segdistill.engine import supervision
 from segdistill.engine.settings import LossConfig
 from segdistill.engine.supervision import Supervision, class_weights, effective_number, median_frequency
 from segdistill.errors import UserError
 from segdistill.geometry import size_of
-from segdistill.losses import IGNORE_INDEX, UNLABELLED
+from segdistill.losses import align, masks, supervised
+from segdistill.losses.masks import IGNORE_INDEX, UNLABELLED
 
 CLASSES = 5
 WEIGHTS = [0.5, 2.0, 0.0, 1.0, 30.0]
@@ -31,7 +31,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def hard(threshold: float, min_kept: int, weights: list[float] | None = None) -> tuple[Loss, Loss]:
     given_weights = None if weights is None else torch.tensor(weights)
     return (
-        lambda logits, target: losses.hard_cross_entropy(
+        lambda logits, target: supervised.hard_cross_entropy(
             logits, target, threshold=threshold, min_kept=min_kept, class_weights=given_weights
         ),
         lambda logits, target: reference.hard_cross_entropy(logits, target, threshold, min_kept, weights),
@@ -41,14 +41,14 @@ def hard(threshold: float, min_kept: int, weights: list[float] | None = None) ->
 # Name -> the loss, and the same as a slow loop.
 LOSSES: dict[str, tuple[Loss, Loss]] = {
     "weighted": (
-        lambda logits, target: losses.cross_entropy(logits, target, class_weights=torch.tensor(WEIGHTS)),
+        lambda logits, target: supervised.cross_entropy(logits, target, class_weights=torch.tensor(WEIGHTS)),
         lambda logits, target: reference.weighted_cross_entropy(logits, target, WEIGHTS),
     ),
     "hard": hard(0.3, 2),
     "hardest": hard(0.0, 3),
     "hard weighted": hard(0.3, 2, WEIGHTS),
-    "dice": (losses.dice, reference.dice),
-    "lovasz": (losses.lovasz_softmax, reference.lovasz_softmax),
+    "dice": (supervised.dice, reference.dice),
+    "lovasz": (supervised.lovasz_softmax, reference.lovasz_softmax),
 }
 
 
@@ -93,25 +93,25 @@ def test_a_batch_without_labels_gives_zero_with_a_gradient_of_zero(name: str) ->
 def test_logits_are_brought_to_the_labels_by_the_one_rule(name: str) -> None:
     logits, _ = scene()
     _, target = scene(1, size=(8, 10))
-    large = losses.resize_logits(logits, size_of(target))
+    large = align.resize_logits(logits, size_of(target))
     torch.testing.assert_close(LOSSES[name][0](logits, target), LOSSES[name][0](large, target), rtol=0, atol=0)
 
 
 def test_a_weighted_mean_is_torchs_own() -> None:
     logits, target = scene()
     weights = torch.tensor(WEIGHTS, dtype=torch.float64)
-    expected = F.cross_entropy(logits, losses.labelled_only(target), weights, ignore_index=IGNORE_INDEX)
-    torch.testing.assert_close(losses.cross_entropy(logits, target, class_weights=weights), expected)
+    expected = F.cross_entropy(logits, masks.labelled_only(target), weights, ignore_index=IGNORE_INDEX)
+    torch.testing.assert_close(supervised.cross_entropy(logits, target, class_weights=weights), expected)
 
 
 def test_dice_and_lovasz_are_the_librarys_where_that_is_defined() -> None:
     logits, target = scene()
-    labels = losses.labelled_only(target)
+    labels = masks.labelled_only(target)
     lovasz = LovaszLoss("multiclass", ignore_index=IGNORE_INDEX)(logits.float(), labels)
-    torch.testing.assert_close(losses.lovasz_softmax(logits.float(), target), lovasz, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(supervised.lovasz_softmax(logits.float(), target), lovasz, rtol=1e-5, atol=1e-6)
     # The library takes the mean over all classes, the absent one with 0.
     dice = DiceLoss("multiclass", ignore_index=IGNORE_INDEX)(logits, labels) * CLASSES / (CLASSES - 1)
-    torch.testing.assert_close(losses.dice(logits, target), dice)
+    torch.testing.assert_close(supervised.dice(logits, target), dice)
 
 
 def test_two_pixels_by_hand() -> None:
@@ -119,21 +119,21 @@ def test_two_pixels_by_hand() -> None:
     logits = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log().reshape(2, 2, 1, 1)
     target = torch.tensor([0, 1]).reshape(2, 1, 1)
     # Dice: class 0: 1 - 2 * 3/4 / (3/4 + 1/2 + 1) = 1/3; class 1: 1 - 2 * 1/2 / (1/4 + 1/2 + 1) = 3/7.
-    assert losses.dice(logits, target).item() == pytest.approx((1 / 3 + 3 / 7) / 2)
+    assert supervised.dice(logits, target).item() == pytest.approx((1 / 3 + 3 / 7) / 2)
     # Lovasz: class 0 has errors 1/2 (not its pixel: J 0 -> 1/2) and 1/4 (its pixel: 1/2 -> 1): 3/8; class 1 has
     # 1/2 (its pixel: 0 -> 1) and 1/4 (1 -> 1): 1/2.
-    assert losses.lovasz_softmax(logits, target).item() == pytest.approx((3 / 8 + 1 / 2) / 2)
+    assert supervised.lovasz_softmax(logits, target).item() == pytest.approx((3 / 8 + 1 / 2) / 2)
     # Hard below 0.6: the second pixel alone.
-    ohem = losses.hard_cross_entropy(logits, target, threshold=0.6, min_kept=1)
+    ohem = supervised.hard_cross_entropy(logits, target, threshold=0.6, min_kept=1)
     assert ohem.item() == pytest.approx((-np.log(0.75) - np.log(0.5)) / 2), "at least one an image"
-    ohem = losses.hard_cross_entropy(logits[1:], target[1:], threshold=0.6, min_kept=1)
+    ohem = supervised.hard_cross_entropy(logits[1:], target[1:], threshold=0.6, min_kept=1)
     assert ohem.item() == pytest.approx(-np.log(0.5))
 
 
 def test_a_perfect_prediction_has_neither_dice_nor_lovasz_loss() -> None:
     _, target = scene()
     logits = 200.0 * F.one_hot(target.where(target < CLASSES, 0), CLASSES).permute(0, 3, 1, 2).double()
-    for loss in (losses.dice, losses.lovasz_softmax):
+    for loss in (supervised.dice, supervised.lovasz_softmax):
         assert loss(logits, target).item() == pytest.approx(0.0, abs=1e-12)
 
 
@@ -157,7 +157,7 @@ def test_what_the_config_does_not_ask_for_is_not_computed(monkeypatch: pytest.Mo
         monkeypatch.setattr(supervision, name, computed)
     logits, target = scene()
     terms = Supervision()(logits, target)
-    assert list(terms) == ["ce"] and torch.equal(terms["ce"], losses.cross_entropy(logits, target))
+    assert list(terms) == ["ce"] and torch.equal(terms["ce"], supervised.cross_entropy(logits, target))
     assert Supervision().factors == {"ce": 1.0} and not list(Supervision().buffers())
 
 
@@ -171,9 +171,9 @@ def test_terms_and_factors_are_those_of_the_config() -> None:
     logits, target = scene()
     terms, weights = labels(logits, target), torch.tensor(WEIGHTS)
     assert labels.factors == {"ce": 0.0, "dice": 0.5, "lovasz": 2.0} and not labels.state_dict()
-    assert torch.equal(terms["dice"], losses.dice(logits, target))
-    assert torch.equal(terms["lovasz"], losses.lovasz_softmax(logits, target))
-    ohem = losses.hard_cross_entropy(logits, target, threshold=0.7, min_kept=3, class_weights=weights)
+    assert torch.equal(terms["dice"], supervised.dice(logits, target))
+    assert torch.equal(terms["lovasz"], supervised.lovasz_softmax(logits, target))
+    ohem = supervised.hard_cross_entropy(logits, target, threshold=0.7, min_kept=3, class_weights=weights)
     assert torch.equal(terms["ce"], ohem)
 
 
@@ -183,7 +183,7 @@ def test_many_pixels_leave_the_lovasz_gradient_its_digits_in_float32() -> None:
     logits, target = torch.randn(1, 2, 256, 256, dtype=torch.float64), torch.randint(2, (1, 256, 256))
     gradients = []
     for leaf in (logits.requires_grad_(), logits.detach().float().requires_grad_()):
-        losses.lovasz_softmax(leaf, target).backward()
+        supervised.lovasz_softmax(leaf, target).backward()
         assert leaf.grad is not None
         gradients.append(leaf.grad.double())
     error = (gradients[1] - gradients[0]).abs().mean() / gradients[0].abs().mean()

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional
 from segdistill.config import parse
 from segdistill.data.settings import AugmentationConfig
 from segdistill.data.transforms import Augmentation, Crop, cut, jitter
-from segdistill.losses import IGNORE_INDEX
+from segdistill.losses.masks import IGNORE_INDEX
 
 CPU = torch.device("cpu")
 SIZE = (60, 90)

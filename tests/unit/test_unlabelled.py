@@ -19,7 +19,7 @@ from segdistill.data.labelled import labelling_order
 from segdistill.data.layouts import WITHOUT_MASKS, open_layout
 from segdistill.data.loader import Share, training_batches
 from segdistill.data.shards import ShardDataset, read_dataset_info
-from segdistill.losses import UNLABELLED
+from segdistill.losses.masks import UNLABELLED
 from segdistill.stages._training import unlabelled_set
 
 LABELLED = ["train", "val", "test"]

@@ -6,17 +6,12 @@ from torch import Tensor, nn
 
 from segdistill.config import Beta, LearningRate, config
 from segdistill.errors import UserError
-from segdistill.losses import (
-    Projection,
-    align_logits,
-    class_members,
-    cross_entropy,
-    pixel_kl,
-    resize_features,
-    resize_labels,
-    size_of,
-    valid_mask,
-)
+from segdistill.geometry import resize_labels, size_of
+from segdistill.losses.align import Projection, resize_features
+from segdistill.losses.blocks import align_logits
+from segdistill.losses.divergence import pixel_kl
+from segdistill.losses.masks import class_members, valid_mask
+from segdistill.losses.supervised import cross_entropy
 from segdistill.methods.apd.perspective import Scope, local_kl, local_perspective, present_classes, prototype_distance
 from segdistill.methods.method import Channels, MethodConfig, NonNegative, OfflineMethod, Positive, Temperature
 from segdistill.models.outputs import ModelInfo, Outputs

@@ -5,8 +5,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from segdistill.losses import LEFT_OUT, divergence, in_float32, masked_mean, unit
+from segdistill.losses.divergence import divergence
 from segdistill.losses.fused import fused
+from segdistill.losses.masks import LEFT_OUT, masked_mean
+from segdistill.losses.precision import in_float32
+from segdistill.losses.vectors import unit
 
 Scope = Literal["batch", "image"]
 

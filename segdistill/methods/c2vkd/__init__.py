@@ -9,19 +9,13 @@ from torch import Tensor, nn
 
 from segdistill.config import config
 from segdistill.errors import UserError
-from segdistill.losses import (
-    Projection,
-    align_logits,
-    divergence,
-    in_float32,
-    projection,
-    resize_features,
-    size_of,
-    sum_over_blocks,
-    unit,
-)
+from segdistill.geometry import size_of
+from segdistill.losses.align import Projection, projection, resize_features
+from segdistill.losses.blocks import align_logits, sum_over_blocks
+from segdistill.losses.divergence import divergence
 from segdistill.losses.fused import fused
-from segdistill.losses.precision import add_product, is_half, product
+from segdistill.losses.precision import add_product, in_float32, is_half, product
+from segdistill.losses.vectors import unit
 from segdistill.methods.c2vkd.attention_pool import AttentionPool, load_attention_pool
 from segdistill.methods.c2vkd.decoupling import blended_two_way
 from segdistill.methods.dkd import non_target_kl, target_kl

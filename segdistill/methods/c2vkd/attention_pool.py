@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segdistill.errors import UserError
-from segdistill.losses import in_float32
+from segdistill.losses.precision import in_float32
 
 PREFIX = "visual.attnpool."
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "c_proj")

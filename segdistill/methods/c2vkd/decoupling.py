@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from segdistill.losses import in_float32, labelled_mask, mean_over_pixels
+from segdistill.losses.blocks import mean_over_pixels
 from segdistill.losses.fused import fused
+from segdistill.losses.masks import labelled_mask
+from segdistill.losses.precision import in_float32
 
 
 def blended_two_way(

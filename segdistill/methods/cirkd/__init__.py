@@ -8,16 +8,11 @@ from torch.nn import functional as F
 
 from segdistill.config import config
 from segdistill.errors import UserError
-from segdistill.losses import (
-    Projection,
-    in_float32,
-    resize_features,
-    resize_labels,
-    size_of,
-    unit,
-    valid_mask,
-)
-from segdistill.losses.precision import is_half
+from segdistill.geometry import resize_labels, size_of
+from segdistill.losses.align import Projection, resize_features
+from segdistill.losses.masks import valid_mask
+from segdistill.losses.precision import in_float32, is_half
+from segdistill.losses.vectors import unit
 from segdistill.methods.cirkd.memory import ClassQueues, class_means, gather_batches, random_members
 from segdistill.methods.cirkd.relations import relation_kl
 from segdistill.methods.method import Count, MethodConfig, NonNegative, OfflineMethod, Positive, Temperature

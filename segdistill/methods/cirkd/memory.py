@@ -4,7 +4,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from segdistill.losses import class_members, in_float32, unit
+from segdistill.losses.masks import class_members
+from segdistill.losses.precision import in_float32
+from segdistill.losses.vectors import unit
 
 
 class ClassQueues(nn.Module):

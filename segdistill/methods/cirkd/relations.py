@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segdistill.losses import LEFT_OUT
+from segdistill.losses.masks import LEFT_OUT
 from segdistill.losses.precision import add_product, product
 
 logger = logging.getLogger(__name__)

@@ -8,17 +8,10 @@ from torch import Tensor, nn
 
 from segdistill.config import config
 from segdistill.errors import UserError
-from segdistill.losses import (
-    finest,
-    labelled_only,
-    projection,
-    resize_features,
-    resize_labels,
-    resized_in_one_block,
-    size_of,
-    sum_over_images,
-    valid_mask,
-)
+from segdistill.geometry import finest, resize_labels, size_of
+from segdistill.losses.align import projection, resize_features
+from segdistill.losses.blocks import resized_in_one_block, sum_over_images
+from segdistill.losses.masks import labelled_only, valid_mask
 from segdistill.methods.hfd_bsd.operators import Borrowed, ConvMLP, PooledAttention
 from segdistill.methods.hfd_bsd.selection import (
     feature_distances,

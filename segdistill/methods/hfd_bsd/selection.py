@@ -7,8 +7,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segdistill.geometry import Size, average, size_of
-from segdistill.losses import IGNORE_INDEX, divergence, images_in_blocks, in_float32, unit, valid_mask
+from segdistill.losses.blocks import images_in_blocks
+from segdistill.losses.divergence import divergence
 from segdistill.losses.fused import fused
+from segdistill.losses.masks import IGNORE_INDEX, valid_mask
+from segdistill.losses.precision import in_float32
+from segdistill.losses.vectors import unit
 
 FeatureDistance = Literal["cosine", "mse", "l2", "kl"]
 
