@@ -52,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
     fetching.add_argument("--out", type=Path, required=True)
     fetching.add_argument("--patience", type=float, default=120.0, metavar="SECONDS",
                           help="how long to wait for an S3 that is away (%(default)g)")  # fmt: skip
+    attaching = data.add_parser("attach", help="read prepared data where they lie in S3, for a disk that is too small")
+    attaching.add_argument("url", help="s3://bucket/prefix, where a folder artifacts/prepared was copied to")
+    attaching.add_argument("--out", type=Path, default=Path("artifacts/prepared"), help="(%(default)s)")
     commands.add_parser("check", help="check params.yaml as a whole, methods included").add_argument(
         "--params", type=Path, default=Path("params.yaml")
     )

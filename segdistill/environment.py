@@ -1,7 +1,8 @@
 """The environment variables that this package reads; no other module of it reads one of these.
 
 They say what is no matter of the parameters: where this process runs, and what it belongs to. An empty one counts as
-absent. Those of other programs (AWS_*, GIT_*, proxies, certificates, torchrun's ranks) are read by their libraries.
+absent. Those of other programs (AWS_*, GIT_*, proxies, certificates, torchrun's ranks) are read by their libraries;
+AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL and AWS_CA_BUNDLE here, too, for pyarrow, which does not know them.
 
 | variable | says | without it |
 |---|---|---|
@@ -12,6 +13,8 @@ absent. Those of other programs (AWS_*, GIT_*, proxies, certificates, torchrun's
 | ``SEGDISTILL_MLFLOW`` | ``injected``: KFP's server makes the parent in MLflow, and says where it is | we make it |
 | ``SEGDISTILL_WORK`` | a volume for checkpoints | they lie beside the output, and go with the pod |
 | ``SEGDISTILL_SHARED`` | a volume for large outputs, which all tasks see | each pod copies its inputs |
+| ``SEGDISTILL_CACHE`` | the folder for samples of data that stay in S3 | ``~/.cache/segdistill`` |
+| ``SEGDISTILL_CACHE_GIB`` | how many GiB they may take there | 16 |
 | ``SEGDISTILL_PROCESSES`` | how many processes of a task train together | one for each accelerator |
 | ``SEGDISTILL_TRAINJOB`` | on which other nodes a task trains, as JSON | in its own pod |
 | ``SEGDISTILL_TUNE_PASSWORD`` | the password of the database that ``tune.storage`` names | none |
@@ -28,6 +31,7 @@ absent. Those of other programs (AWS_*, GIT_*, proxies, certificates, torchrun's
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -93,6 +97,27 @@ def work_volume() -> Path | None:
 def shared_volume() -> Path | None:
     """A volume for large outputs, which all tasks see."""
     return _folder("SEGDISTILL_SHARED")
+
+
+def cache() -> tuple[Path, float]:
+    """Where samples of data that stay in S3 are kept, and how many GiB of them.
+
+    Raises:
+        UserError: it is no such number.
+    """
+    text = _read("SEGDISTILL_CACHE_GIB") or "16"
+    try:
+        gibibytes = float(text)
+    except ValueError:
+        gibibytes = -1
+    if not 0 <= gibibytes < math.inf:
+        raise UserError(f"SEGDISTILL_CACHE_GIB: '{text}' is not a number of GiB; expected 0 or more")
+    return _folder("SEGDISTILL_CACHE") or Path.home() / ".cache/segdistill", gibibytes
+
+
+def s3_server() -> tuple[str | None, str | None]:
+    """The address of the S3 server, None for AWS, and the file of the authorities that vouch for it."""
+    return _read("AWS_ENDPOINT_URL_S3") or _read("AWS_ENDPOINT_URL"), _read("AWS_CA_BUNDLE")
 
 
 def processes(default: int) -> int:

@@ -24,6 +24,10 @@ def command(arguments: argparse.Namespace) -> None:
         from segdistill.adapters.dvc_remote import fetch
 
         fetch(arguments.repository, arguments.rev, arguments.out, patience=arguments.patience)
+    elif arguments.action == "attach":
+        from segdistill.data.shards import attach
+
+        attach(arguments.url, arguments.out)
     else:
         from segdistill.data.importing import import_dataset
 

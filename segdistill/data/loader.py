@@ -64,7 +64,8 @@ def training_batches(
     augment, cuda = Augmentation(augmentation), device.type == "cuda"
     sources = (source,) if beside is None else (source, beside)
     read = functools.partial(_read, sources, augment, seed, pinned=cuda)
-    samples = ahead(read, _places(share, first_iteration), workers)
+    threads = max(workers, *(each.readers for each in sources))
+    samples = ahead(read, _places(share, first_iteration), threads)
     images = share.micro_batch + share.beside.micro_batch
     stream = torch.cuda.Stream(device) if cuda else None
     while True:

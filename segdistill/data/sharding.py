@@ -27,13 +27,13 @@ from segdistill.data.decoding import (
 )
 from segdistill.data.layouts import IGNORE_INDEX, UNLABELLED, Layout, Legend, Sample
 from segdistill.data.parallel import ordered_map
-from segdistill.data.rows import band_checksums, encode_rows
+from segdistill.data.rows import encode_rows
 from segdistill.data.shards import (
     INFO_FILE,
     MANIFEST_FILE,
     PARTS,
-    PLACE,
     SHARD_FOLDER,
+    Place,
     content_hash,
     read_encoded,
     sample_hash,
@@ -232,8 +232,10 @@ def _encode(sample: Sample, root: Path, legend: Legend, storage: Storage) -> Row
         size = (max(1, round(labels.shape[1] * factor)), max(1, round(labels.shape[0] * factor)))
         pixels = resize_pixels(pixels, size)
         labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+    checksums = {}
     if storage.images == "decoded":
-        content, label = encode_rows(pixels), encode_rows(labels)
+        content, checksums["image_checksums"] = encode_rows(pixels)
+        label, checksums["label_checksums"] = encode_rows(labels)
     else:
         if storage.images == "jpeg" and (factor < 1 or image_format(content) != "jpeg"):
             if not format_of(pixels).is_rgb:
@@ -244,7 +246,6 @@ def _encode(sample: Sample, root: Path, legend: Legend, storage: Storage) -> Row
         elif factor < 1:  # without loss: a second JPEG generation would add its own artefacts
             content = encode_pixels(pixels)
         label = encode_png(Image.fromarray(labels))
-    parts = dict(zip(PARTS, (content, label), strict=True)) if storage.images == "decoded" else {}
     return {
         "id": sample.id,
         "image": content,
@@ -258,7 +259,7 @@ def _encode(sample: Sample, root: Path, legend: Legend, storage: Storage) -> Row
         "class_pixels": np.trim_zeros(np.bincount(labels.ravel())[:UNLABELLED], "b").tolist(),
         "sequence": sample.sequence,
         "facts": pixel_facts(pixels),
-        **{f"{part}_checksums": band_checksums(file) for part, file in parts.items()},
+        **checksums,
     }
 
 
@@ -288,7 +289,7 @@ def _finished(folder: Path, name: str, key: str) -> list[Row] | None:
         rows: list[Row] = json.loads(text)
         with path.open("rb") as file:
             for row in rows:
-                read_encoded(file.fileno(), **{column: row[column] for column in PLACE if column != "shard"})
+                read_encoded(file.fileno(), Place.of(row.__getitem__))
     except (UserError, OSError, ValueError):
         return None
     return rows

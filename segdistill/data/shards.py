@@ -10,21 +10,32 @@ import io
 import json
 import os
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from segdistill import environment
 from segdistill.config import parse
+from segdistill.data.bucket import READERS, SOURCE_FILE, Bucket, Cache
 from segdistill.data.decoding import decode_pixels
 from segdistill.data.layouts.layout import ClassInfo
 from segdistill.data.memory import Memory
 from segdistill.data.rows import DAMAGED, read_rows
 from segdistill.errors import UserError
-from segdistill.files import MIB, read_sealed, read_sealed_json, require_regular
+from segdistill.files import (
+    MIB,
+    SEAL,
+    new_folder,
+    read_json,
+    read_sealed,
+    read_sealed_json,
+    require_free,
+    require_regular,
+)
 from segdistill.images import RGB, ImageFormat
 
 INFO_FILE = "dataset.json"
@@ -89,10 +100,15 @@ class ShardDataset:
         self._class_names = [entry.name for entry in info.classes]
         self._samples = _read_manifest(prepared, split)
         self._files: dict[str, _File] = {}
+        self._bucket = _Bucket(prepared, info.content_hash) if (prepared / SOURCE_FILE).exists() else None
+        self.readers = READERS if self._bucket else 0  # threads that should read ahead, at least
         self._memory, self._kept = memory, dict[int, tuple[np.ndarray, np.ndarray]]()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}, "_memory": None, "_kept": {}}
+        return {"prepared": self.prepared, "split": self.split}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def __len__(self) -> int:
         return self._samples.num_rows
@@ -120,25 +136,31 @@ class ShardDataset:
         if index in self._kept:
             image, label = self._kept[index]
             return image[rows], label[rows]
-        place = {name: self._value(name, index) for name in PLACE}
-        shard = place.pop("shard")
+        place = Place.of(lambda name: self._value(name, index))
         try:
-            file = self._open(shard)
+            file, place = self._open(place)
             if "image_checksums" in self._samples.column_names:
-                image_checksums, label_checksums = (self._value(f"{part}_checksums", index) for part in PARTS)
-                return (
-                    read_rows(file.descriptor, place["image_offset"], rows, image_checksums),
-                    read_rows(file.descriptor, place["label_offset"], rows, label_checksums),
-                )
-            encoded_image, encoded_label = read_encoded(file.descriptor, **place)
+                return self._decoded_rows(index, rows, file, place)
+            encoded_image, encoded_label = read_encoded(file.descriptor, place)
         except ValueError as error:
-            path = self.prepared / SHARD_FOLDER / shard
-            raise UserError(f"{path}: sample '{self.sample_id(index)}': {error}; {MEND}") from None
+            if self._bucket and self._bucket.forget(place):
+                return self.rows(index, rows)  # the disk has damaged it, and S3 may have it whole
+            folder = f"{self._bucket.url}/{SHARD_FOLDER}" if self._bucket else self.prepared / SHARD_FOLDER
+            raise UserError(f"{folder}/{place.shard}: sample '{self.sample_id(index)}': {error}; {MEND}") from None
         image = np.require(decode_pixels(encoded_image, verified=True), requirements="W")
         label = np.array(Image.open(io.BytesIO(encoded_label)))
         if self._memory and self._memory.take(image.nbytes + label.nbytes):
             self._kept[index] = image, label
         return image[rows], label[rows]
+
+    def _decoded_rows(self, index: int, rows: slice, file: "_File", place: "Place") -> tuple[np.ndarray, np.ndarray]:
+        shape, dtype = (*self.size(index), self.images.channels), np.uint8 if self.images.bits == 8 else np.uint16
+        image_checksums, label_checksums = (self._value(f"{part}_checksums", index) for part in PARTS)
+        image_end, label_end = place.image_offset + place.image_bytes, place.label_offset + place.label_bytes
+        return (
+            read_rows(file.descriptor, image_end, rows, image_checksums, shape, dtype),
+            read_rows(file.descriptor, label_end, rows, label_checksums, shape[:2], np.uint8),
+        )
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of a sample, which nothing is decoded for."""
@@ -158,9 +180,12 @@ class ShardDataset:
         columns = (self._samples[name].to_pylist() for name in ("split", "id", "sha256"))
         return content_hash(self._class_names, zip(*columns, strict=True))
 
-    def _open(self, shard: str) -> "_File":
+    def _open(self, place: "Place") -> tuple["_File", "Place"]:
+        """An open file, and where in it a sample lies."""
+        if self._bucket:
+            return _File(self._bucket.open(place)), replace(place, image_offset=0, label_offset=place.image_bytes)
         with _OPENING:
-            if shard not in self._files:
+            if (shard := place.shard) not in self._files:
                 path = self.prepared / SHARD_FOLDER / shard
                 try:
                     require_regular(path)
@@ -168,8 +193,8 @@ class ShardDataset:
                     raise UserError(f"{error}; {MEND}") from None
                 if len(self._files) == MOST_OPEN:
                     del self._files[next(iter(self._files))]
-                self._files[shard] = _File(path)
-            return self._files[shard]
+                self._files[shard] = _File(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            return self._files[shard], place
 
     def _value(self, name: str, index: int) -> Any:
         if not 0 <= index < len(self):
@@ -181,24 +206,85 @@ _OPENING = threading.Lock()
 
 
 class _File:
-    """An open shard: closed when nobody has it any more, though another thread may have put it out of the list."""
+    """An open file: closed when nobody has it any more, though another thread may have put it out of the list."""
 
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        os.close(self.descriptor)
 
 
-# The columns of the manifest that say where a sample lies, and what must be found there.
 PARTS = ("image", "label")
-PLACE = ("shard", "image_offset", "image_bytes", "label_offset", "label_bytes", "sha256")
 
 
-def read_encoded(
-    file: int, image_offset: int, image_bytes: int, label_offset: int, label_bytes: int, sha256: str
-) -> tuple[bytes, bytes]:
+@dataclass(frozen=True)
+class Place:
+    """The columns of the manifest that say where a sample lies, and what must be found there."""
+
+    shard: str
+    image_offset: int
+    image_bytes: int
+    label_offset: int
+    label_bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, value: Callable[[str], Any]) -> "Place":
+        """What a row of the manifest says, by the names of its columns."""
+        return cls(*(value(entry.name) for entry in fields(cls)))
+
+
+class _Bucket(Bucket):
+    """Samples of attached data: fetched one by one, verified, and kept where there is room."""
+
+    def __init__(self, prepared: Path, content_hash: str) -> None:
+        source = read_json(prepared / SOURCE_FILE, mend=MEND)
+        super().__init__(source.get("url", "") if isinstance(source, dict) else "")
+        self._cache = Cache(*environment.cache(), content_hash)
+
+    def open(self, place: Place) -> int:
+        """An open file of the encoded image and, behind it, the encoded label."""
+
+        def fetch() -> bytes:
+            end = place.label_offset + place.label_bytes
+            content = self.read(f"{SHARD_FOLDER}/{place.shard}", place.image_offset, end - place.image_offset)
+            image, label = content[: place.image_bytes], content[place.label_offset - place.image_offset :]
+            if sample_hash(image, label) != place.sha256:
+                raise ValueError(DAMAGED)
+            return image + label
+
+        return self._cache.open(place.sha256, fetch)
+
+    def forget(self, place: Place) -> bool:
+        """Removes what is kept of a sample; whether anything was."""
+        return self._cache.forget(place.sha256)
+
+
+def attach(url: str, folder: Path) -> None:
+    """Makes a folder of prepared data whose shards stay in S3.
+
+    Args:
+        url: ``s3://bucket/prefix``, to which the folder that ``prepare`` wrote was copied as it is.
+        folder: absent or empty.
+
+    Raises:
+        UserError: there are no prepared data, or they are damaged.
+    """
+    require_free(folder)
+    bucket = Bucket(url)
+    with new_folder(folder) as partial:
+        for name in (SEAL, INFO_FILE, MANIFEST_FILE):
+            (partial / name).write_bytes(bucket.read(name))
+        try:
+            for split in read_dataset_info(partial).splits:
+                _read_manifest(partial, split)
+        except UserError as error:
+            raise UserError(str(error).replace(str(partial), bucket.url)) from None
+        (partial / SOURCE_FILE).write_text(json.dumps({"url": bucket.url}) + "\n")
+
+
+def read_encoded(file: int, place: Place) -> tuple[bytes, bytes]:
     """An encoded image and label of an open shard.
 
     Read, not mapped: where a disk fails or a file has become shorter, a map would end the process.
@@ -207,10 +293,11 @@ def read_encoded(
         ValueError: not there, or not what the hash says.
     """
     try:
-        image, label = os.pread(file, image_bytes, image_offset), os.pread(file, label_bytes, label_offset)
+        image = os.pread(file, place.image_bytes, place.image_offset)
+        label = os.pread(file, place.label_bytes, place.label_offset)
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
-    if sample_hash(image, label) != sha256:
+    if sample_hash(image, label) != place.sha256:
         raise ValueError(DAMAGED)
     return image, label
 
@@ -269,7 +356,7 @@ def _read_manifest(prepared: Path, split: str, *more: str) -> Any:
     import pyarrow.parquet
 
     content = read_sealed(prepared, MANIFEST_FILE, mend=MEND, limit=MANIFEST_LIMIT)
-    names = ["split", "id", "height", "width", *PLACE, *more]
+    names = ["split", "id", "height", "width", *(entry.name for entry in fields(Place)), *more]
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
         optional = {"sequence", *(f"{part}_checksums" for part in PARTS)}.intersection(file.schema_arrow.names)
@@ -278,8 +365,8 @@ def _read_manifest(prepared: Path, split: str, *more: str) -> Any:
         table = table.filter(pyarrow.compute.field("split") == split).combine_chunks()
     except (pyarrow.ArrowException, KeyError):
         raise UserError(f"{prepared / MANIFEST_FILE}: written by another version; {MEND}") from None
-    # Both become names of files.
-    for name in ("id", "shard"):
+    # They become names of files.
+    for name in ("id", "shard", "sha256"):
         wrong = table.filter(pyarrow.compute.match_substring_regex(table[name], r"^\.*$|[/\x00]"))[name]
         if len(wrong):
             raise UserError(f"{prepared / MANIFEST_FILE}: {name} '{wrong[0]}' is no name of a file; {MEND}")

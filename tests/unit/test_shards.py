@@ -517,7 +517,7 @@ def test_no_damage_of_decoded_rows_passes_in_silence(tmp_path: Path) -> None:
         except UserError as error:
             noticed += 1
             assert str(error).startswith(f"{path}: sample '0000': damaged, or cut off") and "'prepare'" in str(error)
-    assert 100 < noticed < 150  # rows 0 to 64 of 70 are looked at
+    assert 80 < noticed < 150  # rows 0 to 64 of 70 are looked at, and nothing beside them
 
 
 def test_as_jpeg_images_change_a_little_and_labels_and_jpegs_do_not(tmp_path: Path) -> None:
