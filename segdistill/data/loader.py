@@ -64,7 +64,7 @@ def training_batches(
     augment, cuda = Augmentation(augmentation), device.type == "cuda"
     sources = (source,) if beside is None else (source, beside)
     read = functools.partial(_read, sources, augment, seed, pinned=cuda)
-    threads = max(workers, *(each.readers for each in sources))
+    threads = max(workers, *(getattr(each, "readers", 0) for each in sources))  # samples in memory need none
     samples = ahead(read, _places(share, first_iteration), threads)
     images = share.micro_batch + share.beside.micro_batch
     stream = torch.cuda.Stream(device) if cuda else None
