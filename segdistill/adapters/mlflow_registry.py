@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import math
-import random
 import re
 import tempfile
 import time
@@ -52,7 +51,7 @@ CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 ALREADY = "it is the champion already"
 REASON = "decision"  # the tag that says why a version has the alias that it got
 CHOICE = "choice"  # the tag that says why it was registered
-WEIGHTS, TEST_MIOU, TEST_DATA, CLAIM = "weights_sha256", "test_miou", "test_data", "segdistill.claim"
+WEIGHTS, TEST_MIOU, TEST_DATA = "weights_sha256", "test_miou", "test_data"
 CLASSES, CHECKSUMS = "classes", "checksums_sha256"  # of the logits, as JSON; of the files, all together
 _URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
 CHECKED_SIZES = ((64, 96), (97, 75))  # (H, W); the exported graph must take any, odd ones too
@@ -156,7 +155,7 @@ def _register(
     version = client.get_model_version(name, version.version)
     evaluated_again = _evaluate_champion(client, name, version, submission)
     with store.lock(".registry"):
-        alias, previous, reason = award(client, name, version, min_gain, pause=0.0 if store.database else 1.0)
+        alias, previous, reason = award(client, name, version, min_gain)
     if alias == CHAMPION and previous is not None:
         client.set_registered_model_alias(name, PREVIOUS, str(previous))
     if reason == ALREADY:  # what was decided when it became champion still holds
@@ -373,43 +372,19 @@ def check_served(
             raise UserError(f"{uri}: served logits at {height}x{width} differ from the network's by {difference:g}")
 
 
-def award(
-    client: "MlflowClient", name: str, version: "ModelVersion", min_gain: float, *, pause: float
-) -> tuple[str, int | None, str]:
-    """Gives ``version`` the alias it deserves: (alias, champion before, reason).
-
-    Callers on one machine take turns by a lock. Against a server, processes on several machines may read the same
-    champion and overwrite each other. So everybody marks his claim before he takes the alias, looks again after random
-    pauses, and hands the alias to the best of those who claimed it since he first looked: whatever the order, the last
-    look finds the best. A champion that a person set before is only replaced by the rule.
-    """
-    known = {rival.version for rival in _claims(client, name)}
+def award(client: "MlflowClient", name: str, version: "ModelVersion", min_gain: float) -> tuple[str, int | None, str]:
+    """Gives ``version`` the alias it deserves: (alias, champion before, reason). Its callers take turns by a lock."""
     champion = holder(client, name, CHAMPION)
     previous = int(champion.version) if champion and champion.version != version.version else None
     wins, reason = decide(version, champion, min_gain)
-    if wins and champion is not None and champion.version == version.version:
-        return CHAMPION, previous, reason
     if not wins:
         client.set_registered_model_alias(name, CHALLENGER, version.version)
         return CHALLENGER, previous, reason
-    client.set_model_version_tag(name, version.version, CLAIM, str(time.time()))
-    client.set_registered_model_alias(name, CHAMPION, version.version)
-    best = version
-    for _ in range(3):
-        time.sleep(pause * random.uniform(0.5, 1.5))
-        rivals = [rival for rival in _claims(client, name) if rival.version not in known and _compare(rival, version)]
-        best = max([version, *rivals], key=lambda rival: (_score(rival), -int(rival.version)))
-        champion = holder(client, name, CHAMPION)
-        if champion is None or champion.version != best.version:
-            client.set_registered_model_alias(name, CHAMPION, best.version)
-        if pause == 0:
-            break
-    if best.version != version.version:
-        client.set_registered_model_alias(name, CHALLENGER, version.version)
-        return CHALLENGER, previous, f"version {best.version}, registered at the same time, scores higher"
-    second = holder(client, name, CHALLENGER)
-    if second is not None and second.version == version.version:
-        client.delete_registered_model_alias(name, CHALLENGER)
+    if champion is None or previous is not None:
+        client.set_registered_model_alias(name, CHAMPION, version.version)
+        second = holder(client, name, CHALLENGER)
+        if second is not None and second.version == version.version:
+            client.delete_registered_model_alias(name, CHALLENGER)
     return CHAMPION, previous, reason
 
 
@@ -446,10 +421,6 @@ def holder(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | Non
     return client.get_model_version(name, str(version)) if version is not None else None
 
 
-def _claims(client: "MlflowClient", name: str) -> list["ModelVersion"]:
-    return [version for version in client.search_model_versions(f"name = '{name}'") if CLAIM in version.tags]
-
-
 def _score(version: "ModelVersion") -> float:
     return float(version.tags.get(TEST_MIOU, "-inf"))
 
@@ -461,10 +432,6 @@ def _same_test(one: "ModelVersion", other: "ModelVersion") -> bool:
 def _same_classes(one: "ModelVersion", other: "ModelVersion") -> bool:
     """Whether names and order agree; of older versions, the identity of the test data says so."""
     return None in (given := (one.tags.get(CLASSES), other.tags.get(CLASSES))) or given[0] == given[1]
-
-
-def _compare(one: "ModelVersion", other: "ModelVersion") -> bool:
-    return _same_test(one, other) and _same_classes(one, other)
 
 
 def _tags(submission: Submission, given: Mapping[str, str]) -> dict[str, str]:

@@ -54,8 +54,6 @@ class Meta:
     injected: str | None = None
     tags: dict[str, str]
     dataset: DatasetFacts | None = None
-    # A new run in any case, whatever others of this name there are.
-    fresh: bool
     kind: Kind = "run"
     run_id: str | None = None
 
@@ -75,9 +73,9 @@ class Spool:
     @classmethod
     def create(
         cls, folder: Path, pipeline_run: str, name: str, store: Store, tags: Mapping[str, str],
-        dataset: DatasetFacts | None, *, resume: bool, kind: Kind = "run",
+        dataset: DatasetFacts | None, kind: Kind = "run",
     ) -> "Spool":  # fmt: skip
-        """The spool of this run, to go on in it; a new one if another process has it or ``resume`` is off."""
+        """The spool of this run, to go on in it; a new one if another process has it."""
         below, safe = folder / file_name(pipeline_run), file_name(name)
         below.mkdir(parents=True, exist_ok=True)
         database = os.path.relpath(store.database, below) if store.database else None
@@ -86,19 +84,14 @@ class Spool:
             if spool is None:
                 continue
             if not spool.meta.exists():
-                meta = Meta(name=name, pipeline_run=pipeline_run, uri=store.address, tags=dict(tags), fresh=not resume)
-                meta = replace(meta, database=database, injected=store.injected, dataset=dataset, kind=kind)
-                spool.write_meta(meta)
+                meta = Meta(name=name, pipeline_run=pipeline_run, uri=store.address, tags=dict(tags), kind=kind)
+                spool.write_meta(replace(meta, database=database, injected=store.injected, dataset=dataset))
                 return spool
             # A damaged one is left as it is, for `sync` to tell of.
             known = None
             with contextlib.suppress(UserError):
                 known = spool.read_meta()
-            if (
-                resume
-                and known
-                and (known.name, known.pipeline_run, spool.uri()) == (name, pipeline_run, store.address)
-            ):
+            if known and (known.name, known.pipeline_run, spool.uri()) == (name, pipeline_run, store.address):
                 known = replace(known, tags={**known.tags, **tags}, database=database, uri=store.address, kind=kind)
                 spool.write_meta(known)
                 spool.lines._write("resume", {})  # another process goes on, perhaps from an earlier iteration
@@ -128,6 +121,8 @@ class Spool:
             UserError: the file is damaged.
         """
         data = read_json(self.meta)
+        if isinstance(data, dict):
+            data.pop("fresh", None)  # which earlier versions wrote
         try:
             meta = parse(Meta, data, "meta")
         except UserError as error:
@@ -333,13 +328,10 @@ class Sender:
                 with self.store.lock():
                     parent = ensure_parent(self._client, self.store, meta.pipeline_run, meta.tags)
                 self._run_id = str(parent.info.run_id)
-            elif meta.run_id and meta.fresh:
-                self._client.update_run(meta.run_id, status="RUNNING")
-                self._run_id = meta.run_id
             else:
                 self._run_id = ensure_run(
                     self._client, self.store, meta.pipeline_run, meta.name, meta.tags, meta.dataset,
-                    fresh=meta.fresh, reopen=meta.kind == "run", since=since,
+                    reopen=meta.kind == "run", since=since,
                 )  # fmt: skip
             self.spool.write_meta(replace(meta, run_id=self._run_id))
         return self._client, self._run_id

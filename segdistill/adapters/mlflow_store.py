@@ -363,18 +363,17 @@ def ensure_run(
     tags: Mapping[str, str],
     dataset: DatasetFacts | None = None,
     *,
-    fresh: bool = False,
     reopen: bool = True,
     since: float | None = None,
 ) -> str:
     """The id of the run ``name`` in a pipeline execution: the one that is there, set to RUNNING again, or a new one.
 
-    Tags that the run has already stay as they are. ``fresh`` makes a new one in any case. Without ``reopen`` a run that
-    is there keeps its status and its end. A new one began at ``since``, in seconds of the epoch, or now.
+    Tags that the run has already stay as they are. Without ``reopen`` a run that is there keeps its status and its end.
+    A new one began at ``since``, in seconds of the epoch, or now.
     """
     with store.lock():
         parent = ensure_parent(client, store, pipeline_run, tags)
-        runs = [] if fresh else _search(client, parent.info.experiment_id, pipeline_run, "run", name)
+        runs = _search(client, parent.info.experiment_id, pipeline_run, "run", name)
         if runs:
             run = runs[-1]
             if reopen and run.info.status != "RUNNING":

@@ -40,41 +40,15 @@ class Settings:
     """What the runs of one process have in common."""
 
     store: Store
-    spool: Path
-    pipeline_run: str
-    tags: Mapping[str, str] = field(default_factory=dict)
+    spool: Path  # the folder for what is not sent yet
+    pipeline_run: str  # names the pipeline execution, and with it the parent run
+    tags: Mapping[str, str] = field(default_factory=dict)  # such as data_md5, git_commit, stage, experiment, seed
     dataset: DatasetFacts | None = None
-    resume: bool = True  # go on in the run of this name in this pipeline run, if there is one
     interval: float = 2.0  # seconds between two batches
     flush_seconds: float = 60.0  # how long close() waits for the store
 
-
-def open_run(
-    name: str,
-    *,
-    root: Path,
-    spool: Path,
-    pipeline_run: str,
-    tags: Mapping[str, str] | None = None,
-    dataset: DatasetFacts | None = None,
-    uri: str | None = None,
-    resume: bool = True,
-    flush_seconds: float = 60.0,
-) -> "MlflowTracker":
-    """A tracker for the run ``name`` of a pipeline execution; the run appears in MLflow with its first record.
-
-    Args:
-        root: where ``mlflow.db`` lies if neither ``uri`` nor ``MLFLOW_TRACKING_URI`` names a store.
-        spool: the folder for what is not sent yet.
-        pipeline_run: names the pipeline execution, and with it the parent run.
-        tags: such as ``data_md5``, ``git_commit``, ``stage``, ``experiment``, ``seed``.
-    """
-    check_name("pipeline run", pipeline_run)
-    given = masked({**(tags or {}), "pipeline_run": pipeline_run})
-    settings = Settings(
-        default_store(root, uri), spool, pipeline_run, given, dataset, resume, flush_seconds=flush_seconds
-    )
-    return MlflowTracker(name, settings)
+    def __post_init__(self) -> None:
+        check_name("pipeline run", self.pipeline_run)
 
 
 def open_pipeline_run(
@@ -102,9 +76,9 @@ def open_pipeline_run(
         (entry,) = yaml.safe_load(recorded.read_text(encoding="utf-8"))["outs"]
         counts = {key: int(entry[name]) for key, name in (("files", "nfiles"), ("bytes", "size")) if name in entry}
     dataset = DatasetFacts(data.resolve().name, tags["data_md5"], str(data), counts) if "data_md5" in tags else None
-    name = tags.get("stage", "pipeline")
-    kept = main_copy(root) / spool
-    return open_run(name, root=root, spool=kept, pipeline_run=pipeline_run, tags=tags, dataset=dataset)
+    given = masked({**tags, "pipeline_run": pipeline_run})
+    settings = Settings(default_store(root), main_copy(root) / spool, pipeline_run, given, dataset)
+    return MlflowTracker(tags.get("stage", "pipeline"), settings)
 
 
 class MlflowTracker:
@@ -192,7 +166,7 @@ class MlflowTracker:
         if self._spool is None:
             of = self.settings
             self._spool = Spool.create(
-                of.spool, of.pipeline_run, self.name, of.store, of.tags, of.dataset, resume=of.resume, kind=self.kind
+                of.spool, of.pipeline_run, self.name, of.store, of.tags, of.dataset, kind=self.kind
             )
             # Else the thread waits for the first number, when the caller has finished his own imports.
             if "mlflow" in sys.modules:

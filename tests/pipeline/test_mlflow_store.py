@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from segdistill.adapters.mlflow_store import Store, default_store, import_mlflow, main_copy
-from segdistill.adapters.mlflow_tracking import open_run, sync
+from segdistill.adapters.mlflow_tracking import MlflowTracker, Settings, sync
 from segdistill.errors import UserError
 
 pytest.importorskip("mlflow")
@@ -128,9 +128,10 @@ def test_a_database_of_another_program_keeps_its_tables(tmp_path: Path) -> None:
 def _log(root: Path, name: str, artifact: str) -> str:
     """A run with an artifact, in a process of its own, as a stage would."""
     code = (
-        "import sys; from pathlib import Path; from segdistill.adapters.mlflow_tracking import open_run\n"
+        "import sys; from pathlib import Path; from segdistill.adapters.mlflow_store import default_store\n"
+        "from segdistill.adapters.mlflow_tracking import MlflowTracker, Settings\n"
         "root, name, artifact = Path(sys.argv[1]), *sys.argv[2:]\n"
-        "one = open_run(name, root=root, spool=root / 'spool', pipeline_run='p')\n"
+        "one = MlflowTracker(name, Settings(default_store(root), root / 'spool', 'p'))\n"
         "(root / artifact).write_text(artifact); one.metrics({'a': 1.0}); one.artifact(root / artifact); one.close()\n"
         "print(one.run_id)"
     )
@@ -146,7 +147,7 @@ def test_a_moved_project_reads_and_writes_its_artifacts_where_it_is(tmp_path: Pa
     old.mkdir()
     (old / "mlflow.db").write_bytes(database)
     first = _log(old, "kd-s0", "one.txt")
-    waiting = open_run("kd-s1", root=old, spool=old / "spool", pipeline_run="p", flush_seconds=0)
+    waiting = MlflowTracker("kd-s1", Settings(default_store(old), old / "spool", "p", flush_seconds=0))
     waiting._start = lambda: None  # type: ignore[method-assign]  # a run of which nothing was sent yet
     waiting.metrics({"b": 2.0}, 1)
     waiting._spool.release()  # type: ignore[union-attr]

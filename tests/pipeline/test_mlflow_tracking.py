@@ -18,7 +18,7 @@ import pytest
 from segdistill.adapters.mlflow_names import metric_name
 from segdistill.adapters.mlflow_spool import Spool
 from segdistill.adapters.mlflow_store import DatasetFacts, Store, default_store, finish_parent, import_mlflow
-from segdistill.adapters.mlflow_tracking import MlflowTracker, Settings, open_pipeline_run, open_run, sync
+from segdistill.adapters.mlflow_tracking import MlflowTracker, Settings, open_pipeline_run, sync
 from segdistill.errors import UserError
 
 pytest.importorskip("mlflow")
@@ -32,9 +32,9 @@ def root(tmp_path: Path, database: bytes) -> Path:
     return tmp_path
 
 
-def tracker(root: Path, name: str = "kd-s0", **options) -> MlflowTracker:
-    given = {"root": root, "spool": root / "spool", "pipeline_run": PIPELINE}
-    return open_run(name, **{**given, **options})
+def tracker(root: Path, name: str = "kd-s0", uri: str | None = None, **options) -> MlflowTracker:
+    given = {"store": default_store(root, uri), "spool": root / "spool", "pipeline_run": PIPELINE}
+    return MlflowTracker(name, Settings(**{**given, **options}))
 
 
 def runs(root: Path) -> dict[str, list]:
@@ -164,14 +164,6 @@ def test_the_pipeline_run_is_described_and_goes_on_when_the_stage_is_closed(root
     assert run.info.status == "RUNNING" and run.data.tags["segdistill.role"] == "parent"
     stage.finish_pipeline("FINISHED")
     assert [run.info.status for run in runs(root)[PIPELINE]] == ["FINISHED"]
-
-
-def test_without_resume_the_same_name_is_another_run(root: Path) -> None:
-    for _ in range(2):
-        one = tracker(root, resume=False)
-        one.metrics({"a": 1})
-        one.close()
-    assert len(runs(root)["kd-s0"]) == 2
 
 
 def _first_contact(root: Path, number: int) -> None:
@@ -382,7 +374,8 @@ def test_where_kfp_makes_the_parent_our_runs_hang_below_it_and_nothing_is_made_t
 
 
 def test_no_secret_reaches_a_file_or_the_store(root: Path) -> None:
-    one = tracker(root, tags={"data_url": "https://user:hush-1@host/data"})
+    tags = {"stage": "kd-s0", "data_url": "https://user:hush-1@host/data"}
+    one = open_pipeline_run(PIPELINE, tags, data=root / "data", root=root, spool=root / "spool")
     one.params({"remote.secret_access_key": "hush-2", "remote.url": "https://me:hush-3@host/x", "tokens": "four"})
     one.params({"note": "from https://me:hush@host/x today", "passwords": ["hush"], "command": "run --password=hush"})
     one.params({"commands": [["run", "--token", "hush"]], "nested": {"api_key": "hush"}})
@@ -391,9 +384,7 @@ def test_no_secret_reaches_a_file_or_the_store(root: Path) -> None:
     for path in root.rglob("*"):
         assert path.is_dir() or b"hush" not in path.read_bytes(), path
     assert runs(root)["kd-s0"][0].data.params["tokens"] == "four"
-    spool = Spool.create(
-        root / "spool", "x", "y", Store("http://user:hush-5@127.0.0.1:1"), {}, None, resume=True
-    )  # fmt: skip
+    spool = Spool.create(root / "spool", "x", "y", Store("http://user:hush-5@127.0.0.1:1"), {}, None)
     assert "hush" not in spool.meta.read_text()
     spool.release()
 

@@ -20,17 +20,15 @@ from segdistill.__main__ import main
 from segdistill.adapters.mlflow_artifact import CODE, FILES
 from segdistill.adapters.mlflow_registry import (
     CHAMPION,
-    CLAIM,
     ChampionScore,
     Submission,
-    award,
     check_served,
     decide,
     holder,
     register,
 )
 from segdistill.adapters.mlflow_store import default_store, import_mlflow
-from segdistill.adapters.mlflow_tracking import MlflowTracker, open_run
+from segdistill.adapters.mlflow_tracking import MlflowTracker, Settings
 from segdistill.config import to_dict
 from segdistill.data.shards import read_dataset_info
 from segdistill.engine.settings import InferenceConfig
@@ -78,8 +76,9 @@ class Scaled(nn.Module):
         return self.conv(images)
 
 
-def tracker(root: Path, name: str = "register") -> MlflowTracker:
-    return open_run(name, root=root, spool=root / "spool", pipeline_run="p", tags={"data_md5": "d", "git_commit": "c"})
+def tracker(root: Path, name: str = "register", pipeline_run: str = "p") -> MlflowTracker:
+    tags = {"data_md5": "d", "git_commit": "c", "pipeline_run": pipeline_run}
+    return MlflowTracker(name, Settings(default_store(root), root / "spool", pipeline_run, tags))
 
 
 def submission(
@@ -351,7 +350,7 @@ def test_a_student_is_registered_from_the_latest_finished_run_with_its_identity(
         ("other", "j", "cnn", "FINISHED"),
         ("peer", "i", "vit", "FINISHED"),
     ):
-        run = open_run("kd-s0", root=root, spool=root / "spool", pipeline_run=pipeline)
+        run = tracker(root, "kd-s0", pipeline)
         run.tags({"identity": identity, "student": student})
         run.metrics({"val/miou": 0.5}, 10)
         run.close(status)
@@ -442,43 +441,6 @@ def test_eight_processes_that_register_at_once_leave_the_best_as_champion(root: 
     mlflow.set_tracking_uri(default_store(root).uri)
     mlflow.set_registry_uri(default_store(root).uri)
     check_served(Scaled(4), f"models:/{NAME}@champion", champion.tags["checksums_sha256"], sizes=[(17, 9)])
-
-
-def _award_one(root: Path, number: int) -> None:
-    client = default_store(root).client()
-    award(client, NAME, client.get_model_version(NAME, str(number + 1)), 0.0, pause=0.5)
-    os._exit(0)
-
-
-def test_machines_without_a_common_lock_agree_on_the_best(root: Path) -> None:
-    # Made by a process of its own: this one forks, so it must not hold a connection to the store.
-    def prepare_versions(root: Path, _: int) -> None:
-        client = default_store(root).client()
-        client.create_registered_model(NAME)
-        for score in SCORES:
-            client.create_model_version(NAME, source=str(root), tags={"test_miou": repr(score), "test_data": "t"})
-        os._exit(0)
-
-    import_mlflow()
-    _fork(prepare_versions, root, range(1))
-    _fork(_award_one, root, range(8))
-    client = default_store(root).client()
-    champion = holder(client, NAME, CHAMPION)
-    assert champion is not None
-    assert float(champion.tags["test_miou"]) == max(SCORES)
-    assert CLAIM in champion.tags
-
-
-def test_an_old_claim_does_not_undo_what_a_person_decided(root: Path) -> None:
-    client = default_store(root).client()
-    client.create_registered_model(NAME)
-    for score in (0.3, 0.6, 0.4):
-        made = client.create_model_version(NAME, source=str(root), tags={"test_miou": repr(score), "test_data": "t"})
-        if made.version != 3:
-            award(client, NAME, client.get_model_version(NAME, str(made.version)), 0.0, pause=0.0)
-    client.set_registered_model_alias(NAME, CHAMPION, "1")  # a person rolled back to a weaker version
-    alias, previous, _ = award(client, NAME, client.get_model_version(NAME, "3"), 0.0, pause=0.01)
-    assert (alias, previous) == ("champion", 1)
 
 
 def rematch(score: float, paired: str = "paired"):

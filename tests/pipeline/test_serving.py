@@ -24,7 +24,7 @@ from segdistill.adapters.image_model import BadRequest, ImageModel
 from segdistill.adapters.mlflow_artifact import CODE, DECODING, IMAGE_MODEL, ONNX, SealedModel, check_files
 from segdistill.adapters.mlflow_registry import Submission, register
 from segdistill.adapters.mlflow_store import default_store
-from segdistill.adapters.mlflow_tracking import open_run
+from segdistill.adapters.mlflow_tracking import MlflowTracker, Settings
 from segdistill.config import parse
 from segdistill.engine.inference import Views, predict
 from segdistill.engine.settings import InferenceConfig
@@ -135,7 +135,7 @@ def test_mlflow_serves_the_champion_and_the_documented_commands_get_its_mask(
     (tmp_path / "mlflow.db").write_bytes(database)
     beside = {ONNX: onnx_file(program, tmp_path, WHOLE)}
     submission = Submission("kd", 0, "cnn", 0.5, 0.5, "t", "w", ("road", "sky", "car"), {}, {}, program, beside=beside)
-    run = open_run("register", root=tmp_path, spool=tmp_path / "spool", pipeline_run="p", tags={})
+    run = MlflowTracker("register", Settings(default_store(tmp_path), tmp_path / "spool", "p"))
     register(Tiny().eval(), submission, name="segdistill-student", min_gain=0, tracker=run)
     run.close()
     (tmp_path / "photo.jpg").write_bytes(photograph(360, 480))
