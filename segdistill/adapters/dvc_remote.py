@@ -12,7 +12,6 @@ So the loop over the objects is ours; git, boto3 and configobj, which reads DVC'
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -22,15 +21,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import yaml
 
 from segdistill.adapters.dvc_version import CONFIG_FILE, Remote, Version, find, is_true, parse_list
-from segdistill.adapters.objects import MissingObject, ObjectFolder, ObjectStore
+from segdistill.adapters.objects import MissingObject, ObjectFolder
 from segdistill.data.parallel import progress
 from segdistill.errors import UserError
-from segdistill.files import disk_errors, read_text, require_regular, write_file
+from segdistill.files import disk_errors, lock, read_text, require_regular, write_file
+
+if TYPE_CHECKING:
+    from segdistill.adapters.s3 import Bucket
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +75,7 @@ def fetch(repository: str, revision: str, out: Path, *, patience: float = 120.0)
     return version
 
 
-def open_remote(remote: Remote, patience: float) -> contextlib.AbstractContextManager[ObjectStore]:
+def open_remote(remote: Remote, patience: float) -> "contextlib.AbstractContextManager[ObjectFolder | Bucket]":
     """The remote's objects. An ``endpointurl`` must be the server of ``AWS_ENDPOINT_URL_S3``, or AWS."""
     if remote.bucket is None:
         return contextlib.nullcontext(ObjectFolder(Path(remote.prefix)))
@@ -103,7 +105,7 @@ def _key(remote: Remote, md5: str) -> str:
     return "/".join(part for part in (prefix, "files/md5", md5[:2], md5[2:]) if part)
 
 
-def list_files(store: ObjectStore, version: Version) -> dict[str, str]:
+def list_files(store: "ObjectFolder | Bucket", version: Version) -> dict[str, str]:
     """The version's files: md5 by relative path, itself verified. This list is held in memory, and no file is.
 
     Raises:
@@ -117,11 +119,12 @@ def list_files(store: ObjectStore, version: Version) -> dict[str, str]:
     return parse_list(content, version.md5, store.url(key))
 
 
-def _fill(out: Path, store: ObjectStore, version: Version, files: Mapping[str, str]) -> None:
-    with _partial_folder(out) as partial:
+def _fill(out: Path, store: "ObjectFolder | Bucket", version: Version, files: Mapping[str, str]) -> None:
+    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
+    with lock(out, "segdistill data fetch"):
         arrived, incoming = partial / "files", partial / "incoming"
         shutil.rmtree(incoming, ignore_errors=True)  # halves of files
-        incoming.mkdir()
+        incoming.mkdir(parents=True)
         arrived.mkdir(exist_ok=True)
         threads = _threads(version.remote)
         present = _keep_right_files(arrived, files, threads)
@@ -164,24 +167,6 @@ def _fill(out: Path, store: ObjectStore, version: Version, files: Mapping[str, s
                 f"{out}: cannot take its place ({os.strerror(error.errno)}); choose a folder below a mount point"
             ) from None
         shutil.rmtree(partial)
-
-
-@contextlib.contextmanager
-def _partial_folder(out: Path) -> Iterator[Path]:
-    """The folder that gathers files, held by one process at a time."""
-    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{partial}: another fetch is filling it; wait for its end") from None
-        except OSError as error:  # some network file systems have no locks
-            logger.warning("%s: cannot be locked (%s); start no second fetch into it", partial, error.strerror)
-        yield partial
-    finally:
-        os.close(handle)
 
 
 def _keep_right_files(folder: Path, files: Mapping[str, str], threads: int) -> set[str]:

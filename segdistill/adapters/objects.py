@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 from segdistill.errors import UserError
 from segdistill.files import MIB, read_bytes, require_regular
@@ -16,24 +15,8 @@ class MissingObject(UserError):
     """The store answers, but has no such object."""
 
 
-class ObjectStore(Protocol):
-    """Objects by key; several threads may read at a time.
-
-    Reading raises a UserError where an object is missing (:class:`MissingObject`), or cannot be read.
-    """
-
-    def url(self, key: str) -> str:
-        """An object's name for people."""
-
-    def read(self, key: str) -> bytes:
-        """A small object, whole."""
-
-    def download(self, key: str, target: Path) -> str:
-        """Streams an object into a file; returns its md5."""
-
-
 class ObjectFolder:
-    """A DVC cache, or a remote that is a folder."""
+    """A DVC cache, or a remote that is a folder; it has the methods of a :class:`segdistill.adapters.s3.Bucket`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

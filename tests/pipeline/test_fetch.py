@@ -364,7 +364,7 @@ def test_a_second_fetch_into_the_same_folder_at_once_is_refused(repository: Repo
     out = tmp_path / "data"
     process = start(repository, "two", out)
     wait_for_some(process, out, some=1)
-    assert "another fetch is filling it" in sentence(repository, "two", out)
+    assert "in use by segdistill data fetch" in sentence(repository, "two", out)
     assert process.wait(60) == 0
     assert read(out) == repository.versions["two"]
 
