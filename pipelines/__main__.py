@@ -133,7 +133,8 @@ def compile_to(
     from components import images
     from pipelines import distillation, limits
     from pipelines import tuning as tuning_graph
-    from pipelines.cluster import DEFAULT, Placement, read_cluster
+    from pipelines.cluster import DEFAULT, read_cluster
+    from pipelines.placement import Placement
 
     asked = read_cluster(cluster or DEFAULT)
     place = Placement(asked, caching=caching)
@@ -282,8 +283,8 @@ def run_here(
 
     from pipelines import distillation
     from pipelines import tuning as tuning_graph
-    from pipelines.cluster import Placement
     from pipelines.local_log import LocalLog
+    from pipelines.placement import Placement
 
     environment.set_defaults({"SEGDISTILL_PIPELINE_RUN": time.strftime("local-%Y%m%d-%H%M%S")})
     place = Path(repository)

@@ -24,7 +24,7 @@ from components import (
     train_teacher,
     validate,
 )
-from pipelines.cluster import Placement
+from pipelines.placement import Placement
 
 
 def until_teacher(

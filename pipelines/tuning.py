@@ -10,8 +10,8 @@ from kfp.dsl import Collected, ExitHandler, ParallelFor
 from kfp.dsl.graph_component import GraphComponent
 
 from components import finish, tune, tune_report
-from pipelines.cluster import Placement
 from pipelines.distillation import until_teacher
+from pipelines.placement import Placement
 
 
 def pipeline(place: Placement) -> GraphComponent:

@@ -31,10 +31,9 @@ BUSY = 429
 
 
 class TrainJobs:
-    """The TrainJobs of one namespace.
+    """The TrainJobs of this pod's namespace.
 
     Args:
-        namespace: None for the pod's own.
         configuration: of the client; None for the service account of this pod.
         stop: an event that ends all waiting.
         patience: how many seconds an API that is away is waited for.
@@ -43,10 +42,7 @@ class TrainJobs:
         UserError: this is no pod of a cluster.
     """
 
-    def __init__(
-        self, namespace: str | None, configuration: client.Configuration | None, *, stop: threading.Event,
-        patience: float,
-    ) -> None:  # fmt: skip
+    def __init__(self, configuration: client.Configuration | None, *, stop: threading.Event, patience: float) -> None:
         if configuration is None:
             configuration = client.Configuration()
             try:
@@ -56,7 +52,7 @@ class TrainJobs:
                     f"Kubernetes: {str(error).rstrip('.')}; a TrainJob is submitted from a pod with a service account"
                 ) from None
         configuration.retries = False  # ours wait for longer, and say so
-        self.namespace = namespace or NAMESPACE_FILE.read_text().strip()
+        self.namespace = NAMESPACE_FILE.read_text().strip()
         self._host = configuration.host
         self.patience = Patience(self._host, patience, stop)
         connection = client.ApiClient(configuration)

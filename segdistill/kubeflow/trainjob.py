@@ -1,191 +1,219 @@
-"""A training stage on several nodes, as a TrainJob of Kubeflow Trainer v2; ``trainjob_run.py`` has it run.
+"""Has a TrainJob run to its end, as often as the task that does so is tried again.
 
-The API is ``trainer.kubeflow.org/v1alpha1`` as of Trainer 2.3. What belongs to the pods stands in ``runtimePatches``,
-which Trainer 2.2 brought in the place of ``podTemplateOverrides``. The API server is asked to refuse a field that it
-does not know: by default it drops it, and on an older Trainer the job would run without its volume.
+The Kubeflow SDK (0.5) is not used for it: it waits without saying for what, ends at the first answer that does not
+come, and knows no retry.
 """
 
-import re
-from collections.abc import Mapping
-from dataclasses import field
-from hashlib import sha256
-from typing import Annotated, Any, Literal
+import logging
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import Field, model_validator
+from segdistill.errors import Interrupted, UserError, stop_on_signal
 
-from segdistill.adapters.kubernetes_values import Key, LabelValue, ObjectName, Variable
-from segdistill.config import config
-from segdistill.kubeflow.settings import (
-    Certificates,
-    Id,
-    Memory,
-    Queue,
-    Reference,
-    Resources,
-    Seconds,
-    Toleration,
-    Volume,
-)
+if TYPE_CHECKING:
+    from kubernetes.client import Configuration  # noqa: TID251  - a type alone
 
-# JobSet refuses a job whose pods' names would be longer than 63: <name>-node-0-<999 at most>-<5 random characters>.
-LONGEST_NAME = 63 - len("-node-0-999-abcde")
-MOST_NODES = 1000
+    from segdistill.adapters.kubernetes_api import TrainJobs
+
+logger = logging.getLogger(__name__)
+
 NODE = "node"  # Trainer's word for its replicated job, and for the container in it, that runs the training
-OURS = {"app.kubernetes.io/managed-by": "segdistill"}
-MANAGER = "pipelines.segdistill/task"  # Trainer's webhook asks for a domain and a path, which the CRD does not say
-# The controller's own variables, which the webhook refuses among ours.
-RESERVED = ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
-
-# Each node runs this and the arguments of a module. The controller's variables (RESERVED) say the rest: torch reads
-# them where the command line does not.
-LAUNCH = ("python", "-m", "torch.distributed.run", "-m")
-
-Count = Annotated[int, Field(gt=0)]
+GRACE_SECONDS = 120.0  # after the job's deadline, for the controller to notice it
+TAIL_LINES = 20
+RANK_LABEL = "batch.kubernetes.io/job-completion-index"
 
 
-@config
-class TrainJob:
-    """What the job is."""
-
-    name: Annotated[str, Field(pattern="^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=LONGEST_NAME)]  # see job_name
-    namespace: ObjectName | None = None  # None: the pod's own
-    runtime: ObjectName = "torch-distributed"
-    runtime_kind: Literal["ClusterTrainingRuntime", "TrainingRuntime"] = "ClusterTrainingRuntime"
-    image: Annotated[str, Field(min_length=1, max_length=500)]
-    command: Annotated[list[str], Field(min_length=1)]  # as [*LAUNCH, "some.module"]
-    args: list[str] = field(default_factory=list)
-    nodes: Annotated[int, Field(gt=0, le=MOST_NODES)]
-    processes: Count  # on each node
-    resources: Resources  # of one node
-    accelerator: Key | None = None  # as in nvidia.com/gpu
-    accelerators: Count = 1
-    env: dict[Variable, str] = field(default_factory=dict)  # literal values; never a secret
-    secrets: list[Reference] = field(default_factory=list)
-    config_maps: list[Reference] = field(default_factory=list)
-    volume: Volume  # that every node can write to (ReadWriteMany)
-    shared_memory: Memory | None = None  # the size of /dev/shm, which counts as memory of the pod
-    certificates: Certificates | None = None
-    image_pull_secrets: list[ObjectName] = field(default_factory=list)
-    node_selector: dict[Key, LabelValue] = field(default_factory=dict)
-    tolerations: list[Toleration] = field(default_factory=list)
-    user: Id
-    group: Id
-    queue: Queue | None = None  # Kueue's
-    labels: dict[Key, LabelValue] = field(default_factory=dict)  # of the job and of its pods
-    annotations: dict[Key, str] = field(default_factory=dict)  # likewise
-    timeout_seconds: Seconds  # the time it may run; waiting in Kueue's queue does not count
-
-    @model_validator(mode="after")
-    def _each_variable_once(self) -> "TrainJob":
-        # The API takes a name once, and Trainer its own from nobody else.
-        names = [variable["name"] for variable in _environment(self)]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"the environment variable {name} is given twice")
-            if name in RESERVED:
-                raise ValueError(f"the environment variable {name} is Trainer's own")
-        return self
+class TrainJobFailed(UserError):
+    """The job ended without success."""
 
 
-def job_name(pipeline_run: str, label: str, parameters: str) -> str:
-    """A name under which every attempt of one task finds the same job, and no other task does.
+def run(
+    job: dict[str, Any], *, configuration: "Configuration | None" = None, poll: float = 10.0, patience: float = 300.0
+) -> None:
+    """Has the job run to its end, and removes it.
+
+    An earlier attempt of the same task may have left a job of this name: one that runs or has succeeded is taken over,
+    one that failed is replaced. If this process is told to stop, or loses sight of the API, the job goes on, because a
+    pod that is lost may be tried again, and hours of several nodes are not to be lost with it. A job that nobody takes
+    over ends at its timeout.
 
     Args:
-        pipeline_run: the orchestrator's run.
-        label: the stage, and its cohort if it has one.
-        parameters: all else that makes it another task.
+        job: what to run, as the API takes it.
+        configuration: of the Kubernetes client; None for the service account of this pod.
+        poll: seconds between two looks.
+        patience: how many seconds the API may be away, or a deletion take.
+
+    Raises:
+        TrainJobFailed: it failed, ran out of time, or was deleted by others; it is deleted.
+        UserError: the API does not let us, or is away for too long.
+        Interrupted: SIGTERM came; the job goes on.
     """
-    fingerprint = sha256("\0".join((pipeline_run, label, parameters)).encode()).hexdigest()[:12]
-    readable = re.sub("[^a-z0-9]+", "-", f"segdistill-{label}".lower())
-    return f"{readable[: LONGEST_NAME - len(fingerprint) - 1].strip('-')}-{fingerprint}"
+    from segdistill.adapters.kubernetes_api import TrainJobs
+
+    with stop_on_signal() as stop:
+        attempt = _Attempt(TrainJobs(configuration, stop=stop, patience=patience), job, poll)
+        uid = attempt.begin()
+        try:
+            attempt.wait(uid)
+        except TrainJobFailed:
+            attempt.clean_up(uid)
+            raise
+        except (UserError, Interrupted) as error:
+            raise type(error)(f"{error}; {attempt.title} goes on, and the next attempt takes it over") from None
+        attempt.clean_up(uid)
 
 
-def manifest(job: TrainJob) -> dict[str, Any]:
-    """The job as the API takes it."""
-    asked = job.resources
-    accelerators = {job.accelerator: str(job.accelerators)} if job.accelerator else {}
-    trainer = {
-        "image": job.image,
-        "command": job.command,
-        "numNodes": job.nodes,
-        "numProcPerNode": job.processes,
-        "resourcesPerNode": {
-            "requests": {"cpu": asked.cpu_request, "memory": asked.memory_request, **accelerators},
-            "limits": {"cpu": asked.cpu_limit, "memory": asked.memory_limit, **accelerators},
-        },
-    }
-    trainer |= {key: value for key, value in (("args", job.args), ("env", _environment(job))) if value}
-    metadata = {"name": job.name, **_metadata(job, job.queue.labels if job.queue else {})}
-    patch = {"replicatedJobs": [{"name": NODE, "template": {"spec": {"template": _pod(job)}}}]}
-    return {
-        "apiVersion": "trainer.kubeflow.org/v1alpha1",
-        "kind": "TrainJob",
-        "metadata": metadata | ({"namespace": job.namespace} if job.namespace else {}),
-        "spec": {
-            "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": job.runtime_kind, "name": job.runtime},
-            "trainer": trainer,
-            "runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": {"template": {"spec": patch}}}],
-            # It also ends a job that nobody waits for any more.
-            "activeDeadlineSeconds": job.timeout_seconds,
-        },
-    }
+class _Attempt:
+    """One attempt at having a job run."""
+
+    def __init__(self, jobs: "TrainJobs", job: dict[str, Any], poll: float) -> None:
+        self.jobs, self.job, self.poll = jobs, job, poll
+        self.name, self.timeout = job["metadata"]["name"], job["spec"]["activeDeadlineSeconds"]
+        self.title = f"TrainJob {jobs.namespace}/{self.name}"
+
+    def begin(self) -> str:
+        """Makes the job, or takes over the one that is there; returns its uid."""
+        while True:
+            made = self.jobs.create(self.job)
+            if made is not None:
+                nodes, processes = (self.job["spec"]["trainer"][key] for key in ("numNodes", "numProcPerNode"))
+                logger.info("%s: created, %d nodes with %d processes each", self.title, nodes, processes)
+                return str(made["metadata"]["uid"])
+            there = self.jobs.read(self.name)
+            if there is None:
+                continue
+            uid = str(there["metadata"]["uid"])
+            state, why = _state(there)
+            if "deletionTimestamp" not in there["metadata"]:
+                if state != "Failed":
+                    logger.info("%s: taken over from an earlier attempt", self.title)
+                    return uid
+                logger.info("%s: an earlier attempt's failed (%s); it is replaced", self.title, why)
+                self.jobs.delete(self.name, uid)
+            self._wait_until_gone(uid)
+
+    def _wait_until_gone(self, uid: str) -> None:
+        # Its pods go before it does. Were they still there, they and the next ones would write to the same checkpoint.
+        patience = self.jobs.patience
+        deadline = time.monotonic() + patience.seconds
+        while (there := self.jobs.read(self.name)) is not None and there["metadata"]["uid"] == uid:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{self.title}: deleted, but still there after {patience.seconds:g} seconds; one of its pods may "
+                    "be on a node that is lost"
+                )
+            patience.pause(self.poll)
+
+    def wait(self, uid: str) -> None:
+        """Waits for the job's end, and tells how its pods fare."""
+        observer = _Observer(self.jobs, self.name, self.title)
+        deadline = self._deadline()
+        while True:
+            there = self.jobs.read(self.name)
+            if there is None or there["metadata"]["uid"] != uid or "deletionTimestamp" in there["metadata"]:
+                words = observer.last_words()
+                raise TrainJobFailed(f"{self.title}: deleted by somebody else while we waited for it{words}")
+            state, why = _state(there)
+            observer.look(state)
+            if state == "Complete":
+                return
+            if state == "Failed":
+                raise TrainJobFailed(f"{self.title}: failed: {why}{observer.last_words()}")
+            if state == "Suspended":
+                deadline = self._deadline()
+            elif time.monotonic() > deadline:
+                raise TrainJobFailed(
+                    f"{self.title}: not at its end {GRACE_SECONDS:g} seconds after its timeout of "
+                    f"{self.timeout}; is the controller of Kubeflow Trainer running?{observer.last_words()}"
+                )
+            self.jobs.patience.pause(self.poll)
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.timeout + GRACE_SECONDS
+
+    def clean_up(self, uid: str) -> None:
+        """The training's result stands; a job that cannot be deleted must not change it."""
+        try:
+            self.jobs.delete(self.name, uid)
+        except (UserError, Interrupted) as error:
+            logger.warning("%s: not deleted: %s", self.title, error)
 
 
-def _metadata(job: TrainJob, labels: Mapping[str, str]) -> dict[str, Any]:
-    """Of the job or of its pods, with labels of its own."""
-    metadata: dict[str, Any] = {"labels": {**job.labels, **labels, **OURS}}
-    return metadata | ({"annotations": job.annotations} if job.annotations else {})
+def _state(job: dict[str, Any]) -> tuple[str, str]:
+    """The condition that holds, and why; both are empty until the job is suspended or at its end."""
+    conditions = {one["type"]: one for one in job.get("status", {}).get("conditions", []) if one["status"] == "True"}
+    for name in ("Complete", "Failed", "Suspended"):
+        if name in conditions:
+            said = (conditions[name].get("reason"), conditions[name].get("message"))
+            return name, ": ".join(" ".join(part.split()).rstrip(".") for part in said if part)
+    return "", ""
 
 
-def _environment(job: TrainJob) -> list[dict[str, Any]]:
-    literal = [*job.env.items(), *(job.certificates.environment.items() if job.certificates else [])]
-    environment: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in literal]
-    for kind, references in (("configMapKeyRef", job.config_maps), ("secretKeyRef", job.secrets)):
-        for item in references:
-            for key, variable in item.keys.items():
-                source = {kind: {"name": item.name, "key": key, "optional": item.optional}}
-                environment.append({"name": variable, "valueFrom": source})
-    return environment
+class _Failure(NamedTuple):
+    """The end of one container; the smallest of several is the first, and of the lowest rank."""
+
+    ended: str
+    rank: int
+    what: str
+    log: list[str]
 
 
-def _pod(job: TrainJob) -> dict[str, Any]:
-    volumes: list[dict[str, Any]] = [
-        {"name": "workspace", "persistentVolumeClaim": {"claimName": job.volume.claim}},
-    ]
-    mounts = [{"name": "workspace", "mountPath": job.volume.path}]
-    if job.shared_memory:
-        volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": job.shared_memory}})
-        mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
-    if job.certificates:
-        volumes.append({"name": "certificates", "configMap": {"name": job.certificates.config_map}})
-        mounts.append({"name": "certificates", "mountPath": job.certificates.path})
-    spec: dict[str, Any] = {
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": job.user,
-            "runAsGroup": job.group,
-            "fsGroup": job.group,
-            "fsGroupChangePolicy": "OnRootMismatch",  # not file by file on each start
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "volumes": volumes,
-        "containers": [
-            {
-                "name": NODE,
-                "volumeMounts": mounts,
-                "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-            }
-        ],
-    }
-    if job.image_pull_secrets:
-        spec["imagePullSecrets"] = [{"name": name} for name in job.image_pull_secrets]
-    if job.node_selector:
-        spec["nodeSelector"] = job.node_selector
-    if job.tolerations:
-        spec["tolerations"] = [
-            {"key": taint.key, "operator": taint.operator, "effect": taint.effect}
-            | ({} if taint.value is None else {"value": taint.value})
-            for taint in job.tolerations
-        ]
-    # A mesh's proxy would stand between the processes, and never end.
-    return {"metadata": _metadata(job, {"sidecar.istio.io/inject": "false"}), "spec": spec}
+class _Observer:
+    """Tells how the pods fare whenever that changes, and keeps what a failed one said last.
+
+    The pods of a failed job are soon gone, and their logs with them: with the restart policy that JobSet sets, a
+    container is started anew in its pod a few times, and then the pod is deleted.
+    """
+
+    def __init__(self, jobs: "TrainJobs", name: str, title: str) -> None:
+        self.jobs, self.name, self.title = jobs, name, title
+        self.told = ""
+        self.failures: dict[tuple[int, str], _Failure] = {}
+
+    def look(self, state: str) -> None:
+        pods = self.jobs.pods(self.name, NODE)
+        for pod in pods:
+            self._keep_failure(pod)
+        counts = Counter(_fares(pod) for pod in pods)
+        parts = [f"{count} of {len(pods)} pods {fares}" for fares, count in counts.items()] or ["no pods"]
+        now = ", ".join([*([state.lower()] if state else []), *parts])
+        if now != self.told:
+            self.told = now
+            logger.info("%s %s: %s", time.strftime("%H:%M:%S"), self.title, now)
+
+    def _keep_failure(self, pod: dict[str, Any]) -> None:
+        name, rank = pod["metadata"]["name"], int(pod["metadata"]["labels"].get(RANK_LABEL, "0"))
+        for container in pod.get("status", {}).get("containerStatuses", []):
+            present, past = container.get("state", {}), container.get("lastState", {})
+            end = present.get("terminated") or past.get("terminated")
+            if container["name"] != NODE or not end or not end["exitCode"]:
+                continue
+            ended = end.get("finishedAt") or ""
+            if (rank, ended) not in self.failures:
+                log = self.jobs.log(name, NODE, TAIL_LINES, previous="terminated" not in present)
+                what = f"{name} ended with exit code {end['exitCode']} ({end.get('reason', 'no reason given')})"
+                self.failures[rank, ended] = _Failure(ended, rank, what, log)
+
+    def last_words(self) -> str:
+        """Which node was the first to fail at its last start, for the sentence; its log is printed."""
+        latest = {failure.rank: failure for failure in sorted(self.failures.values())}
+        if not latest:
+            return ""
+        first = min(latest.values())  # the others failed because it was gone
+        if first.log:
+            logger.error("the last lines of its log:\n%s", "\n".join(first.log))
+        return f"; {first.what}"
+
+
+def _fares(pod: dict[str, Any]) -> str:
+    """A pod's phase, or what it waits for."""
+    status = pod.get("status", {})
+    for container in status.get("containerStatuses", []):
+        waiting = container.get("state", {}).get("waiting")
+        if waiting and waiting.get("reason"):
+            return f"waits ({waiting['reason']})"
+    for condition in status.get("conditions", []):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return f"waits ({condition.get('reason')}: {' '.join(condition.get('message', '').split())})"
+    return str(status.get("phase", "Unknown")).lower()

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from compiled import Graphs
 
-from segdistill.config import parse, read_yaml
+from segdistill.config import read_yaml
 from segdistill.errors import UserError
 from segdistill.stages import STAGES
 
@@ -199,8 +199,6 @@ def test_cohorts_run_at_most_so_many_at_a_time(compiled: Compiled) -> None:
 
 
 def test_on_several_nodes_the_pod_of_a_task_only_waits_and_the_job_asks_for_the_rest(tmp_path: Path) -> None:
-    from segdistill.kubeflow.trainjob import TrainJob
-
     content = read_yaml(CLUSTERS["everything"])
     content["accelerator"]["nodes"] = 3
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(content))
@@ -212,16 +210,14 @@ def test_on_several_nodes_the_pod_of_a_task_only_waits_and_the_job_asks_for_the_
         timeout = compiled.cluster.tasks.train.timeout_seconds
         assert settings["activeDeadlineSeconds"] == str(timeout)
         (template,) = [one["value"] for one in container["env"] if one["name"] == "SEGDISTILL_TRAINJOB"]
-        fixed = json.loads(template)
-        job = parse(TrainJob, {**fixed, "name": "a", "command": ["b"], "processes": 2}, "")
-        assert job.nodes == 3
-        assert job.image == container["image"] and job.timeout_seconds < timeout
-        assert [one.name for one in job.secrets] == ["segdistill-mlflow"]  # S3 is for the tasks that fetch
-        assert [taint.key for taint in job.tolerations] == ["nvidia.com/gpu", "pool"]
-        assert job.queue is not None and job.queue.labels == QUEUE
-        assert (job.labels, job.image_pull_secrets) == ({"team": "vision"}, ["registry"])
-        assert job.annotations == {"example.com/contact": "vision team"}
-        assert job.certificates is not None and job.certificates.environment == CERTIFICATES
+        assert json.loads(template)["volume"] == compiled.cluster.workspace.path
+        job = json.loads(template)["manifest"]
+        trainer = job["spec"]["trainer"]
+        assert (trainer["numNodes"], trainer["image"]) == (3, container["image"])
+        assert job["spec"]["activeDeadlineSeconds"] < int(timeout)
+        secrets = {one["valueFrom"]["secretKeyRef"]["name"] for one in trainer["env"] if "secretKeyRef" in str(one)}
+        assert secrets == {"segdistill-mlflow"}  # S3 is for the tasks that fetch
+        assert QUEUE.items() <= job["metadata"]["labels"].items()
         # The pod that waits must not stand in the queue before the job that it waits for.
         assert settings["podMetadata"]["labels"] == {"team": "vision"}
         assert settings["pvcMount"]
@@ -271,10 +267,9 @@ def test_where_kfp_makes_the_runs_of_mlflow_no_variable_of_its_own_is_set_by_us(
     if nodes > 1:
         # To the pods of a TrainJob the plugin gives nothing: the waiting one hands on what is no secret.
         variables = {one["name"]: one["value"] for one in compiled.containers["distill"]["env"]}
-        job = json.loads(variables["SEGDISTILL_TRAINJOB"])
-        assert job["config_maps"] == []
-        (credentials,) = job["secrets"]
-        assert set(credentials["keys"].values()) == {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"}
+        job = json.loads(variables["SEGDISTILL_TRAINJOB"])["manifest"]
+        of_mlflow = {one["name"] for one in job["spec"]["trainer"]["env"] if one["name"].startswith("MLFLOW")}
+        assert of_mlflow == {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"}
 
 
 def test_a_variable_that_would_be_set_twice_is_named(tmp_path: Path) -> None:

@@ -412,23 +412,24 @@ def test_a_task_with_accelerators_runs_on_them_and_one_without_where_it_can(
 
 
 def nodes_template(tmp_path: Path) -> str:
-    resources = {"cpu_request": "1", "cpu_limit": "1", "memory_request": "1Gi", "memory_limit": "1Gi"}
-    return json.dumps({
-        "image": "train-python:1", "nodes": 2, "resources": resources, "user": 1000, "group": 1000,
-        "volume": {"claim": "workspace", "path": str(tmp_path / "volume")}, "timeout_seconds": 60,
-    })  # fmt: skip
+    trainer = {"numNodes": 2, "resourcesPerNode": {"requests": {}, "limits": {}}, "env": []}
+    return json.dumps({"volume": str(tmp_path / "volume"), "manifest": {"metadata": {}, "spec": {"trainer": trainer}}})
+
+
+def variables(job: Any) -> dict[str, str]:
+    return {one["name"]: one["value"] for one in job["spec"]["trainer"]["env"]}
 
 
 def test_the_nodes_are_told_the_plan_and_the_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from segdistill.kubeflow import trainjob_run
+    from segdistill.kubeflow import trainjob
 
     told: list[Any] = []
 
     def made(job: Any) -> None:
-        told.append((job.name, json.loads(Path(job.args[0]).read_text())))
+        told.append((job["metadata"]["name"], json.loads(Path(job["spec"]["trainer"]["args"][0]).read_text())))
         raise UserError("enough")
 
-    monkeypatch.setattr(trainjob_run, "run", made)
+    monkeypatch.setattr(trainjob, "run", made)
     monkeypatch.setenv("SEGDISTILL_TRAINJOB", nodes_template(tmp_path))
     paths = {name: str(tmp_path / name) for name in ("prepared", "teacher", "students")}
     for name in ("prepared", "teacher"):
@@ -444,15 +445,15 @@ def test_the_nodes_are_told_the_plan_and_the_cohort(tmp_path: Path, monkeypatch:
 def test_the_pods_of_a_job_are_told_which_run_kfp_made_in_mlflow(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from segdistill.kubeflow import trainjob_run
+    from segdistill.kubeflow import trainjob
 
     told: list[dict[str, str]] = []
 
     def made(job: Any) -> None:
-        told.append(job.env)
+        told.append(variables(job))
         raise UserError("enough")
 
-    monkeypatch.setattr(trainjob_run, "run", made)
+    monkeypatch.setattr(trainjob, "run", made)
     monkeypatch.setenv("SEGDISTILL_TRAINJOB", nodes_template(tmp_path))
     given = {
         "SEGDISTILL_MLFLOW": "injected", "MLFLOW_RUN_ID": "a1", "MLFLOW_EXPERIMENT_ID": "7",
@@ -469,19 +470,20 @@ def test_on_several_nodes_the_stage_runs_on_the_volume_and_its_outputs_come_back
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kubernetes is left out: the job's command runs here, as one of its processes would."""
-    from segdistill.kubeflow import trainjob_run
+    from segdistill.kubeflow import trainjob
 
     commands: list[list[str]] = []
 
     def run_here(job: Any) -> None:
-        commands.append([*job.command, *job.args])
-        assert job.env["SEGDISTILL_PIPELINE_RUN"] == "run-7" and job.nodes == 2
-        assert (job.processes, job.accelerator, job.accelerators) == (4, "nvidia.com/gpu", 4)
+        trainer = job["spec"]["trainer"]
+        commands.append([*trainer["command"], *trainer["args"]])
+        assert variables(job)["SEGDISTILL_PIPELINE_RUN"] == "run-7" and trainer["numProcPerNode"] == 4
+        assert trainer["resourcesPerNode"] == {key: {"nvidia.com/gpu": "4"} for key in ("requests", "limits")}
         with monkeypatch.context() as inside:
             inside.delenv("SEGDISTILL_TRAINJOB")
-            tasks.main(job.args[0])
+            tasks.main(trainer["args"][0])
 
-    monkeypatch.setattr(trainjob_run, "run", run_here)
+    monkeypatch.setattr(trainjob, "run", run_here)
     monkeypatch.setenv("SEGDISTILL_TRAINJOB", nodes_template(tmp_path))
     prepare(data, tmp_path / "out", accelerator="nvidia.com/gpu", accelerators="4")  # this stage is quick
     assert commands[0][:5] == ["python", "-m", "torch.distributed.run", "-m", "segdistill.kubeflow.tasks"]

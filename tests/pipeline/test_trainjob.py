@@ -18,57 +18,64 @@ import pytest
 import yaml
 from stand_in import Request, serving
 
-from segdistill.config import parse
+from pipelines.cluster import Cluster
+from pipelines.trainjob import manifest
+from segdistill.config import parse, read_yaml
 from segdistill.errors import Interrupted, UserError
-from segdistill.kubeflow import trainjob_run
-from segdistill.kubeflow.trainjob import LAUNCH, MOST_NODES, TrainJob, job_name, manifest
-from segdistill.kubeflow.trainjob_run import TrainJobFailed, run
+from segdistill.kubeflow import nodes, trainjob
+from segdistill.kubeflow.nodes import LAUNCH, job_name
+from segdistill.kubeflow.trainjob import TrainJobFailed, run
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/team/trainjobs"
 PODS = "/api/v1/namespaces/team/pods"
 ACCOUNT = "system:serviceaccount:team:pipeline-runner"
 
-LEAST: dict[str, Any] = {
-    "name": "segdistill-distill-kd-s1-0123456789ab",
-    "namespace": "team",
-    "image": "registry.example/segdistill-train:0.1.0",
-    "command": [*LAUNCH, "segdistill.some_module"],
-    "nodes": 2,
-    "processes": 4,
-    "resources": {"cpu_request": "4", "cpu_limit": "16", "memory_request": "16Gi", "memory_limit": "48Gi"},
-    "volume": {"claim": "segdistill-workspace", "path": "/workspace"},
-    "user": 1000,
-    "group": 1000,
-    "timeout_seconds": 3600,
+NAME = "segdistill-distill-kd-s1-0123456789ab"
+DEFAULT = read_yaml(ROOT / "pipelines/cluster.yaml")
+LEAST: dict[str, Any] = DEFAULT | {
+    "accelerator": DEFAULT["accelerator"] | {"nodes": 2, "tolerations": []},
+    "config_maps": [],
+    "secrets": [],
+    "workspace": {"claim": "segdistill-workspace", "path": "/workspace", "share_data": False},
 }
 EVERYTHING = LEAST | {
-    "runtime": "torch-of-the-team",
-    "runtime_kind": "TrainingRuntime",
-    "args": ["/workspace/task.json"],
-    "accelerator": "nvidia.com/gpu",
-    "accelerators": 4,
-    "env": {"SEGDISTILL_PIPELINE_RUN": "run-7"},
-    "config_maps": [{"name": "segdistill", "keys": {"mlflow_tracking_uri": "MLFLOW_TRACKING_URI"}, "optional": False}],
-    "secrets": [{"name": "segdistill-s3", "keys": {"access_key_id": "AWS_ACCESS_KEY_ID"}, "optional": True}],
-    "shared_memory": "8Gi",
-    "node_selector": {"pool": "gpu"},
-    "tolerations": [
-        {"key": "nvidia.com/gpu", "value": None, "effect": "NoSchedule"},
-        {"key": "team", "value": "vision", "effect": "NoExecute"},
+    "accelerator": DEFAULT["accelerator"] | {
+        "nodes": 2,
+        "runtime": "torch-of-the-team",
+        "node_selector": {"pool": "gpu"},
+        "tolerations": [
+            {"key": "nvidia.com/gpu", "value": None, "effect": "NoSchedule"},
+            {"key": "team", "value": "vision", "effect": "NoExecute"},
+        ],
+    },
+    "config_maps": DEFAULT["config_maps"],
+    "secrets": [
+        {"name": "s3", "keys": {"key_id": "AWS_ACCESS_KEY_ID"}, "optional": True, "tasks": ["train"]},
+        {"name": "others", "keys": {"key": "OTHER"}, "optional": True, "tasks": ["data"]},
     ],
     "certificates": {
         "config_map": "private-authority", "key": "ca.crt", "path": "/etc/authority", "variables": ["SSL_CERT_FILE"],
     },
     "image_pull_secrets": ["registry"],
-    "queue": {"name": "vision", "priority_class": "research"},
+    "queue": {"name": "vision", "priority_class": "research", "tasks": ["train"]},
     "labels": {"team": "vision"},
     "annotations": {"example.com/contact": "vision team <vision@example.com>"},
 }  # fmt: skip
 
 
-def job(content: dict[str, Any] = LEAST, **changes: Any) -> TrainJob:
-    return parse(TrainJob, content | changes, "job")
+SECRET = {"name": "s", "keys": {"k": "X"}, "optional": True, "tasks": ["train"]}
+
+
+@pytest.fixture(autouse=True)
+def _of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGDISTILL_PIPELINE_RUN", "run-7")
+
+
+def job(content: dict[str, Any] = LEAST) -> dict[str, Any]:
+    task: Any = SimpleNamespace(accelerator="nvidia.com/gpu", accelerators=4 if content is EVERYTHING else 0)
+    command = [*LAUNCH, "segdistill.some_module"]
+    return nodes._job(manifest(parse(Cluster, content, "")), task, NAME, command, "/workspace/task.json", 4)
 
 
 # The manifest
@@ -83,7 +90,7 @@ def through_the_published_classes(content: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("content", [LEAST, EVERYTHING], ids=["least", "everything"])
 def test_every_field_of_the_manifest_is_one_of_the_published_classes(content: dict[str, Any]) -> None:
-    made = manifest(job(content))
+    made = job(content)
     assert through_the_published_classes(made) == made
 
 
@@ -100,7 +107,7 @@ def fields(value: Any) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def test_a_mistyped_field_anywhere_in_the_manifest_would_be_noticed() -> None:
-    made = manifest(job(EVERYTHING))
+    made = job(EVERYTHING)
     count = len(list(fields(made)))
     assert count > 80
     for number in range(count):
@@ -115,10 +122,9 @@ def test_a_mistyped_field_anywhere_in_the_manifest_would_be_noticed() -> None:
 
 
 def test_the_manifest_says_what_was_asked_for() -> None:
-    made = manifest(job(EVERYTHING))
+    made = job(EVERYTHING)
     assert made["metadata"] == {
-        "name": "segdistill-distill-kd-s1-0123456789ab",
-        "namespace": "team",
+        "name": NAME,
         "labels": {
             "team": "vision",
             "kueue.x-k8s.io/queue-name": "vision",
@@ -128,8 +134,8 @@ def test_the_manifest_says_what_was_asked_for() -> None:
         "annotations": {"example.com/contact": "vision team <vision@example.com>"},
     }
     spec = made["spec"]
-    assert spec["runtimeRef"]["kind"] == "TrainingRuntime" and spec["runtimeRef"]["name"] == "torch-of-the-team"
-    assert spec["activeDeadlineSeconds"] == 3600
+    assert spec["runtimeRef"]["name"] == "torch-of-the-team"
+    assert spec["activeDeadlineSeconds"] < DEFAULT["tasks"]["train"]["timeout_seconds"]
     trainer = spec["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 4)
     assert trainer["resourcesPerNode"] == {
@@ -137,7 +143,7 @@ def test_the_manifest_says_what_was_asked_for() -> None:
         "limits": {"cpu": "16", "memory": "48Gi", "nvidia.com/gpu": "4"},
     }
     assert trainer["env"] == [
-        {"name": "SEGDISTILL_PIPELINE_RUN", "value": "run-7"},
+        {"name": "SEGDISTILL_WORK", "value": "/workspace/work"},
         {"name": "SSL_CERT_FILE", "value": "/etc/authority/ca.crt"},
         {
             "name": "MLFLOW_TRACKING_URI",
@@ -147,8 +153,9 @@ def test_the_manifest_says_what_was_asked_for() -> None:
         },
         {
             "name": "AWS_ACCESS_KEY_ID",
-            "valueFrom": {"secretKeyRef": {"name": "segdistill-s3", "key": "access_key_id", "optional": True}},
+            "valueFrom": {"secretKeyRef": {"name": "s3", "key": "key_id", "optional": True}},
         },
+        {"name": "SEGDISTILL_PIPELINE_RUN", "value": "run-7"},
     ]
     pod = pod_of(made)
     assert pod["nodeSelector"] == {"pool": "gpu"}
@@ -226,7 +233,7 @@ def refusals(made: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("content", [LEAST, EVERYTHING], ids=["least", "everything"])
 def test_the_webhook_of_trainer_takes_the_job(content: dict[str, Any]) -> None:
-    assert refusals(manifest(job(content))) == []
+    assert refusals(job(content)) == []
 
 
 @pytest.mark.parametrize(
@@ -234,7 +241,7 @@ def test_the_webhook_of_trainer_takes_the_job(content: dict[str, Any]) -> None:
     ["segdistill", "/task", "segdistill/", "Seg.io/x", "a_b.io/x", "a..io/x", "acme.io/a b", "x" * 254 + "/y"],
 )
 def test_a_manager_that_is_no_path_with_a_domain_would_be_refused(manager: str) -> None:
-    made = manifest(job())
+    made = job()
     made["spec"]["runtimePatches"][0]["manager"] = manager
     assert refusals(made) == ["manager"]
 
@@ -242,27 +249,23 @@ def test_a_manager_that_is_no_path_with_a_domain_would_be_refused(manager: str) 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"labels": {"team": "vision & co"}}, "job.labels.team: 'vision & co' is no value of a label"),
-        ({"labels": {"team": "v" * 64}}, f"job.labels.team: '{'v' * 64}' is no value of a label"),
-        ({"labels": {"a/b/c": "x"}}, "job.labels.a/b/c: 'a/b/c' is no key"),
-        ({"annotations": {"-": "x"}}, "job.annotations.-: '-' is no key"),
-        ({"node_selector": {"pool": "GPU nodes"}}, "job.node_selector.pool: 'GPU nodes' is no value of a label"),
-        ({"queue": {"name": "a b", "priority_class": None}}, "job.queue.name: 'a b' is no value of a label"),
-        ({"runtime": "Torch"}, "job.runtime: 'Torch' is no name of an object"),
-        ({"image_pull_secrets": ["My_Secret"]}, "job.image_pull_secrets.0: 'My_Secret' is no name of an object"),
-        ({"env": {"A-B": "x"}}, "job.env.A-B: 'A-B' is no environment variable"),
-        ({"env": {"PET_NNODES": "3"}}, "job: the environment variable PET_NNODES is Trainer's own"),
+        ({"labels": {"team": "vision & co"}}, "labels.team: 'vision & co' is no value of a label"),
+        ({"labels": {"team": "v" * 64}}, f"labels.team: '{'v' * 64}' is no value of a label"),
+        ({"labels": {"a/b/c": "x"}}, "labels.a/b/c: 'a/b/c' is no key"),
+        ({"annotations": {"-": "x"}}, "annotations.-: '-' is no key"),
         (
-            {"env": {"X": "3"}, "secrets": [{"name": "s", "keys": {"k": "X"}, "optional": True}]},
-            "job: the environment variable X is given twice",
+            {"queue": {"name": "a b", "priority_class": None, "tasks": ["train"]}},
+            "queue.name: 'a b' is no value of a label",
         ),
-        ({"image": "i" * 501}, "job.image: string should have at most 500 characters"),
+        ({"image_pull_secrets": ["My_Secret"]}, "image_pull_secrets.0: 'My_Secret' is no name of an object"),
+        ({"secrets": [SECRET | {"keys": {"k": "A-B"}}]}, "secrets.0.keys.k: 'A-B' is no environment variable"),
+        ({"secrets": [SECRET | {"keys": {"k": "PET_NNODES"}}]}, "the variable PET_NNODES is Kubeflow Trainer's own"),
+        ({"secrets": [SECRET, SECRET]}, "the variable X is given twice"),
     ],
 )
 def test_what_the_cluster_would_refuse_is_refused_when_it_is_read(change: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError) as raised:
-        job(LEAST, **change)
-    assert str(raised.value).startswith(sentence)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        job(LEAST | change)
 
 
 def pod_of(made: dict[str, Any]) -> dict[str, Any]:
@@ -272,27 +275,11 @@ def pod_of(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_what_was_not_asked_for_is_left_to_the_runtime() -> None:
-    made = manifest(job())
-    assert not {"args", "env"} & made["spec"]["trainer"].keys()
-    assert not {"nodeSelector", "tolerations"} & pod_of(made).keys()
-    assert [volume["name"] for volume in pod_of(made)["volumes"]] == ["workspace"]
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"nodes": 0}, "job.nodes: input should be greater than 0"),
-        ({"nods": 2}, "job.nods: unknown key"),
-        ({"user": 0}, "job.user: input should be greater than 0"),
-        ({"name": "7-of-9"}, "job.name: string should match pattern"),
-        ({"name": "a" * 47}, "job.name: string should have at most 46 characters"),
-        ({"volume": {"claim": "w", "path": "workspace"}}, "job.volume.path: string should match pattern"),
-    ],
-)
-def test_a_mistake_in_the_settings_is_named(change: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError) as raised:
-        job(LEAST, **change)
-    assert str(raised.value).startswith(sentence)
+    made = job()
+    assert [one["name"] for one in made["spec"]["trainer"]["env"]] == ["SEGDISTILL_WORK", "SEGDISTILL_PIPELINE_RUN"]
+    assert not {"nodeSelector", "tolerations", "imagePullSecrets"} & pod_of(made).keys()
+    assert [volume["name"] for volume in pod_of(made)["volumes"]] == ["workspace", "shared-memory"]
+    assert "nvidia.com/gpu" not in str(made)
 
 
 def test_a_jobs_name_is_the_tasks_own_and_fits_the_names_of_its_pods() -> None:
@@ -308,8 +295,8 @@ def test_a_jobs_name_is_the_tasks_own_and_fits_the_names_of_its_pods() -> None:
     names = {job_name(*one) for one in [task, *others]}
     assert len(names) == 6
     for name in names:
-        job(LEAST, name=name)  # the pattern is checked
-        assert len(f"{name}-node-0-{MOST_NODES - 1}-abcde") <= 63  # as JobSet does
+        assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name)
+        assert len(f"{name}-node-0-999-abcde") <= 63  # as JobSet does
 
 
 def test_torch_reads_from_the_environment_what_the_controller_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +344,7 @@ class Api:
             return status(403, "Forbidden", f"trainjobs.trainer.kubeflow.org is forbidden: {said} in API group ...")
         if path == PODS:
             wanted = "jobset.sigs.k8s.io/jobset-name={},jobset.sigs.k8s.io/replicatedjob-name=node"
-            assert query["labelSelector"] == [wanted.format(LEAST["name"])]
+            assert query["labelSelector"] == [wanted.format(NAME)]
             return 200, {"items": self.pods.pop(0) if len(self.pods) > 1 else self.pods[0]}
         if path.startswith(PODS):
             assert query["container"] == ["node"] and query["tailLines"] == ["20"]
@@ -407,9 +394,9 @@ class Api:
 
     def there_is(self, condition: Any) -> None:
         """A job that an earlier attempt made."""
-        self.make(manifest(job()))
+        self.make(job())
         if condition:
-            self.jobs[LEAST["name"]] |= with_condition(condition)
+            self.jobs[NAME] |= with_condition(condition)
 
     def asked(self) -> list[str]:
         """The requests about the job, as verbs, looks at it that follow each other as one."""
@@ -445,8 +432,12 @@ def ended(code: int, second: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def api(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Api]:
+def api(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> Iterator[Api]:
     pytest.importorskip("kubernetes")
+    from segdistill.adapters import kubernetes_api
+
+    (tmp_path / "namespace").write_text("team\n")
+    monkeypatch.setattr(kubernetes_api, "NAMESPACE_FILE", tmp_path / "namespace")
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(logging.getLogger("segdistill"), "propagate", True)
@@ -456,10 +447,12 @@ def api(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> It
         yield stand_in
 
 
-def run_against(api: Api, *, patience: float = 20.0, **changes: Any) -> None:
+def run_against(api: Api, *, patience: float = 20.0, timeout: int = 3600) -> None:
     from kubernetes.client import Configuration
 
-    run(job(LEAST, **changes), configuration=Configuration(host=api.host), poll=0.01, patience=patience)
+    made = job()
+    made["spec"]["activeDeadlineSeconds"] = timeout
+    run(made, configuration=Configuration(host=api.host), poll=0.01, patience=patience)
 
 
 FAILED = ("Failed", "FailedJobs", "jobset failed due to one or more job failures")
@@ -477,9 +470,9 @@ def test_a_job_is_made_waited_for_and_removed(api: Api, caplog: pytest.LogCaptur
     ]
     run_against(api)
     assert api.asked() == ["POST", "GET", "DELETE"]
-    assert api.requests[0].body == manifest(job())
+    assert api.requests[0].body["spec"]["trainer"] == job()["spec"]["trainer"]
     told = [re.sub(r"^\d\d:\d\d:\d\d ", "", record.message) for record in caplog.records]
-    shown = f"TrainJob team/{LEAST['name']}"
+    shown = f"TrainJob team/{NAME}"
     assert told == [
         f"{shown}: created, 2 nodes with 4 processes each",
         f"{shown}: 1 of 2 pods waits (Unschedulable: no GPU is free), 1 of 2 pods waits (ImagePullBackOff)",
@@ -496,7 +489,7 @@ def test_two_attempts_make_one_job(api: Api) -> None:
     with pytest.raises(Interrupted, match="goes on, and the next attempt takes it over"):
         run_against(api)
     assert signal.getsignal(signal.SIGTERM) is former
-    assert list(api.jobs) == [LEAST["name"]] and api.asked() == ["POST", "GET"]
+    assert list(api.jobs) == [NAME] and api.asked() == ["POST", "GET"]
     api.on_look, api.conditions = (lambda number: None), [None, ("Complete", "JobsCompleted", "")]
     run_against(api)
     assert api.made == 1 and api.asked() == ["POST", "GET", "POST", "GET", "DELETE"]
@@ -525,7 +518,7 @@ def test_an_earlier_attempts_failed_job_is_replaced_after_its_pods_have_gone(
 
 def test_a_job_that_is_being_deleted_is_waited_for(api: Api) -> None:
     api.there_is(None)
-    api.delete(LEAST["name"], {"propagationPolicy": "Foreground", "preconditions": {"uid": "uid-1"}})
+    api.delete(NAME, {"propagationPolicy": "Foreground", "preconditions": {"uid": "uid-1"}})
     run_against(api)
     assert api.made == 2
 
@@ -557,7 +550,7 @@ def test_a_failed_job_names_the_pod_that_failed_first_shows_its_log_and_is_remov
     with pytest.raises(TrainJobFailed) as raised:
         run_against(api)
     assert str(raised.value) == (
-        f"TrainJob team/{LEAST['name']}: failed: FailedJobs: jobset failed due to one or more job failures; "
+        f"TrainJob team/{NAME}: failed: FailedJobs: jobset failed due to one or more job failures; "
         "job-node-0-1-abcde ended with exit code 2 (Error)"
     )
     assert caplog.records[-1].message == "the last lines of its log:\nepoch 3\nCUDA out of memory"
@@ -583,15 +576,15 @@ def test_a_job_over_its_deadline_is_a_failure_and_a_controller_that_sleeps_too(
         run_against(api)
     api.jobs.clear()
     api.conditions = [None]
-    monkeypatch.setattr(trainjob_run, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(trainjob, "GRACE_SECONDS", 0.0)
     with pytest.raises(TrainJobFailed, match="is the controller of Kubeflow Trainer running"):
-        run_against(api, timeout_seconds=1)
+        run_against(api, timeout=1)
     assert api.asked()[-1] == "DELETE"
 
 
 def test_the_time_in_kueues_queue_does_not_count(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(monotonic=iter(range(0, 10**6, 500)).__next__, strftime=time.strftime)
-    monkeypatch.setattr(trainjob_run, "time", clock)
+    monkeypatch.setattr(trainjob, "time", clock)
     api.conditions = [("Suspended", "Suspended", "TrainJob is suspended")] * 50 + [("Complete", "", "")]
     run_against(api)
 
@@ -634,9 +627,9 @@ def test_an_api_that_stays_away_ends_the_waiting_but_not_the_job(api: Api) -> No
     assert not isinstance(raised.value, TrainJobFailed)
     assert str(raised.value) == (
         f"{api.host}: answers 503 (Service Unavailable); gave up after trying for 0.5 seconds; "
-        f"TrainJob team/{LEAST['name']} goes on, and the next attempt takes it over"
+        f"TrainJob team/{NAME} goes on, and the next attempt takes it over"
     )
-    assert list(api.jobs) == [LEAST["name"]]
+    assert list(api.jobs) == [NAME]
 
 
 def test_a_job_that_was_made_although_the_answer_got_lost_is_not_made_twice(api: Api) -> None:
@@ -655,7 +648,7 @@ def test_a_job_that_was_made_although_the_answer_got_lost_is_not_made_twice(api:
     ("method", "path", "right"),
     [
         ("POST", JOBS, "create trainjobs.trainer.kubeflow.org"),
-        ("GET", f"{JOBS}/{LEAST['name']}", "get trainjobs.trainer.kubeflow.org"),
+        ("GET", f"{JOBS}/{NAME}", "get trainjobs.trainer.kubeflow.org"),
     ],
 )
 def test_a_missing_right_is_one_sentence_that_names_it(method: str, path: str, right: str, api: Api) -> None:
@@ -678,7 +671,7 @@ def test_without_rights_on_pods_the_job_runs_all_the_same(api: Api, caplog: pyte
 def test_a_job_that_cannot_be_removed_does_not_change_what_has_become_of_it(
     api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
-    api.forbidden = {("DELETE", f"{JOBS}/{LEAST['name']}")}
+    api.forbidden = {("DELETE", f"{JOBS}/{NAME}")}
     run_against(api)
     assert f"not deleted: {ACCOUNT} may not delete trainjobs" in caplog.text
 
@@ -725,7 +718,7 @@ def test_in_a_pod_the_service_account_is_used(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
     seen: list[Any] = []
     monkeypatch.setattr(kubernetes_api.client, "ApiClient", seen.append)
-    jobs = kubernetes_api.TrainJobs(None, None, stop=threading.Event(), patience=1)
+    jobs = kubernetes_api.TrainJobs(None, stop=threading.Event(), patience=1)
     (configuration,) = seen
     assert (jobs.namespace, configuration.host) == ("the-namespace", "https://10.0.0.1:443")
     assert configuration.get_api_key_with_prefix("authorization").split() == ["bearer", "the-token"]
