@@ -246,11 +246,7 @@ class Cluster:
 
 
 def read_cluster(path: Path = DEFAULT) -> Cluster:
-    """The settings in a file.
-
-    Raises:
-        UserError: the first mistake in it.
-    """
+    """The settings in a file."""
     content = read_yaml(path)
     try:
         return parse(Cluster, content, "")

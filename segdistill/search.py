@@ -120,11 +120,7 @@ class Parameter:
 
 
 def tuned_experiments(tune: TuneConfig, run: Iterable[str], defined: Iterable[str]) -> list[str]:
-    """The names of the experiments that are tuned.
-
-    Raises:
-        UserError: one is not defined, or stands there twice.
-    """
+    """The names of the experiments that are tuned."""
     names = tune.experiments or list(run)
     for name in names:
         if name not in set(defined):
@@ -136,11 +132,7 @@ def tuned_experiments(tune: TuneConfig, run: Iterable[str], defined: Iterable[st
 
 
 def trial_protocol(tune: TuneConfig, distill: DistillConfig) -> DistillConfig:
-    """How a trial trains: as stage ``distill`` does, with a budget in iterations.
-
-    Raises:
-        UserError: there is none.
-    """
+    """How a trial trains: as stage ``distill`` does, with a budget in iterations."""
     iterations = tune.iterations or distill.train.iterations
     if iterations is None:
         raise UserError(
@@ -151,11 +143,7 @@ def trial_protocol(tune: TuneConfig, distill: DistillConfig) -> DistillConfig:
 
 
 def parameters(name: str, settings: ExperimentConfig, search: SearchConfig) -> list[Parameter]:
-    """What is searched for an experiment, whose settings are spelled out.
-
-    Raises:
-        UserError: an end of a range is no value that may stand there.
-    """
+    """What is searched for an experiment, whose settings are spelled out."""
     searched: list[Parameter] = []
 
     def add(path: str, key: str, present: float | None) -> None:
@@ -186,11 +174,7 @@ def parameters(name: str, settings: ExperimentConfig, search: SearchConfig) -> l
 
 
 def _may_vary(name: str, settings: ExperimentConfig, parameter: Parameter) -> bool:
-    """Whether the range may be searched; not where another setting of the method does without the value.
-
-    Raises:
-        UserError: an end of the range is no value that may stand there, and a little change of the present one is.
-    """
+    """Whether the range may be searched; not where another setting of the method does without the value."""
 
     def refusal(value: float) -> UserError | None:
         try:

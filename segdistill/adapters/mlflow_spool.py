@@ -115,11 +115,7 @@ class Spool:
         return cls(base, file)
 
     def read_meta(self) -> Meta:
-        """Which run this is of.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """Which run this is of."""
         data = read_json(self.meta)
         if isinstance(data, dict):
             data.pop("fresh", None)  # which earlier versions wrote

@@ -63,11 +63,7 @@ def entries() -> list[Entry]:
 
 
 def entry(name: str) -> Entry:
-    """One method.
-
-    Raises:
-        UserError: there is none of that name.
-    """
+    """One method."""
     if name not in METHODS:
         raise UserError(f"unknown method '{name}'{nearest(name, METHODS)}")
     method = load(name)

@@ -134,11 +134,7 @@ def show_table(console: Console | None = None) -> None:
 
 
 def show_method(name: str, console: Console | None = None) -> None:
-    """Prints all that is known of one method.
-
-    Raises:
-        UserError: there is none of that name.
-    """
+    """Prints all that is known of one method."""
     console, method = console or plain_console(), entry(name)
     console.print(f"[bold]{method.name}[/bold]: {method.kind}; {method.paper}; evidence: {method.evidence}")
     console.print(Text(method.summary))

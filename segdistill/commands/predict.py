@@ -90,9 +90,6 @@ class Source:
     Args:
         path: an image, a folder, a list or a video.
         every: of a video, which frames.
-
-    Raises:
-        UserError: it names nothing to predict, or two images whose masks would have one name.
     """
 
     def __init__(self, path: Path, *, every: int = 1) -> None:
@@ -132,11 +129,7 @@ class Source:
         return None if self.is_video else len(self.files)
 
     def pictures(self) -> Iterator[Picture]:
-        """Every image in turn; only a few are held at any time.
-
-        Raises:
-            UserError: one is damaged.
-        """
+        """Every image in turn; only a few are held at any time."""
         if self.is_video:
             yield from self._frames()
             return
@@ -217,13 +210,7 @@ def predict(
 
 
 class Writer:
-    """Files of predictions, in a folder that is not complete before :meth:`finish`.
-
-    Args:
-        folder: to fill.
-        classes: names and colours.
-        extras: which of :data:`EXTRAS` to write.
-    """
+    """Files of predictions, in a folder that is not complete before :meth:`finish`."""
 
     def __init__(self, folder: Path, classes: Sequence[dict[str, Any]], extras: Sequence[str]) -> None:
         self.folder, self.extras, self.rows = folder, extras, list[tuple[str, str, int, float]]()
