@@ -23,8 +23,12 @@ def arguments(params: Mapping[str, Any], *, size: int | None = None, here: bool 
     """The pipeline's parameters that come from a params file: what each stage reads of it, and the plans.
 
     Args:
+        params: the content of params.yaml.
         size: how many jobs a cohort has; None: all of a seed.
         here: whether the tasks run on this machine, with its files.
+
+    Raises:
+        UserError: the first mistake in the file.
     """
     from segdistill.execution import check_params, sections
     from segdistill.plan import cohort_plan, cohorts, teacher_plan
@@ -58,8 +62,12 @@ class Tuning:
         """The pipeline's parameters that come from a params file.
 
         Args:
+            params: its content.
             accelerators: of each task that trains.
             several: whether the tasks run on several machines, or in containers.
+
+        Raises:
+            UserError: a mistake in the file, or a tuning that such tasks cannot share.
         """
         from segdistill.adapters.optuna_store import require_server
         from segdistill.execution import check_params, sections
@@ -107,6 +115,7 @@ def compile_to(
     """Writes the pipeline, whose parameters default to those of ``params``; the same input gives the same bytes.
 
     Args:
+        path: the file to write.
         params: the content of params.yaml.
         cluster: what tasks ask of the cluster; by default ``pipelines/cluster.yaml``.
         caching: whether KFP may take over results of earlier runs, but for what depends on more than its inputs.
@@ -115,6 +124,9 @@ def compile_to(
 
     Returns:
         The parameters that come from ``params``.
+
+    Raises:
+        UserError: a mistake in one of them, or a matrix that is too large for one run.
     """
     from kfp import compiler
 
@@ -156,7 +168,11 @@ def compile_to(
 
 
 def submit(params: Mapping[str, Any], given: argparse.Namespace) -> int:
-    """Compiles the pipeline and starts a run of it on a cluster; returns the exit code."""
+    """Compiles the pipeline and starts a run of it on a cluster; returns the exit code.
+
+    Raises:
+        UserError: a mistake in what was given, or a server that does not take it.
+    """
     from pipelines.submission import Submission, server, wait
 
     to = server(
@@ -202,7 +218,11 @@ def submit(params: Mapping[str, Any], given: argparse.Namespace) -> int:
 
 
 def origin() -> str:
-    """Where this working copy was cloned from."""
+    """Where this working copy was cloned from.
+
+    Raises:
+        UserError: nowhere that is known.
+    """
     done = subprocess.run(["git", "remote", "get-url", "origin"], capture_output=True, text=True)
     if done.returncode:
         raise UserError("--repository: missing, and this folder has no git remote 'origin' to take it from")
@@ -210,7 +230,11 @@ def origin() -> str:
 
 
 def data_version(repository: str, revision: str) -> dict[str, str]:
-    """The parameters of ``fetch`` for a cluster. A name may move while the run waits, and its commit does not."""
+    """The parameters of ``fetch`` for a cluster. A name may move while the run waits, and its commit does not.
+
+    Raises:
+        UserError: a repository, revision or remote that pods cannot read.
+    """
     from segdistill.adapters.dvc_version import find
     from segdistill.secrets import masked_text
 
@@ -239,7 +263,9 @@ def run_here(
     """Runs the pipeline, each task in a process of this environment or in a container; returns where its outputs lie.
 
     Args:
+        params: the content of params.yaml.
         repository: of the data set: a folder, or an address that git understands.
+        revision: of the data set.
         root: gets a folder for this run, with one for each task's outputs.
         runner: "subprocess" or "docker".
         tuning: runs the pipeline that tunes.
@@ -287,7 +313,11 @@ def run_here(
 
 
 def _tuning(given: argparse.Namespace) -> Tuning | None:
-    """What ``--tune`` asks for."""
+    """What ``--tune`` asks for.
+
+    Raises:
+        UserError: it is no number of workers.
+    """
     if given.tune is None:
         return None
     if not given.tune.isdecimal() or not int(given.tune):

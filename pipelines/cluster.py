@@ -246,7 +246,11 @@ class Cluster:
 
 
 def read_cluster(path: Path = DEFAULT) -> Cluster:
-    """The settings in a file."""
+    """The settings in a file.
+
+    Raises:
+        UserError: the first mistake in it.
+    """
     content = read_yaml(path)
     try:
         return parse(Cluster, content, "")

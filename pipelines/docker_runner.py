@@ -52,6 +52,9 @@ def runner(
         work: a folder for the checkpoints of training, from which another attempt goes on.
         memory: a container's limit as Docker writes it, such as ``4g``; a container that wants more is ended.
         environment: variables for the tasks, besides those that begin as ``PASSED_ON`` says.
+
+    Raises:
+        UserError: no Docker engine answers.
     """
     try:
         docker.from_env().close()
@@ -92,6 +95,7 @@ def run_container(
     """Runs one task to its end, in place of KFP's function of another name; returns its exit code, never 0 for a loss.
 
     Args:
+        client: of the engine.
         image: with a tag or a digest; pulled if it is not here.
         command: KFP's, whose option names the task.
         volumes: KFP's: the pipeline's root.

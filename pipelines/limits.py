@@ -19,7 +19,14 @@ REST = 12 * ARTIFACT
 
 
 def check_matrix(parameters: Mapping[str, Any]) -> None:
-    """Refuses a matrix of more jobs than can be handed over."""
+    """Refuses a matrix of more jobs than can be handed over.
+
+    Args:
+        parameters: those of the pipeline, all that come from params.yaml.
+
+    Raises:
+        UserError: says how many jobs would fit.
+    """
     cohorts = parameters["cohorts"]
     others = {name: value for name, value in parameters.items() if name != "cohorts"}
     # ``compare`` gets two artifacts a cohort: its students and their evaluations. A cohort's own tasks get less.
@@ -37,7 +44,11 @@ def check_matrix(parameters: Mapping[str, Any]) -> None:
 
 
 def check_tuning(parameters: Mapping[str, Any]) -> None:
-    """Refuses a params file that is too long to be handed over."""
+    """Refuses a params file that is too long to be handed over.
+
+    Raises:
+        UserError: says how long it is.
+    """
     if (size := _size(parameters)) > ARGUMENT - REST:
         raise UserError(
             f"--params: with it a run of Kubeflow Pipelines has {size / 1024:.0f} KiB of parameters, and can hand no "

@@ -18,6 +18,10 @@ class LocalLog(io.TextIOBase):
 
     KFP lists all outputs of a task, and its executor each task's inputs as JSON; the folder of the run has both. What
     goes wrong is kept.
+
+    Args:
+        out: gets the lines that are left.
+        clock: seconds.
     """
 
     def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic) -> None:

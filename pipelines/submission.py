@@ -51,7 +51,11 @@ class Server:
         return "the token of the pod's service account" if self.in_cluster else "none"
 
     def connect(self) -> Any:
-        """A ``kfp.Client``."""
+        """A ``kfp.Client``.
+
+        Raises:
+            UserError: what it needs is not there.
+        """
         from kfp import client
 
         given: dict[str, Any] = {"host": self.host}
@@ -88,7 +92,12 @@ def server(
     certificates: Path | None = None,
     dry: bool = False,
 ) -> Server:
-    """The server meant; ``KF_PIPELINES_ENDPOINT`` and ``KF_PIPELINES_UI_ENDPOINT`` stand in for the first two."""
+    """A checked :class:`Server`; ``KF_PIPELINES_ENDPOINT`` and ``KF_PIPELINES_UI_ENDPOINT`` stand in for the first two.
+
+    Raises:
+        UserError: no host, though something is sent (not ``dry``), two ways to be known, or an environment variable
+            that is not set.
+    """
     host = host or os.environ.get("KF_PIPELINES_ENDPOINT") or ("" if dry else None)
     if host is None:
         raise UserError("--host: missing; give the URL of the Kubeflow Pipelines API, or set KF_PIPELINES_ENDPOINT")
@@ -141,6 +150,7 @@ class Submission:
         """Starts the run; returns the client and the run's id.
 
         Args:
+            to: the server.
             package: the compiled pipeline. Its caching stands: what KFP's client could override forgets the loop.
 
         Raises:
@@ -163,7 +173,11 @@ class Submission:
 
 
 def check_version(client: Any, to: Server) -> None:
-    """Asks a server which version it is; warns of one that does not say, or that would ignore a setting."""
+    """Asks a server which version it is; warns of one that does not say, or that would ignore a setting.
+
+    Raises:
+        UserError: it is older than the first that runs this pipeline.
+    """
     answer = client._healthz_api.healthz_service_get_healthz(_preload_content=False)  # kfp 2.17.0 drops the version
     told = ""
     with contextlib.suppress(ValueError, TypeError, KeyError):

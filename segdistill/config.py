@@ -91,7 +91,11 @@ _Loader.add_constructor("!number", _Loader.refuse_number)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, has a key twice, or is not a mapping.
+    """
     try:
         text = read_text(path, limit=_YAML_LIMIT)
     except UserError as error:

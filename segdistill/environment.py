@@ -78,7 +78,11 @@ def data_md5() -> str | None:
 
 
 def tracker() -> str:
-    """The kind of tracker of a task."""
+    """The kind of tracker of a task.
+
+    Raises:
+        UserError: there is no such kind.
+    """
     kind = _read("SEGDISTILL_TRACKER") or "auto"
     if kind not in TRACKERS:
         raise UserError(f"SEGDISTILL_TRACKER: '{kind}' is unknown{nearest(kind, TRACKERS)}")
@@ -117,7 +121,11 @@ def s3_server() -> tuple[str | None, str | None]:
 
 
 def processes(default: int) -> int:
-    """How many processes of a task train together."""
+    """How many processes of a task train together.
+
+    Raises:
+        UserError: it is no number of them.
+    """
     text = _read("SEGDISTILL_PROCESSES") or str(default)
     if not text.isdecimal() or not int(text):
         raise UserError(f"SEGDISTILL_PROCESSES: '{text}' is not a number of processes; expected 1 or more")
@@ -143,7 +151,11 @@ def set_tracking_server(given: str, address: str, user: str, password: str) -> N
 
 
 def injected_run() -> str | None:
-    """The MLflow run that KFP's server made for this task; None where we make our own."""
+    """The MLflow run that KFP's server made for this task; None where we make our own.
+
+    Raises:
+        UserError: it was to make one, and did not say so.
+    """
     kind = _read("SEGDISTILL_MLFLOW")
     if kind is None:
         return None

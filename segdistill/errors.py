@@ -22,8 +22,7 @@ class UserError(Exception):
     """A mistake that its user can mend.
 
     The message is one clear sentence that names the file, key or value and what is allowed. The command line
-    prints it without a traceback and ends with exit code 2. Whatever reads what a user gave raises it; docstrings
-    name it where there is more to say.
+    prints it without a traceback and ends with exit code 2.
     """
 
 

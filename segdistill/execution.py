@@ -77,6 +77,9 @@ def open_tracker(kind: str, here: Context, stage: Stage, cohort: str | None, fol
 
     Args:
         kind: "mlflow", "jsonl", "none", or "auto" for MLflow where it is installed and JSON lines where not.
+        here: where the run belongs.
+        stage: what is run.
+        cohort: of a stage that runs once per cohort.
         folder: for JSON lines, and for what MLflow was not sent yet.
     """
     if environment.rank():
@@ -116,8 +119,12 @@ def check_params(params: Any, *, networks: bool = True, here: bool = False) -> N
     """Checks the whole of params.yaml, since a slip must not wait for its stage: keys, values, and what goes together.
 
     Args:
+        params: what the file says.
         networks: whether to build every network in outline, and the methods between them, which takes seconds.
         here: whether it is to run on this machine; the files that it names must then be here.
+
+    Raises:
+        UserError: the first mistake, by its dotted path.
     """
     from segdistill.data.layouts import LAYOUTS
     from segdistill.plan import DistillConfig
@@ -177,8 +184,10 @@ def run_stage(
     """Runs one stage and records where its seconds went.
 
     Args:
+        stage: what to run.
         chosen: its :func:`sections`.
         paths: replacements of the declared inputs and outputs, by name.
+        cohort: of a stage that runs once per cohort.
         tracker: of the pipeline run; closed with the stage's true status.
         started: when the process began, in seconds since the epoch; what no activity claims is start-up.
         work: where a stage that trains keeps its checkpoints; None is beside its output.
@@ -249,7 +258,11 @@ def _record_seconds(stage: Stage, cohort: str | None, spent: dict[str, float], w
 def resolve(
     stage: Stage, cohort: str | None, chosen: Mapping[str, Any], given: Mapping[str, Path | list[Path]]
 ) -> dict[str, Any]:
-    """Input and output paths of a stage, the declared ones unless given; lists where a stage reads every cohort."""
+    """Input and output paths of a stage, the declared ones unless given; lists where a stage reads every cohort.
+
+    Raises:
+        UserError: a name that the stage has not, or an input that is not there.
+    """
     declared = {**stage.inputs, **stage.outputs, **stage.metrics}
     for name in given:
         if name not in declared:

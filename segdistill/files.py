@@ -43,6 +43,7 @@ def read_bytes(path: Path, *, limit: int = TEXT_LIMIT) -> bytes:
 
     Args:
         path: links are followed; what they lead to must be a regular file.
+        limit: the most bytes that such a file may have.
 
     Raises:
         UserError: absent, unreadable, no regular file, or larger than ``limit``.
@@ -56,7 +57,11 @@ def read_bytes(path: Path, *, limit: int = TEXT_LIMIT) -> bytes:
 
 
 def read_text(path: Path, *, limit: int = TEXT_LIMIT) -> str:
-    """The content of a UTF-8 file, without the mark that some editors put at its beginning."""
+    """The content of a UTF-8 file, without the mark that some editors put at its beginning.
+
+    Raises:
+        UserError: as :func:`read_bytes`, or not UTF-8.
+    """
     try:
         return read_bytes(path, limit=limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -68,6 +73,9 @@ def read_json(path: Path, *, mend: str = "", limit: int = TEXT_LIMIT) -> Any:
 
     Args:
         mend: how its reader gets another one, such as "run the stage 'prepare' again"; ends the message.
+
+    Raises:
+        UserError: as :func:`read_text`, or not JSON.
     """
     try:
         return parse_json(read_text(path, limit=limit), str(path))
@@ -76,7 +84,11 @@ def read_json(path: Path, *, mend: str = "", limit: int = TEXT_LIMIT) -> Any:
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """What a JSON text says: no key twice, no NaN or infinity, no number or nesting beyond reason."""
+    """What a JSON text says: no key twice, no NaN or infinity, no number or nesting beyond reason.
+
+    Raises:
+        UserError: it is not such a text; the message begins with ``where``.
+    """
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_finite)
     except RecursionError:
@@ -95,7 +107,11 @@ def file_hash(path: Path) -> str:
 
 
 def seal(folder: Path, leave: Iterable[str] = ()) -> None:
-    """Writes the hashes of all files of a folder into it; files below ``leave`` keep checks of their own."""
+    """Writes the hashes of all files of a folder into it; files below ``leave`` keep checks of their own.
+
+    Args:
+        leave: names in the folder, of files or sub-folders.
+    """
     skipped = {SEAL, COMPLETED, *leave}
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [path.relative_to(folder) for path in files]
@@ -104,7 +120,11 @@ def seal(folder: Path, leave: Iterable[str] = ()) -> None:
 
 
 def read_sealed(folder: Path, name: str, *, mend: str, limit: int = TEXT_LIMIT) -> bytes:
-    """The content of one file of a sealed folder, compared with its hash."""
+    """The content of one file of a sealed folder, compared with its hash.
+
+    Raises:
+        UserError: absent, or another content than was sealed.
+    """
     try:
         content = read_bytes(folder / name, limit=limit)
     except UserError as error:
@@ -128,7 +148,11 @@ def sealed_hashes(folder: Path, *, mend: str) -> Mapping[str, str]:
 
 
 def require_regular(path: Path, *, limit: int | None = None) -> int:
-    """The size in bytes of what will be read by somebody else's code."""
+    """The size in bytes of what will be read by somebody else's code.
+
+    Raises:
+        UserError: absent, no regular file, or larger than ``limit``.
+    """
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
     with _readable(path):
         status = path.stat()
@@ -187,7 +211,11 @@ def disk_errors(folder: Path, kept: str = "nothing was left there") -> Iterator[
 
 
 def folder_place(folder: Path) -> Path:
-    """Where a folder that is to be written lies: a link stays, and what it leads to is replaced."""
+    """Where a folder that is to be written lies: a link stays, and what it leads to is replaced.
+
+    Raises:
+        UserError: no folder can be there, since something else is, there or above.
+    """
     place = Path(os.path.realpath(folder))
     there = next(path for path in (place, *place.parents) if os.path.lexists(path))
     if not there.is_dir():
@@ -205,7 +233,11 @@ def require_free(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Gives an empty sibling to fill, which takes the place of ``folder`` at the end, or vanishes on any error."""
+    """Gives an empty sibling to fill, which takes the place of ``folder`` at the end, or vanishes on any error.
+
+    Raises:
+        UserError: no folder can be written there.
+    """
     target = folder_place(folder)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     with disk_errors(folder):
@@ -244,9 +276,13 @@ def lock(folder: Path, what: str, *, file: Path | None = None) -> Iterator[None]
     """Holds ``folder`` for one process; it is free again when that process ends, however it ends.
 
     Args:
+        folder: need not exist.
         what: what is being done, told to whoever comes second.
         file: on a volume that other machines see, whose processes then wait for their turn. By default a file of this
             machine, and whoever comes second is refused.
+
+    Raises:
+        UserError: another process of this machine holds it; says which and since when.
     """
     locks = Path(tempfile.gettempdir()) / f"segdistill-locks-{os.getuid()}"
     locks.mkdir(mode=0o700, exist_ok=True)

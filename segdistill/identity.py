@@ -80,7 +80,13 @@ def effective(train: Any) -> dict[str, Any]:
 
 
 def require_classes(where: Path, found: Sequence[str], expected: Sequence[str]) -> None:
-    """Raises a UserError unless the indices of an artefact stand for the classes of the data set: names and order."""
+    """Raises a UserError unless the indices of an artefact stand for the classes of the data set: names and order.
+
+    Args:
+        where: the artefact.
+        found: its classes; none if it does not say.
+        expected: those of the data set.
+    """
     if list(found) != list(expected):
         raise UserError(
             f"{where}: made for other classes, or for these in another order: {', '.join(found) or 'it names none'}; "

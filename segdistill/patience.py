@@ -19,6 +19,7 @@ class Patience:
     """Patience with one service; several threads may share it.
 
     Args:
+        service: its name or address, for people.
         seconds: how long it may stay away, each time that it is asked for something.
         stop: an event that ends all waiting.
     """

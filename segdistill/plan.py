@@ -182,7 +182,11 @@ class TeacherPlan:
 
 
 def jobs(run: Any, seeds: Any) -> list[Job]:
-    """The matrix: every experiment under ``run`` with every one of ``seeds``, seed fastest."""
+    """The matrix: every experiment under ``run`` with every one of ``seeds``, seed fastest.
+
+    Raises:
+        UserError: a name or seed that cannot be one, a repeated one, or none.
+    """
     run, seeds = parse(list[Name], run, "run"), parse(list[Seed], seeds, "seeds")
     for key, values in {"run": list[Any](run), "seeds": list[Any](seeds)}.items():
         if not values:
@@ -253,7 +257,11 @@ def require_defined(matrix: Iterable[Job], defined: Iterable[str]) -> None:
 def parse_methods(
     experiment: str, settings: ExperimentConfig
 ) -> tuple[Literal["none", "offline", "online"], list[tuple[type["Method"], Any]]]:
-    """The experiment's method classes with their configs, and whether it needs a teacher."""
+    """The experiment's method classes with their configs, and whether it needs a teacher.
+
+    Raises:
+        UserError: an unknown method or key, or methods and students that do not go together.
+    """
     from segdistill.methods import parse_method
 
     where = f"experiments.{experiment}"
@@ -290,6 +298,10 @@ def cohort_plan(protocol: Any, defined: Any, members: Iterable[Job]) -> CohortPl
     Args:
         protocol: section ``distill``.
         defined: ``experiments``.
+        members: the cohort's jobs.
+
+    Raises:
+        UserError: a setting that is none, or an experiment that is not defined.
     """
     members = list(members)
     require_defined(members, defined)
@@ -310,7 +322,11 @@ def code_of_job(methods: Iterable[tuple[type["Method"], Any]]) -> str:
 
 
 def read_plan(kind: type[Plan], path: Path) -> Plan:
-    """What a plan's file holds."""
+    """What a plan's file holds.
+
+    Raises:
+        UserError: absent, damaged, or another's.
+    """
     return parse(kind, read_json(path, mend="run the stage 'plan' again"), str(path))
 
 

@@ -120,7 +120,11 @@ class Parameter:
 
 
 def tuned_experiments(tune: TuneConfig, run: Iterable[str], defined: Iterable[str]) -> list[str]:
-    """The names of the experiments that are tuned."""
+    """The names of the experiments that are tuned.
+
+    Raises:
+        UserError: one is not defined, or stands there twice.
+    """
     names = tune.experiments or list(run)
     for name in names:
         if name not in set(defined):
@@ -132,7 +136,11 @@ def tuned_experiments(tune: TuneConfig, run: Iterable[str], defined: Iterable[st
 
 
 def trial_protocol(tune: TuneConfig, distill: DistillConfig) -> DistillConfig:
-    """How a trial trains: as stage ``distill`` does, with a budget in iterations."""
+    """How a trial trains: as stage ``distill`` does, with a budget in iterations.
+
+    Raises:
+        UserError: there is none.
+    """
     iterations = tune.iterations or distill.train.iterations
     if iterations is None:
         raise UserError(
@@ -143,7 +151,11 @@ def trial_protocol(tune: TuneConfig, distill: DistillConfig) -> DistillConfig:
 
 
 def parameters(name: str, settings: ExperimentConfig, search: SearchConfig) -> list[Parameter]:
-    """What is searched for an experiment, whose settings are spelled out."""
+    """What is searched for an experiment, whose settings are spelled out.
+
+    Raises:
+        UserError: an end of a range is no value that may stand there.
+    """
     searched: list[Parameter] = []
 
     def add(path: str, key: str, present: float | None) -> None:
@@ -174,7 +186,11 @@ def parameters(name: str, settings: ExperimentConfig, search: SearchConfig) -> l
 
 
 def _may_vary(name: str, settings: ExperimentConfig, parameter: Parameter) -> bool:
-    """Whether the range may be searched; not where another setting of the method does without the value."""
+    """Whether the range may be searched; not where another setting of the method does without the value.
+
+    Raises:
+        UserError: an end of the range is no value that may stand there, and a little change of the present one is.
+    """
 
     def refusal(value: float) -> UserError | None:
         try:

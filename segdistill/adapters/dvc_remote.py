@@ -51,8 +51,13 @@ def fetch(repository: str, revision: str, out: Path, *, patience: float = 120.0)
     version is refused. Beside the folder ``<name>.dvc`` records version and commit, as later stages look for it.
 
     Args:
+        repository: a git repository's address or folder.
+        revision: a branch, a tag or a commit.
         out: the folder to make; not a mount point itself.
         patience: how many seconds an S3 that is away may stay away.
+
+    Raises:
+        UserError: whatever went wrong, with the object, file or key.
     """
     version = find(repository, revision)
     record = out.absolute().with_name(f"{out.absolute().name}.dvc")
@@ -101,7 +106,11 @@ def _key(remote: Remote, md5: str) -> str:
 
 
 def list_files(store: "ObjectFolder | Bucket", version: Version) -> dict[str, str]:
-    """The version's files: md5 by relative path, itself verified. This list is held in memory, and no file is."""
+    """The version's files: md5 by relative path, itself verified. This list is held in memory, and no file is.
+
+    Raises:
+        UserError: the list is missing or corrupted, or names a file outside of the folder.
+    """
     key = _key(version.remote, version.md5)
     try:
         content = store.read(key)

@@ -75,7 +75,11 @@ def find(repository: str, revision: str) -> Version:
 
 
 def parse_list(content: bytes, md5: str, where: str) -> dict[str, str]:
-    """The files of a version, md5 by relative path, as its list (an object ``<md5>.dir``) says."""
+    """The files of a version, md5 by relative path, as its list (an object ``<md5>.dir``) says.
+
+    Raises:
+        UserError: the list is corrupted, or names what can be no file below one folder.
+    """
     digest = _md5(content)
     if f"{digest}.dir" != md5:
         raise UserError(f"{where}: the list of files is corrupted: expected md5 {md5[:32]}, found {digest}")

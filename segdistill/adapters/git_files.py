@@ -36,6 +36,9 @@ def read_revision(repository: str, revision: str, paths: Sequence[str]) -> Revis
             below it too.
         revision: a branch, a tag or a commit; of a folder, whatever git understands there.
         paths: relative, with forward slashes.
+
+    Raises:
+        UserError: no such repository, no way in, or no such revision in it.
     """
     if not revision or not re.fullmatch(r"[^\s:+*?\[\\-][^\s:*?\[\\]*", revision):
         raise UserError(f"revision '{revision}': expected a branch, a tag or a commit of {masked_text(repository)}")

@@ -37,6 +37,9 @@ class TrainJobs:
         configuration: of the client; None for the service account of this pod.
         stop: an event that ends all waiting.
         patience: how many seconds an API that is away is waited for.
+
+    Raises:
+        UserError: this is no pod of a cluster.
     """
 
     def __init__(self, configuration: client.Configuration | None, *, stop: threading.Event, patience: float) -> None:

@@ -45,6 +45,8 @@ class SealedModel:
     """Both faces of a network, for MLflow to log, with the hashes of all files beside them.
 
     Args:
+        program: the network's graph.
+        classes: how many there are.
         document: its contract (models/portable.py).
         beside: further files, of :data:`BESIDE`.
     """
@@ -125,7 +127,9 @@ def check_files(folder: Path, checksums: str, uri: str, *, to_serve: bool = Fals
     """Whether a folder that came from a registry holds just what we wrote.
 
     Args:
+        folder: of the version.
         checksums: what :attr:`SealedModel.checksums` was.
+        uri: whose files these are.
         to_serve: whether MLflow shall run the code of its image face, which then must be that of this package.
 
     Raises:

@@ -105,6 +105,8 @@ def register(model: "nn.Module", submission: Submission, *, name: str, min_gain:
 
     Args:
         model: images [B, C, H, W] in 0..1 to logits [B, K, H, W], in eval mode.
+        submission: whose model it is.
+        name: the registered model.
         min_gain: points of mIoU by which the champion must be beaten.
         tracker: says which store and pipeline run; any other than MLflow's means the default store.
     """
@@ -191,7 +193,11 @@ def _evaluate_champion(client: "MlflowClient", name: str, version: "ModelVersion
 
 
 def _download(uri: str, version: "ModelVersion", scratch: str) -> Path:
-    """The files of a version, looked at but not loaded."""
+    """The files of a version, looked at but not loaded.
+
+    Raises:
+        UserError: they are not those that were registered.
+    """
     import mlflow
 
     if CHECKSUMS not in version.tags:
@@ -271,6 +277,10 @@ def fetch(uri: str, folder: Path) -> tuple[Path, dict[str, Any]]:
 
     Args:
         uri: ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
+        folder: where to.
+
+    Raises:
+        UserError: there is no such version, or its files are not those that were registered.
     """
     store = default_store(Path())
     with _as_current(store):
@@ -293,7 +303,11 @@ def fetch(uri: str, folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def champions(name: str) -> dict[str, dict[str, str]]:
-    """The versions that have an alias: alias -> ``version`` and its tags."""
+    """The versions that have an alias: alias -> ``version`` and its tags.
+
+    Raises:
+        UserError: there is no such model.
+    """
     store = default_store(Path())
     with _as_current(store):
         client = store.client()
@@ -307,6 +321,9 @@ def roll_back(name: str) -> tuple[int, int]:
 
     Returns:
         The versions that is champion now, and that was.
+
+    Raises:
+        UserError: there is no such model, or no version before its champion.
     """
     store = default_store(Path())
     with _as_current(store), store.lock(".registry"):
@@ -333,7 +350,11 @@ def _aliases(client: "MlflowClient", store: Store, name: str) -> dict[str, str]:
 def check_served(
     model: "nn.Module", uri: str, checksums: str, sizes: Sequence[tuple[int, int]] = CHECKED_SIZES, channels: int = 3
 ) -> None:
-    """Loads the registered model without unpickling and compares its logits with those of the network."""
+    """Loads the registered model without unpickling and compares its logits with those of the network.
+
+    Raises:
+        UserError: its files are not those that were registered, and none was loaded; or the logits differ.
+    """
     import mlflow
     import torch
 

@@ -115,7 +115,11 @@ class Spool:
         return cls(base, file)
 
     def read_meta(self) -> Meta:
-        """Which run this is of."""
+        """Which run this is of.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         data = read_json(self.meta)
         if isinstance(data, dict):
             data.pop("fresh", None)  # which earlier versions wrote

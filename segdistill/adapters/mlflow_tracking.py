@@ -62,6 +62,7 @@ def open_pipeline_run(
     """The tracker that a stage makes its children of; as a run it exists only if something is logged to itself.
 
     Args:
+        pipeline_run: names the pipeline execution.
         tags: of every run; ``data_md5`` also names the version of the MLflow dataset.
         data: the data set, whose ``.dvc`` file gives its counts.
         root: where ``mlflow.db`` lies unless ``MLFLOW_TRACKING_URI`` names a store.
@@ -215,6 +216,9 @@ def sync(folder: Path, uri: str | None = None) -> list[Synced]:
 
     Args:
         uri: the store, if it is reached by another address now than when the run began.
+
+    Raises:
+        UserError: there is no such folder.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name the spool folder that the warning named")

@@ -121,6 +121,9 @@ def address(storage: str | None, folder: Path) -> "URL":
     Args:
         storage: the URL of a database without its password; None is a SQLite file in ``folder``.
         folder: of that file.
+
+    Raises:
+        UserError: the URL is none, or has a password in it.
     """
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
@@ -141,6 +144,9 @@ def require_server(storage: str | None) -> None:
 
     SQLite keeps its readers and writers apart by locks on its file, of which network file systems keep some, none, or
     those of one machine; its authors advise against it (sqlite.org/useovernet.html), and so does Optuna.
+
+    Raises:
+        UserError: it is a SQLite file.
     """
     if address(storage, Path()).get_backend_name() == "sqlite":
         raise UserError(
@@ -151,7 +157,14 @@ def require_server(storage: str | None) -> None:
 
 @contextlib.contextmanager
 def opened(storage: str | None, folder: Path) -> Iterator[RDBStorage]:
-    """The store; opened by each process for itself, since a connection does not survive a fork."""
+    """The store; opened by each process for itself, since a connection does not survive a fork.
+
+    Args:
+        storage, folder: see :func:`address`.
+
+    Raises:
+        UserError: see :func:`address`; or the database does not answer, or no longer.
+    """
     from sqlalchemy.exc import SQLAlchemyError
 
     url = address(storage, folder)
@@ -182,7 +195,11 @@ def _reason(error: Exception) -> str:
 
 
 def _connected(url: str, options: dict[str, Any]) -> RDBStorage:
-    """The store, its tables made; several processes may make them at once, of which one succeeds."""
+    """The store, its tables made; several processes may make them at once, of which one succeeds.
+
+    Raises:
+        UserError: the database has the tables of another program.
+    """
     from sqlalchemy import create_engine, inspect
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -215,9 +232,12 @@ class Search:
     """The trials of one experiment.
 
     Args:
+        store: see :func:`opened`.
         name: says all that decides what a trial gives; another search has another name.
         ranges: of the parameters, by name.
         present: their present values, the first trial.
+        trials: how many there shall be.
+        seed: of what is drawn.
         patience: the iteration before which nothing is pruned; None never prunes.
     """
 
@@ -410,6 +430,7 @@ def heartbeats(storage: str | None, folder: Path, attempts: Mapping[str, Iterabl
     """Says from time to time, in a thread with a connection of its own, that the session of these trials lives.
 
     Args:
+        storage, folder: see :func:`opened`.
         attempts: by the name of their search.
     """
     from sqlalchemy.exc import SQLAlchemyError

@@ -39,10 +39,12 @@ class Bucket:
     name any server in it, and a request shows that server the session's token.
 
     Args:
+        name: the bucket.
         endpoint: the server's address; None for what the environment says, and AWS if it says nothing.
         region: None for what the environment says.
         tls: whether to verify the server's certificate, or the file of the authorities to trust.
         anonymous: read without credentials.
+        connections: how many threads will read.
         patience: how many seconds to wait, object by object, for a server that is away or overloaded.
     """
 

@@ -41,7 +41,11 @@ class Model:
 
 
 def open_model(text: str, student: str | None, device: "torch.device") -> Model:
-    """The network that a MODEL of the command line names."""
+    """The network that a MODEL of the command line names.
+
+    Raises:
+        UserError: there is none, or what is there is damaged or not ours.
+    """
     from segdistill.models.portable import ProgramNetwork, load_portable, load_program, require_contract
 
     path = Path(text)

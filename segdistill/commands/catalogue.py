@@ -63,7 +63,11 @@ def entries() -> list[Entry]:
 
 
 def entry(name: str) -> Entry:
-    """One method."""
+    """One method.
+
+    Raises:
+        UserError: there is none of that name.
+    """
     if name not in METHODS:
         raise UserError(f"unknown method '{name}'{nearest(name, METHODS)}")
     method = load(name)

@@ -36,7 +36,11 @@ def command(arguments: argparse.Namespace) -> None:
 
 
 def wishes_of(arguments: argparse.Namespace) -> "Wishes":
-    """The options of an import."""
+    """The options of an import.
+
+    Raises:
+        UserError: a seed or shares that are none.
+    """
     from segdistill.data.sorting import Wishes, parse_shares
 
     if arguments.seed < 0:

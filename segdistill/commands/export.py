@@ -95,6 +95,9 @@ def to_file(model: Model, path: Path) -> "tuple[float, Network]":
 
     Returns:
         The largest difference of logits, as a share of the largest logit, and the network in the file.
+
+    Raises:
+        UserError: the model is an ONNX file already, or its logits come out otherwise.
     """
     import torch
 
@@ -117,6 +120,8 @@ def quantized(model: Model, source: Path, prepared: Path, images: int, max_loss:
     """Writes the int8 version of an ONNX file beside it, if it is good enough.
 
     Args:
+        model: whose file it is.
+        source: the float32 file.
         prepared: the prepared data: its train split gives the ranges, its val split the loss.
         images: training images to take the ranges from, evenly spread.
         max_loss: points of validation mIoU (0..100) that it may lose.

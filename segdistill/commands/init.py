@@ -114,7 +114,11 @@ def _write(target: Path, content: bytes) -> None:
 
 
 def read_preset(name: str) -> bytes:
-    """The content of a preset."""
+    """The content of a preset.
+
+    Raises:
+        UserError: there is none of that name.
+    """
     presets = {path.stem: path for path in sorted((ROOT / "presets").glob("*.yaml"))}
     if name not in presets:
         raise UserError(f"presets/{name}.yaml: no such preset{nearest(name, presets)}")

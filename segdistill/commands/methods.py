@@ -134,7 +134,11 @@ def show_table(console: Console | None = None) -> None:
 
 
 def show_method(name: str, console: Console | None = None) -> None:
-    """Prints all that is known of one method."""
+    """Prints all that is known of one method.
+
+    Raises:
+        UserError: there is none of that name.
+    """
     console, method = console or plain_console(), entry(name)
     console.print(f"[bold]{method.name}[/bold]: {method.kind}; {method.paper}; evidence: {method.evidence}")
     console.print(Text(method.summary))

@@ -122,7 +122,11 @@ def keys() -> dict[str, Parameter]:
 
 
 def show(key: str | None, path: Path) -> None:
-    """Prints all sections, one of them, or a key."""
+    """Prints all sections, one of them, or a key.
+
+    Raises:
+        UserError: no such key.
+    """
     console = plain_console()
     if key is None:
         table = plain_table()

@@ -90,6 +90,9 @@ class Source:
     Args:
         path: an image, a folder, a list or a video.
         every: of a video, which frames.
+
+    Raises:
+        UserError: it names nothing to predict, or two images whose masks would have one name.
     """
 
     def __init__(self, path: Path, *, every: int = 1) -> None:
@@ -129,7 +132,11 @@ class Source:
         return None if self.is_video else len(self.files)
 
     def pictures(self) -> Iterator[Picture]:
-        """Every image in turn; only a few are held at any time."""
+        """Every image in turn; only a few are held at any time.
+
+        Raises:
+            UserError: one is damaged.
+        """
         if self.is_video:
             yield from self._frames()
             return
@@ -210,7 +217,13 @@ def predict(
 
 
 class Writer:
-    """Files of predictions, in a folder that is not complete before :meth:`finish`."""
+    """Files of predictions, in a folder that is not complete before :meth:`finish`.
+
+    Args:
+        folder: to fill.
+        classes: names and colours.
+        extras: which of :data:`EXTRAS` to write.
+    """
 
     def __init__(self, folder: Path, classes: Sequence[dict[str, Any]], extras: Sequence[str]) -> None:
         self.folder, self.extras, self.rows = folder, extras, list[tuple[str, str, int, float]]()

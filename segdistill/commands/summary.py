@@ -20,7 +20,11 @@ def command(_arguments: argparse.Namespace) -> None:
 
 
 def show(root: Path = Path(), console: Console | None = None) -> None:
-    """Prints the summary of the last run in this folder."""
+    """Prints the summary of the last run in this folder.
+
+    Raises:
+        UserError: nothing was compared here yet.
+    """
     from segdistill.report.results import RESULTS, read_results
     from segdistill.stages import compare
     from segdistill.stages.register import sentence

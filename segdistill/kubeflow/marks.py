@@ -24,7 +24,11 @@ def write_mark(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def read_mark(stage: Stage, folder: Path) -> dict[str, Any]:
-    """What a folder says of itself."""
+    """What a folder says of itself.
+
+    Raises:
+        UserError: it is not complete.
+    """
     mark = folder / COMPLETED
     if not mark.is_file():
         raise UserError(f"{folder}: {stage.name} needs it, but the task that makes it did not complete")

@@ -31,8 +31,10 @@ def run_on_nodes(task: "Task", module: str, template: Mapping[str, Any], process
     An attempt that is lost after the job's end leaves the outputs on the volume, and the next one takes them.
 
     Args:
+        task: what to run.
         module: runs one process of it, given a file that describes the task.
         template: what the pipeline fixed when it was compiled: the path of the volume, and the job's manifest.
+        processes: on each node.
     """
     run, volume = context().pipeline_run, Path(template["volume"])
     name = job_name(run, task.label, task.params + task.plan)
@@ -69,6 +71,7 @@ def job_name(pipeline_run: str, label: str, parameters: str) -> str:
     """A name under which every attempt of one task finds the same job, and no other task does.
 
     Args:
+        pipeline_run: the orchestrator's run.
         label: the stage, and its cohort if it has one.
         parameters: all else that makes it another task.
     """

@@ -17,8 +17,10 @@ def run_together(name: str, task: Mapping[str, Any], module: str, count: int) ->
     """Runs so many processes to their end.
 
     Args:
+        name: of what they do.
         task: what describes it, as JSON has it.
         module: runs one of the processes, given a file with the description.
+        count: how many.
 
     Raises:
         SystemExit: one of them failed, with its code; it has said why.

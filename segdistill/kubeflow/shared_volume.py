@@ -21,14 +21,22 @@ def copy_input(source: Path, volume: Path) -> Path:
     one need not, and several may work on one copy at a time. Copies stay on the volume, for its owner to remove.
 
     Args:
+        source: a folder of this pod.
         volume: a folder on the volume, by the path at which every pod mounts it.
+
+    Raises:
+        UserError: the volume is full, or may not be written.
     """
     with disk_errors(volume, "what has been copied is kept, and the next attempt continues"):
         return _copy(source.absolute(), volume / INPUTS)
 
 
 def bring_back(place: Path, target: Path) -> None:
-    """Moves an output from the volume to where it belongs; it is there as a whole, or not at all."""
+    """Moves an output from the volume to where it belongs; it is there as a whole, or not at all.
+
+    Raises:
+        UserError: the disk is full, or may not be written.
+    """
     with new_folder(target) as partial:
         shutil.copytree(place, partial, dirs_exist_ok=True)
     shutil.rmtree(place)

@@ -91,6 +91,7 @@ def run_component(
     """Runs one stage as a task; ends the process as the command line does.
 
     Args:
+        name: the stage.
         params: its ``sections`` of params.yaml as JSON.
         paths: its inputs and outputs, but for a plan; the folders of all cohorts may come in any order.
         shown: KFP's artifacts for its highlights, by name: Metrics for ``scores``, ClassificationMetrics for
@@ -127,7 +128,9 @@ def run_fetch(repository: str, revision: str, *, data: str) -> dict[str, str]:
     """Brings a version of the data set as a task; ends the process as the command line does.
 
     Args:
+        repository: a git repository's address.
         revision: a branch, a tag or a commit; a cache is right about a commit only.
+        data: the folder to make.
 
     Returns:
         ``data_md5`` and ``data_commit``, which the folder's mark has too.
@@ -164,7 +167,11 @@ def run_finish(state: str) -> None:
 
 
 def _places(task: Task) -> Places:
-    """Reads the marks of all inputs."""
+    """Reads the marks of all inputs.
+
+    Raises:
+        UserError: parameters that are not the stage's, or an input that is not complete.
+    """
     stage, chosen = task.stage, _read_sections(task)
     paths: dict[str, Path | list[Path]] = {}
     data: dict[str, str] = {}
