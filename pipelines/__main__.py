@@ -175,16 +175,7 @@ def submit(params: Mapping[str, Any], given: argparse.Namespace) -> int:
     """
     from pipelines.submission import Submission, server, wait
 
-    to = server(
-        given.host,
-        given.ui,
-        namespace=given.namespace,
-        token_variable=given.token_env,
-        cookies_variable=given.cookies_env,
-        in_cluster=given.in_cluster,
-        certificates=given.ca_cert,
-        dry=given.dry_run,
-    )
+    to = server(given)
     if given.accelerator_count is not None and not given.accelerator_count.isdecimal():
         raise UserError(f"--accelerator-count: '{given.accelerator_count}' is not a number of them; expected 0 or more")
     version = data_version(given.repository or origin(), given.revision)

@@ -3,6 +3,7 @@
 Secrets come from environment variables that the command line names; none stands on it, or is printed.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -81,35 +82,24 @@ class Server:
         return f"{self.ui.rstrip('/')}/#/runs/details/{run}"
 
 
-def server(
-    host: str | None,
-    ui: str | None,
-    *,
-    namespace: str | None = None,
-    token_variable: str | None = None,
-    cookies_variable: str | None = None,
-    in_cluster: bool = False,
-    certificates: Path | None = None,
-    dry: bool = False,
-) -> Server:
-    """A checked :class:`Server`; ``KF_PIPELINES_ENDPOINT`` and ``KF_PIPELINES_UI_ENDPOINT`` stand in for the first two.
+def server(given: argparse.Namespace) -> Server:
+    """The server that a command line means, which leaves its addresses to the environment if it names none.
 
     Raises:
-        UserError: no host, though something is sent (not ``dry``), two ways to be known, or an environment variable
-            that is not set.
+        UserError: no host, though something is sent (no ``--dry-run``), two ways to be known, or an environment
+            variable that is not set.
     """
-    host = host or os.environ.get("KF_PIPELINES_ENDPOINT") or ("" if dry else None)
+    host = given.host or os.environ.get("KF_PIPELINES_ENDPOINT") or ("" if given.dry_run else None)
     if host is None:
         raise UserError("--host: missing; give the URL of the Kubeflow Pipelines API, or set KF_PIPELINES_ENDPOINT")
     if host and not host.startswith(("http://", "https://")):
         raise UserError(f"--host: '{host}' is not a URL; it begins with http:// or https://")
-    if sum(map(bool, (token_variable, cookies_variable, in_cluster))) > 1:
+    if sum(map(bool, (given.token_env, given.cookies_env, given.in_cluster))) > 1:
         raise UserError("--token-env, --cookies-env and --in-cluster exclude each other; give one")
-    for variable in (token_variable, cookies_variable):
-        if variable:
-            _secret(variable)
-    ui = ui or os.environ.get("KF_PIPELINES_UI_ENDPOINT") or host
-    return Server(host, ui, namespace, token_variable, cookies_variable, in_cluster, certificates)
+    for variable in filter(None, (given.token_env, given.cookies_env)):
+        _secret(variable)
+    ui = given.ui or os.environ.get("KF_PIPELINES_UI_ENDPOINT") or host
+    return Server(host, ui, given.namespace, given.token_env, given.cookies_env, given.in_cluster, given.ca_cert)
 
 
 def _secret(variable: str) -> str:

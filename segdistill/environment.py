@@ -133,7 +133,7 @@ def processes(default: int) -> int:
 
 
 def trainjob() -> dict[str, Any] | None:
-    """The fields of the TrainJob as which a task is to run; None in its own pod."""
+    """The TrainJob as which a task is to run: its ``manifest``, and the path of its ``volume``; None in its own pod."""
     text = _read("SEGDISTILL_TRAINJOB")
     return dict(json.loads(text)) if text else None
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,7 @@ class Context:
 
     def tags(self, stage: Stage) -> dict[str, str]:
         """The tags of one stage's runs."""
-        return {
-            "data_md5": self.data_md5,
-            "git_commit": self.git_commit,
-            "stage": stage.name,
-            "pipeline_run": self.pipeline_run,
-        }
+        return {**asdict(self), "stage": stage.name}
 
 
 def context(params_path: Path | None = None) -> Context:

@@ -61,37 +61,23 @@ class TrainJobs:
 
     def create(self, job: dict[str, Any]) -> dict[str, Any] | None:
         """Makes a job; None if there is one of its name."""
-        return self._ask(
-            "create",
-            "trainjobs.trainer.kubeflow.org",
-            lambda: self._custom.create_namespaced_custom_object(
-                *KIND, self.namespace, PLURAL, job, field_validation="Strict", _request_timeout=TIMEOUTS
-            ),
-            none_if="AlreadyExists",
-        )
+        return self._ask_of_job("create", job, field_validation="Strict", none_if="AlreadyExists")
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A job; None if there is none of that name."""
-        return self._ask(
-            "get",
-            "trainjobs.trainer.kubeflow.org",
-            lambda: self._custom.get_namespaced_custom_object(
-                *KIND, self.namespace, PLURAL, name, _request_timeout=TIMEOUTS
-            ),
-            none_if="NotFound",
-        )
+        return self._ask_of_job("get", name, none_if="NotFound")
 
     def delete(self, name: str, uid: str) -> None:
         """Has a job deleted after its pods, unless it is another one by now. It is there for a while longer."""
         options = client.V1DeleteOptions(propagation_policy="Foreground", preconditions=client.V1Preconditions(uid=uid))
-        self._ask(
-            "delete",
-            "trainjobs.trainer.kubeflow.org",
-            lambda: self._custom.delete_namespaced_custom_object(
-                *KIND, self.namespace, PLURAL, name, body=options, _request_timeout=TIMEOUTS
-            ),
-            none_if="NotFound Conflict",
-        )
+        self._ask_of_job("delete", name, body=options, none_if="NotFound Conflict")
+
+    def _ask_of_job(self, verb: str, *given: Any, none_if: str, **more: Any) -> dict[str, Any] | None:
+        act = getattr(self._custom, f"{verb}_namespaced_custom_object")
+        return self._ask(
+            verb, f"{PLURAL}.{KIND[0]}",
+            lambda: act(*KIND, self.namespace, PLURAL, *given, _request_timeout=TIMEOUTS, **more), none_if=none_if,
+        )  # fmt: skip
 
     def pods(self, name: str, replicated_job: str) -> list[dict[str, Any]]:
         """The pods of a job; none where we may not look."""
@@ -108,14 +94,7 @@ class TrainJobs:
         return list(json.loads(found)["items"]) if found else []
 
     def log(self, pod: str, container: str, lines: int, *, previous: bool) -> list[str]:
-        """The last lines that a container wrote; none where there are none to be had.
-
-        Args:
-            pod: its name.
-            container: its name.
-            lines: how many.
-            previous: of the container before the one that runs now.
-        """
+        """The last lines of a container, or of the one before it, ``previous``; none where there are none to be had."""
         found = self._look(
             "get",
             "pods/log",

@@ -140,8 +140,11 @@ def _register(
         uri, checksums = log_exported(model, submission, run_id, tags)
         if trained is None:
             client.set_terminated(run_id)
-        with store.lock(".registry"):
-            version = create_version(client, name, uri, run_id, {**tags, CHECKSUMS: checksums, "run_id": run_id})
+        own = {**tags, CHECKSUMS: checksums, "run_id": run_id}
+        with store.lock(".registry"):  # another process may have been faster
+            version = find_version(client, name, tags) or client.create_model_version(
+                name, source=uri, run_id=run_id, tags=own, model_id=uri.removeprefix("models:/")
+            )
     try:
         channels = of_contract(submission.contract).channels
         check_served(model, f"models:/{name}/{version.version}", version.tags[CHECKSUMS], channels=channels)
@@ -255,21 +258,6 @@ def log_exported(model: "nn.Module", submission: Submission, run_id: str, tags: 
     score = Metric("test/miou", submission.test_miou, round(1000 * time.time()), 0, model_id=info.model_id)
     mlflow.MlflowClient().log_batch(run_id, metrics=[score])
     return f"models:/{info.model_id}", flavor.checksums
-
-
-def create_version(client: "MlflowClient", name: str, uri: str, run_id: str, tags: Mapping[str, str]) -> "ModelVersion":
-    """A version for these weights; the one that another process was faster to make wins."""
-    first = find_version(client, name, tags)
-    if first is not None:
-        return first
-    created = client.create_model_version(
-        name, source=uri, run_id=run_id, tags=dict(tags), model_id=uri.removeprefix("models:/")
-    )
-    first = find_version(client, name, tags)  # of another machine, against a server
-    if first is not None and first.version != created.version:
-        client.delete_model_version(name, created.version)
-        return first
-    return created
 
 
 def fetch(uri: str, folder: Path) -> tuple[Path, dict[str, Any]]:
