@@ -12,6 +12,8 @@ In which form to store images of that size, without a GPU, in about five minutes
     python benchmarks/loading.py --streets 1024 2048 --samples 24 --crop 512 1024 --scale 0.5 2 --batch 4 \
         --forms original jpeg decoded --rounds 3
 
+With --s3 also from SeaweedFS on this machine, a real S3 server: cold, where every sample is fetched, and warm.
+
 First, the time of a core that each step takes for one sample, beside the steps that it took before: decoding each
 time, and torchvision's transforms, sample by sample. Second, experiments of params.yaml: steps on batches as training
 gets them, against steps on one batch that is there. Rounds of the two sides alternate. With --forms instead: what
@@ -20,6 +22,8 @@ over the files.
 """
 
 import argparse
+import contextlib
+import os
 import statistics
 import sys
 import tempfile
@@ -49,9 +53,12 @@ from segdistill.data.layouts import IGNORE_INDEX, open_layout
 from segdistill.data.loader import Share, training_batches
 from segdistill.data.memory import Memory
 from segdistill.data.settings import AugmentationConfig
-from segdistill.data.shards import ShardDataset, read_dataset_info
+from segdistill.data.shards import ShardDataset, attach, read_dataset_info
 from segdistill.data.transforms import Augmentation, cut, jitter
 from segdistill.plan import ExperimentConfig
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from tests.s3_server import Server, credentials
 
 CPU = torch.device("cpu")
 
@@ -204,7 +211,7 @@ class Side(NamedTuple):
     batches: Callable[[int], Iterator[object]]  # without end, with so many workers
 
 
-def sides(given: argparse.Namespace, config: AugmentationConfig, folder: Path) -> list[Side]:
+def sides(given: argparse.Namespace, config: AugmentationConfig, folder: Path, server: Server | None) -> list[Side]:
     """The files, in the plain way and in ours, and each form of the prepared data."""
     data = make_files(folder / "data", given.streets, given.samples)
     files, augment = Files(data, "folder"), Augmentation(config)
@@ -232,7 +239,40 @@ def sides(given: argparse.Namespace, config: AugmentationConfig, folder: Path) -
         source = ShardDataset(prepare_files(data, folder / form, images=form), "train")
         size = sum(path.stat().st_size for path in (folder / form / "shards").glob("train-*"))
         found.append(Side(f"shards, {form}", size, read(source), ours(source)))
+        if server:
+            for name, remote in from_s3(server, folder, form):
+                found.append(Side(f"shards, {form}, {name}", size, read(remote), ours(remote)))
     return found
+
+
+def from_s3(server: Server, folder: Path, form: str) -> Iterator[tuple[str, ShardDataset]]:
+    """The same data in the server: with no room in the cache, and with all samples in it."""
+    server.client().create_bucket(Bucket=form)
+    for path in (folder / form).rglob("*.*"):
+        server.client().upload_file(str(path), form, path.relative_to(folder).as_posix())
+    attach(f"s3://{form}/{form}", folder / f"attached-{form}")
+    for name, gibibytes in (("S3, cold", "0"), ("S3, warm", "64")):
+        os.environ |= {"SEGDISTILL_CACHE": str(folder / "cache"), "SEGDISTILL_CACHE_GIB": gibibytes}
+        source = ShardDataset(folder / f"attached-{form}", "train")
+        for index in range(len(source) if name == "S3, warm" else 0):
+            source[index]
+        yield name, source
+
+
+@contextlib.contextmanager
+def s3_server(wanted: bool, folder: Path) -> Iterator[Server | None]:
+    """A server that is there meanwhile, named by the environment."""
+    if not wanted:
+        yield None
+        return
+    (folder / "s3").mkdir()
+    server = Server(folder / "s3")
+    os.environ |= {"AWS_ENDPOINT_URL_S3": server.endpoint, "AWS_REGION": "us-east-1", **credentials()}
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
 
 
 def rate(side: Side, workers: int, given: argparse.Namespace) -> float:
@@ -247,7 +287,12 @@ def rate(side: Side, workers: int, given: argparse.Namespace) -> float:
 
 def forms(given: argparse.Namespace, config: AugmentationConfig, folder: Path) -> None:
     """Prints what each form costs by step, and how many samples come in a second."""
-    ways, augment, torchvision = sides(given, config, folder), Augmentation(config), by_torchvision(config)
+    with s3_server(given.s3, folder) as server:
+        compare_forms(sides(given, config, folder, server), given, config, folder)
+
+
+def compare_forms(ways: list[Side], given: argparse.Namespace, config: AugmentationConfig, folder: Path) -> None:
+    augment, torchvision = Augmentation(config), by_torchvision(config)
     files = Files(folder / "data", "folder")
     numbers = [number % given.samples for number in range(given.reads)]
     pairs = [files[index] for index in range(min(8, given.samples))]
@@ -327,6 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--streets", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="make data of this size")
     parser.add_argument("--samples", type=int, default=64, help="of the streets that are made")
     parser.add_argument("--forms", nargs="+", choices=["original", "jpeg", "decoded"], help="of prepare.images")
+    parser.add_argument("--s3", action="store_true", help="with --forms: also from an S3 server on this machine")
     parser.add_argument("--worker-counts", type=int, nargs="+", default=[0, 1, 2], help="with --forms")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     parser.add_argument("--experiments", nargs="*", default=["none"])

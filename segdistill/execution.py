@@ -121,7 +121,7 @@ def check_params(params: Any, *, networks: bool = True, here: bool = False) -> N
     Raises:
         UserError: the first mistake, by its dotted path.
     """
-    from segdistill.data.layouts import LAYOUTS
+    from segdistill.data.layouts import LAYOUTS, open_layout
     from segdistill.plan import DistillConfig
     from segdistill.stages import _networks
 
@@ -142,6 +142,11 @@ def check_params(params: Any, *, networks: bool = True, here: bool = False) -> N
             raise UserError(f"{key}: unknown layout '{brief(layout)}'{nearest(layout, LAYOUTS)}")
     if second and here and not second.data.is_dir():
         raise UserError(f"evaluate.out_of_domain.data: {second.data}: no such folder")
+    if second and here and networks and (data := Path(STAGES[0].inputs["data"])).is_dir():
+        from segdistill.data.mapped import MappedDataset
+
+        ours = [entry.name for entry in open_layout(configs["prepare"].layout, data).classes]
+        MappedDataset(second.data, second.layout, second.classes, ours, "evaluate.out_of_domain")
     if configs["validate"].layout != configs["prepare"].layout:
         raise UserError(
             f"prepare.layout: '{configs['prepare'].layout}', but validate.layout is '{configs['validate'].layout}';"

@@ -153,6 +153,11 @@ def require_regular(path: Path, *, limit: int | None = None) -> int:
     Raises:
         UserError: absent, no regular file, or larger than ``limit``.
     """
+    return regular_status(path, limit=limit).st_size
+
+
+def regular_status(path: Path, *, limit: int | None = None) -> os.stat_result:
+    """What the system says of a file; see :func:`require_regular`."""
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
     with _readable(path):
         status = path.stat()
@@ -160,7 +165,7 @@ def require_regular(path: Path, *, limit: int | None = None) -> int:
         raise UserError(f"{path}: {kinds.get(stat.S_IFMT(status.st_mode), 'a device')}; expected a regular file")
     if limit is not None and status.st_size > limit:
         raise UserError(f"{path}: {status.st_size / MIB:.1f} MiB; at most {limit / MIB:g} MiB are read")
-    return status.st_size
+    return status
 
 
 @contextmanager

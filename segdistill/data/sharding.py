@@ -41,9 +41,10 @@ from segdistill.data.shards import (
 )
 from segdistill.data.statistics import data_format, pixel_facts
 from segdistill.errors import UserError
-from segdistill.files import read_text, require_regular, seal, write_file
+from segdistill.files import read_text, regular_status, require_regular, seal, write_file
 
 Row = dict[str, Any]  # what the manifest says of a sample
+File = tuple[Path, int, int]  # its name, its bytes, and when it was changed, in nanoseconds
 
 KEYS = "keys"  # the folder that says of what finished shards were made, until all are
 
@@ -64,6 +65,7 @@ class Shard:
     name: str
     split: str
     samples: tuple[Sample, ...]
+    files: tuple[tuple[File, ...], ...]  # of each sample
     size: int  # bytes, about; see sample_size
 
 
@@ -73,25 +75,31 @@ def plan_shards(
     """Cuts every split into shards, each as long as both limits allow."""
     shards: list[Shard] = []
     for split, samples in splits.items():
-        sizes = [sample_size(sample, storage) for sample in samples]
+        files = [_files(sample) for sample in samples]
+        sizes = [sample_size(*both, storage) for both in zip(samples, files, strict=True)]
         number = start = 0
         while start < len(samples):
             end, filled = start + 1, sizes[start]
             while end < min(start + shard_samples, len(samples)) and filled + sizes[end] <= shard_bytes:
                 filled += sizes[end]
                 end += 1
-            shards.append(Shard(f"{split}-{number:05d}.arrow", split, tuple(samples[start:end]), filled))
+            parts = tuple(samples[start:end]), tuple(files[start:end])
+            shards.append(Shard(f"{split}-{number:05d}.arrow", split, *parts, filled))
             number, start = number + 1, end
     return shards
 
 
-def sample_size(sample: Sample, storage: Storage) -> int:
+def _files(sample: Sample) -> tuple[File, ...]:
+    states = {path: regular_status(path, limit=FILE_LIMIT) for path in (sample.image, sample.mask) if path}
+    return tuple((path, state.st_size, state.st_mtime_ns) for path, state in states.items())
+
+
+def sample_size(sample: Sample, files: Sequence[File], storage: Storage) -> int:
     """Bytes that a sample takes, before it is read: those of its files, or, to be decoded, of its pixels.
 
     JPEG will take less than the files, TIFF and .npy files about as much as their pixels.
     """
-    paths = [path for path in (sample.image, sample.mask) if path]
-    size = sum(require_regular(path, limit=FILE_LIMIT) for path in paths)
+    size = sum(size for _, size, _ in files)
     if storage.images != "decoded":
         return size
     try:
@@ -267,12 +275,10 @@ def _key(shard: Shard, layout: Layout, storage: Storage) -> str:
     """A digest of all that decides a shard's bytes; a file counts as the same if size and time of change are."""
     import pyarrow
 
-    files: list[Any] = []
-    for sample in shard.samples:
-        for path in (path for path in (sample.image, sample.mask) if path):
-            require_regular(path, limit=FILE_LIMIT)
-            state = path.stat()
-            files.append([sample.id, path.relative_to(layout.root).as_posix(), state.st_size, state.st_mtime_ns])
+    files = [
+        [sample.id, path.relative_to(layout.root).as_posix(), *state]
+        for sample, own in zip(shard.samples, shard.files, strict=True) for path, *state in own
+    ]  # fmt: skip
     layout_facts = [layout.legend.label_map.tolist(), layout.legend.colors, list(vars(storage).values())]
     made_by = ["class_pixels", "facts", pillow_version, pyarrow.__version__, *layout_facts]
     return hashlib.sha256(json.dumps([made_by, files]).encode()).hexdigest()

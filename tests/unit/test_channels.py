@@ -12,8 +12,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from segdistill import images
 from segdistill.__main__ import main
 from segdistill.config import parse, to_dict
+from segdistill.data import decoding
 from segdistill.data.decoding import BadFile, decode_pixels, encode_pixels, resize_pixels
 from segdistill.data.settings import AugmentationConfig
 from segdistill.data.statistics import data_format, pixel_facts
@@ -230,3 +232,7 @@ def test_a_network_of_five_channels_predicts_from_its_folder_and_from_a_file_and
         in capsys.readouterr().err
     )
     assert not (tmp_path / "none").exists()
+
+
+def test_what_is_read_and_what_networks_take_have_the_same_bound() -> None:
+    assert images.MOST_CHANNELS == decoding.MOST_CHANNELS  # decoding.py goes with a model, and imports nothing of ours

@@ -1,6 +1,10 @@
+import tracemalloc
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 from sklearn.metrics import jaccard_score
 
@@ -12,6 +16,7 @@ from segdistill.metrics.confusion import (
     per_class_iou,
     pixel_accuracy,
 )
+from segdistill.report.confusion import confusion_map
 
 
 def random_case(seed: int, classes: int, shape: tuple[int, ...] = (4, 9, 7)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,3 +145,14 @@ def test_counting_on_a_gpu_does_not_wait_for_it() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(matrices.cpu(), expected)
+
+
+def test_a_map_of_many_classes_is_drawn_without_an_image_of_floats(tmp_path: Path) -> None:
+    names = [f"class {number}" for number in range(50)]
+    confusion_map(np.eye(2), names[:2], tmp_path / "first.png")  # what is imported once
+    tracemalloc.start()
+    confusion_map(np.eye(50) * 100, names, tmp_path / "map.png")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    with Image.open(tmp_path / "map.png") as image:
+        assert image.size == (2340, 2340) and peak < 30e6  # 4 bytes a pixel are the picture's own

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _folders import make_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -180,6 +181,19 @@ def test_files_that_are_named_must_be_there_where_the_training_is_here(tmp_path:
         check_params(changed(path, value))
         with pytest.raises(UserError, match=sentence):
             check_params(changed(path, value), here=True)
+
+
+def test_classes_of_a_second_test_set_are_checked_where_both_sets_are_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_folder(tmp_path / "data")
+    make_folder(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    second = {"data": "elsewhere", "layout": "folder", "classes": {"car": "cars"}}
+    with pytest.raises(UserError, match=r"evaluate\.out_of_domain\.classes\.car: no class of ours is 'cars'"):
+        check_params(changed("evaluate.out_of_domain", second), here=True)
+    check_params(changed("evaluate.out_of_domain", second | {"classes": {"car": "car"}}), here=True)
+    check_params(changed("evaluate.out_of_domain", second), networks=False, here=True)  # that it is there is enough
 
 
 # What a params file may be made of, in junk that looks like one.

@@ -136,6 +136,7 @@ def test_the_same_data_gives_the_same_report_and_no_page_calls_home(data: Path, 
     assert pages[0] == pages[1]
     html = b"".join(content for path, content in pages[0].items() if path.suffix == ".html")
     assert b"amazonaws" not in html and str(tmp_path).encode() not in html
+    assert b"8 samples with 3 channels of 8 bits (train 4, val 2, test 2)" in pages[0][Path("summary.html")]
 
 
 def test_many_broken_files_are_counted_and_all_are_listed(data: Path, tmp_path: Path) -> None:
