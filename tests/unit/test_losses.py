@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from segdistill import geometry
 from segdistill.losses import align, divergence, masks, precision, supervised
 from segdistill.losses.precision import product
+from segdistill.losses.vectors import unit
 from segdistill.methods.apd.perspective import Scope, local_perspective, present_classes
 
 IGNORE = masks.IGNORE_INDEX
@@ -240,7 +241,7 @@ def test_products_of_rounded_factors_are_summed_in_full() -> None:
 
 def test_unit_vectors_have_length_one_and_zero_vectors_no_gradient() -> None:
     vectors = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
-    lengths = vectors.unit(vectors, dim=1)
+    lengths = unit(vectors, dim=1)
     torch.testing.assert_close(lengths, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
     (lengths * torch.randn(2, 2)).sum().backward()
     assert bool((vectors.grad[1] == 0).all()) and bool(vectors.grad[0].isfinite().all())
