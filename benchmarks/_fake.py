@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from segdistill.losses.masks import IGNORE_INDEX
 from segdistill.methods import build_offline, build_online, parse_method
-from segdistill.methods.hfd_bsd.operators import ConvMLP, PooledAttention
 from segdistill.methods.method import Method
+from segdistill.models.operators import loose_operators
 from segdistill.models.outputs import ModelInfo, Outputs
 
 
@@ -83,7 +83,7 @@ class Lender(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.attention, self.mlp = PooledAttention(width, heads=1, grid=16), ConvMLP(width, expansion=4)
+        self.attention, self.mlp = loose_operators(width)
 
 
 def draw(setting: Setting, batch: int, device: torch.device, dtype: torch.dtype) -> Inputs:

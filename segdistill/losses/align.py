@@ -28,15 +28,6 @@ def resize_logits(logits: Tensor, size: Size, *, align_corners: bool = False) ->
     return resize(logits, size, align_corners=align_corners)
 
 
-def resize_features(features: Tensor, size: Size, *, align_corners: bool = False) -> Tensor:
-    """Features on another grid, in the precision they have.
-
-    Shape:
-        features: [B, C, h, w]; returns [B, C, *size].
-    """
-    return resize(features, size, align_corners=align_corners)
-
-
 class Projection(nn.Conv2d):
     """A 1x1 convolution from one width to another; autocast may narrow it, and without autocast it takes any input."""
 

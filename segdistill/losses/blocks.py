@@ -60,7 +60,7 @@ def resized_in_one_block(logits: Sequence[Tensor], size: Size, *, align_corners:
 
 
 def align_logits(
-    student: Tensor, teacher: Tensor, target: Tensor, *, upsample: bool, align_corners: bool
+    student: Tensor, teacher: Tensor, target: Tensor, *, upsample: bool, align_corners: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both sides' logits and the labels for a comparison at the labels' own size (``upsample``) or the teacher's.
 

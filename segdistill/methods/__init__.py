@@ -71,7 +71,7 @@ def build_offline(configs: Sequence[Any], student: ModelInfo, teacher: ModelInfo
         configs: what :func:`parse_method` gave.
 
     Returns:
-        Methods by name, in order; the second of a name is ``<name>-2``.
+        Methods by name, in order, without those of weight 0; the second of a name is ``<name>-2``.
 
     Raises:
         UserError: a method that takes co-trained students, or a pair that a method is not defined for.
@@ -89,6 +89,8 @@ def build_online(configs: Sequence[Any], peers: Mapping[str, ModelInfo]) -> dict
 def _build(configs: Sequence[Any], kind: str, models: tuple[Any, ...]) -> dict[str, Method]:
     methods: dict[str, Method] = {}
     for config in configs:
+        if not config.weight:  # switched off: it costs nothing
+            continue
         method: Any = load(config.name)
         if method.kind != kind:
             takes = {"offline": "a frozen teacher and one student", "online": "several co-trained students"}

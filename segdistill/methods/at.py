@@ -110,8 +110,6 @@ class AttentionTransfer(OfflineMethod[ATConfig]):
             teacher.require(tap)
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
-        if not self.weights:
-            return {}
         first, *others = (
             attention_distance(
                 student.tap(tap), teacher.tap(tap), pool=self.config.pool, reduction=self.config.reduction

@@ -5,8 +5,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from segdistill.config import config
-from segdistill.geometry import resize_labels, size_of
-from segdistill.losses.align import projection, resize_features, resize_logits
+from segdistill.geometry import resize, resize_labels, size_of
+from segdistill.losses.align import projection, resize_logits
 from segdistill.losses.divergence import divergence
 from segdistill.losses.masks import LEFT_OUT, masked_mean, valid_mask
 from segdistill.losses.precision import in_float32
@@ -31,8 +31,6 @@ class CWDConfig(MethodConfig):
     """Divides both maps before the softmax over space; the squared temperature multiplies the loss."""
     mask_ignore: bool = False
     """Take the softmax without ignored pixels; the released code takes it over all."""
-    align_corners: bool = False
-    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @in_float32
@@ -110,14 +108,13 @@ class ChannelWise(OfflineMethod[CWDConfig]):
             self.projection = projection(student.channels(config.tap), teacher.channels(config.tap))
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
-        terms, align_corners = {}, self.config.align_corners
+        terms = {}
         if "logits" in self.weights:
-            logits = resize_logits(student.logits, size_of(teacher.logits), align_corners=align_corners)
+            logits = resize_logits(student.logits, size_of(teacher.logits))
             terms["logits"] = self._divergence(logits, teacher.logits, target)
         if self.projection is not None:
             goal = teacher.tap(self.config.tap)
-            feature = self.projection(student.tap(self.config.tap))
-            feature = resize_features(feature, size_of(goal), align_corners=align_corners)
+            feature = resize(self.projection(student.tap(self.config.tap)), size_of(goal))
             terms["feature"] = self._divergence(feature, goal, target)
         return terms
 

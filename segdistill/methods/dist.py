@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from segdistill.config import config
-from segdistill.geometry import size_of
+from segdistill.geometry import resize_labels, size_of
 from segdistill.losses.align import resize_logits
-from segdistill.losses.blocks import align_logits
 from segdistill.losses.masks import masked_mean, valid_mask
 from segdistill.losses.precision import in_float32
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod, Temperature
@@ -38,8 +37,6 @@ class DISTConfig(MethodConfig):
     """Leave out ignored pixels; the official code does not."""
     upsample: bool = False
     """Compare at label size and not at the teacher's logit size."""
-    align_corners: bool = False
-    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @in_float32
@@ -124,11 +121,8 @@ class Correlation(OfflineMethod[DISTConfig]):
         return weights
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
-        weights = self.weights
-        if not weights:
-            return {}
         terms = self._distances(student.logits, teacher.logits, target)
-        if "aux" in weights:
+        if "aux" in self.weights:
             assert student.aux_logits is not None and teacher.aux_logits is not None
             distances = self._distances(student.aux_logits, teacher.aux_logits, target)
             factors = self.term_weights()
@@ -138,15 +132,11 @@ class Correlation(OfflineMethod[DISTConfig]):
     def _distances(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The two distances that are switched on, between logits of any size."""
         config = self.config
-        student, teacher, labels = align_logits(
-            student, teacher.detach(), target, upsample=config.upsample, align_corners=config.align_corners
-        )
+        size = size_of(target if config.upsample else teacher)
         student, teacher = (
-            probabilities(
-                resize_logits(logits, size_of(labels), align_corners=config.align_corners), config.temperature
-            )
-            for logits in (student, teacher)
+            probabilities(resize_logits(logits, size), config.temperature) for logits in (student, teacher.detach())
         )
+        labels = resize_labels(target, size)
         valid = valid_mask(labels) if config.mask_ignore else None
         scale = config.temperature**2 if config.squared_temperature else 1.0
         distances = {"inter": inter_distance, "intra": intra_distance}

@@ -1,6 +1,6 @@
 """Decoupled knowledge distillation at every pixel: the labelled class against the rest, and the rest among itself."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,19 +31,10 @@ class DKDConfig(MethodConfig):
     """Divides both logits; the squared temperature multiplies the loss."""
     upsample: bool = False
     """Compare at label size and not at the teacher's logit size."""
-    align_corners: bool = False
-    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @in_float32
-def target_kl(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float = 1.0,
-    align_corners: bool = False,
-) -> Tensor:
+def target_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
     """T^2 * mean over valid pixels of KL([b, 1 - b] || [a, 1 - a]), b and a the labelled class's probabilities.
 
     The log-odds u = z_label - logsumexp of the other logits give log b = log sigmoid(u) and log(1 - b) =
@@ -59,18 +50,13 @@ def target_kl(
         student, teacher = (torch.stack([F.logsigmoid(each), F.logsigmoid(-each)]) for each in odds)  # [2, B, h, w]
         return divergence(student, teacher, 0)
 
-    logits, valid = [student_logits, teacher_logits.detach()], labelled_mask(labels)
-    return mean_over_pixels(values, logits, [labels], valid, align_corners=align_corners) * temperature**2
+    logits = [student_logits, teacher_logits.detach()]
+    return mean_over_pixels(values, logits, [labels], labelled_mask(labels)) * temperature**2
 
 
 @in_float32
 def non_target_kl(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float = 1.0,
-    align_corners: bool = False,
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, temperature: float = 1.0
 ) -> Tensor:
     """T^2 * mean over valid pixels of KL(teacher || student) among the classes other than the labelled one.
 
@@ -85,8 +71,8 @@ def non_target_kl(
         )
         return divergence(student, teacher, 1)
 
-    logits, valid = [student_logits, teacher_logits.detach()], labelled_mask(labels)
-    return mean_over_pixels(values, logits, [labels], valid, align_corners=align_corners) * temperature**2
+    logits = [student_logits, teacher_logits.detach()]
+    return mean_over_pixels(values, logits, [labels], labelled_mask(labels)) * temperature**2
 
 
 class Decoupled(OfflineMethod[DKDConfig]):
@@ -139,15 +125,10 @@ class Decoupled(OfflineMethod[DKDConfig]):
             raise UserError(f"dkd parts the labelled class from the others and needs two, not {student.num_classes}")
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
-        if not self.weights:
-            return {}
         config = self.config
-        student_logits, teacher_logits, labels = align_logits(
-            student.logits, teacher.logits, target, upsample=config.upsample, align_corners=config.align_corners
-        )
+        aligned = align_logits(student.logits, teacher.logits, target, upsample=config.upsample)
         losses = {"target": target_kl, "non_target": non_target_kl}
-        settings: dict[str, Any] = {"temperature": config.temperature, "align_corners": config.align_corners}
-        return {term: losses[term](student_logits, teacher_logits, labels, **settings) for term in self.weights}
+        return {term: losses[term](*aligned, temperature=config.temperature) for term in self.weights}
 
 
 def _labelled(labels: Tensor, num_classes: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Deep mutual learning: co-trained students imitate each other's predictions."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -27,8 +27,6 @@ class DMLConfig(MethodConfig):
     """Leave out ignored pixels."""
     upsample: bool = False
     """Compare at label size and not at the size of the finest peer's logits."""
-    align_corners: bool = False
-    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 class MutualLearning(OnlineMethod[DMLConfig]):
@@ -62,20 +60,14 @@ class MutualLearning(OnlineMethod[DMLConfig]):
     term = "kl"
 
     def forward(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, dict[str, Tensor]]:
-        if not self.weights:
-            return {}
         config, logits = self.config, [peers[peer].logits for peer in self.peers]
         size = size_of(target) if config.upsample else finest(map(size_of, logits))
         valid = counted_mask(resize_labels(target, size), mask_ignore=config.mask_ignore)
-        logits = resized_in_one_block(logits, size, align_corners=config.align_corners)
-        named = dict(zip(self.peers, logits, strict=True))
+        named = dict(zip(self.peers, resized_in_one_block(logits, size), strict=True))
         return {peer: {"kl": self._divergence(peer, named, valid)} for peer in self.peers}
 
     def _divergence(self, sink: str, logits: Mapping[str, Tensor], valid: Tensor) -> Tensor:
         sources = [peer for peer in self.peers if peer != sink]
-        settings: dict[str, Any] = {
-            "temperature": self.config.temperature,
-            "align_corners": self.config.align_corners,
-        }
-        total = sum(pixel_kl(logits[sink], logits[source], valid, **settings) for source in sources)
+        temperature = self.config.temperature
+        total = sum(pixel_kl(logits[sink], logits[source], valid, temperature=temperature) for source in sources)
         return total / len(sources)  # type: ignore[return-value]

@@ -8,8 +8,8 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from segdistill.config import config
-from segdistill.geometry import resize_labels, size_of
-from segdistill.losses.align import Projection, projection, resize_features
+from segdistill.geometry import resize, resize_labels, size_of
+from segdistill.losses.align import Projection, projection
 from segdistill.losses.masks import masked_mean, valid_mask
 from segdistill.losses.precision import in_float32
 from segdistill.methods.method import Count, MethodConfig, NonNegative, OfflineMethod
@@ -33,8 +33,6 @@ class FitNetConfig(MethodConfig):
     """Bring each channel of the teacher's feature to zero mean and unit variance: its scale then does not matter."""
     warmup_steps: Count = 200
     """Forward passes over which the means and variances of ``standardize`` are gathered; then they are frozen."""
-    align_corners: bool = False
-    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @in_float32
@@ -162,22 +160,15 @@ class FeatureRegression(OfflineMethod[FitNetConfig]):
 
     def __init__(self, config: FitNetConfig, student: ModelInfo, teacher: ModelInfo) -> None:
         super().__init__(config, student, teacher)
-        self.projection: nn.Module | None = None
-        self.standardize: nn.Module | None = None
-        if not self.weights:
-            return
         build = Projection if config.always_project else projection
         self.projection = build(student.channels(config.tap), teacher.channels(config.tap))
-        if config.standardize:
-            self.standardize = Standardize(teacher.channels(config.tap), config.warmup_steps)
+        standardize = config.standardize
+        self.standardize = Standardize(teacher.channels(config.tap), config.warmup_steps) if standardize else None
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
-        if self.projection is None:
-            return {}
-        goal, size = teacher.tap(self.config.tap), size_of(teacher.tap(self.config.tap))
-        feature = self.projection(student.tap(self.config.tap))
-        feature = resize_features(feature, size, align_corners=self.config.align_corners)
-        valid = valid_mask(resize_labels(target, size)) if self.config.mask_ignore else None
+        goal = teacher.tap(self.config.tap)
+        feature = resize(self.projection(student.tap(self.config.tap)), size_of(goal))
+        valid = valid_mask(resize_labels(target, size_of(goal))) if self.config.mask_ignore else None
         if self.standardize is not None:
             goal = self.standardize(goal, valid)
         return {"regression": feature_regression(feature, goal, valid)}

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from segdistill.config import config
-from segdistill.geometry import resize_labels, size_of
-from segdistill.losses.align import resize_features
+from segdistill.geometry import resize, resize_labels, size_of
 from segdistill.losses.masks import UNLABELLED, class_members, labelled_mask, masked_mean
 from segdistill.losses.precision import in_float32
 from segdistill.losses.vectors import unit
@@ -26,8 +25,6 @@ class IFVDConfig(MethodConfig):
     """Where the features are taken."""
     keep_ignored_in_mean: bool = False
     """Divide by the count of all pixels, as the official code does, and not by that of the valid ones."""
-    align_corners: bool = False
-    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @in_float32
@@ -109,11 +106,9 @@ class IntraClassVariation(OfflineMethod[IFVDConfig]):
         teacher.require(config.tap)
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
-        if not self.weights:
-            return {}
         config = self.config
         goal = teacher.tap(config.tap).detach()
-        feature = resize_features(student.tap(config.tap), size_of(goal), align_corners=config.align_corners)
+        feature = resize(student.tap(config.tap), size_of(goal))
         labels = resize_labels(target, size_of(goal))
         student_cosine, teacher_cosine = (
             centre_similarity(features, labels, self.student_info.num_classes) for features in (feature, goal)

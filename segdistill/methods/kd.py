@@ -1,6 +1,6 @@
 """Pixel-wise knowledge distillation: Hinton's loss at every pixel."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -71,18 +71,10 @@ class PixelWise(OfflineMethod[KDConfig]):
     term = "kl"
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
-        if not self.weights:
-            return {}
         config = self.config
         student_logits, teacher_logits, labels = align_logits(
             student.logits, teacher.logits, target, upsample=config.upsample, align_corners=config.align_corners
         )
         valid = counted_mask(labels, mask_ignore=config.mask_ignore)
-        loss = pixel_kl(
-            student_logits,
-            teacher_logits,
-            valid,
-            temperature=config.temperature,
-            align_corners=config.align_corners,
-        )
-        return {"kl": loss}
+        settings: dict[str, Any] = {"temperature": config.temperature, "align_corners": config.align_corners}
+        return {"kl": pixel_kl(student_logits, teacher_logits, valid, **settings)}

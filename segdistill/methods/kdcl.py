@@ -36,8 +36,6 @@ class KDCLConfig(MethodConfig):
     """Divides all logits; the squared temperature multiplies the loss."""
     upsample: bool = False
     """Compare at label size and not at the size of the finest student's logits."""
-    align_corners: bool = False
-    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @torch.no_grad()
@@ -142,13 +140,11 @@ class CollaborativeEnsemble(OnlineMethod[KDCLConfig]):
     term = "kl"
 
     def forward(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, dict[str, Tensor]]:
-        if not self.weights:
-            return {}
         config, logits = self.config, [peers[peer].logits for peer in self.peers]
         size = size_of(target) if config.upsample else finest(map(size_of, logits))
         labels = resize_labels(target, size)
         valid = labelled_mask(labels)
-        logits = resized_in_one_block(logits, size, align_corners=config.align_corners)
+        logits = resized_in_one_block(logits, size)
         weights = self._linear_weights(logits, labels, valid) if config.ensemble == "linear" else None
 
         def sums(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -157,7 +153,7 @@ class CollaborativeEnsemble(OnlineMethod[KDCLConfig]):
             values = (pixel_divergence(each, ensemble, temperature=config.temperature) for each in logits)
             return tuple(torch.where(valid, each, 0.0).sum() for each in values)
 
-        totals = sum_over_images(sums, logits, [labels, valid], size, align_corners=config.align_corners)
+        totals = sum_over_images(sums, logits, [labels, valid], size)
         count = valid.sum().clamp_min(1)
         return {
             peer: {"kl": total / count * config.temperature**2} for peer, total in zip(self.peers, totals, strict=True)
@@ -172,8 +168,7 @@ class CollaborativeEnsemble(OnlineMethod[KDCLConfig]):
 
     def _linear_weights(self, logits: list[Tensor], labels: Tensor, valid: Tensor) -> Tensor:
         """Of the whole batch, whose logits are all resized for it, without gradient."""
-        size, align_corners = size_of(labels), self.config.align_corners
-        whole = [resize_logits(each.detach(), size, align_corners=align_corners) for each in logits]
+        whole = [resize_logits(each.detach(), size_of(labels)) for each in logits]
         return linear_weights(torch.stack(whole), labels, valid, steps=self.config.linear_steps)
 
 

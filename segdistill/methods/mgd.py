@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from segdistill.config import config
-from segdistill.geometry import size_of
-from segdistill.losses.align import projection, resize_features
+from segdistill.geometry import resize, size_of
+from segdistill.losses.align import projection
 from segdistill.losses.fused import fused
 from segdistill.losses.precision import in_float32
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod
@@ -31,8 +31,6 @@ class MGDConfig(MethodConfig):
     """Probability of a position to be masked; the same positions in all channels. Detection has 0.65."""
     reduction: Reduction = "sum"
     """What is done over channels and positions: sum (as published), or mean (its strength knows no crop and width)."""
-    align_corners: bool = False
-    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @fused
@@ -122,18 +120,12 @@ class MaskedGeneration(OfflineMethod[MGDConfig]):
 
     def __init__(self, config: MGDConfig, student: ModelInfo, teacher: ModelInfo) -> None:
         super().__init__(config, student, teacher)
-        self.projection: nn.Module | None = None
-        self.generator: nn.Module | None = None
-        if self.weights:
-            width = teacher.channels(config.tap)
-            self.projection = projection(student.channels(config.tap), width, bias=True)
-            self.generator = Generator(width)
+        width = teacher.channels(config.tap)
+        self.projection = projection(student.channels(config.tap), width, bias=True)
+        self.generator = Generator(width)
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
-        if self.projection is None or self.generator is None:
-            return {}
         goal = teacher.tap(self.config.tap)
-        feature = self.projection(student.tap(self.config.tap))
-        feature = resize_features(feature, size_of(goal), align_corners=self.config.align_corners)
+        feature = resize(self.projection(student.tap(self.config.tap)), size_of(goal))
         generated = self.generator(visible(feature, self.config.mask_ratio))
         return {"generation": generation_distance(generated, goal, reduction=self.config.reduction)}

@@ -26,14 +26,10 @@ class PseudoConfig(MethodConfig):
     """Leave out the pixels at which the teacher's most probable class is less probable than this."""
     upsample: bool = False
     """Compare at label size and not at the teacher's logit size."""
-    align_corners: bool = False
-    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 @in_float32
-def hard_label_loss(
-    student_logits: Tensor, teacher_logits: Tensor, valid: Tensor, *, threshold: float, align_corners: bool = False
-) -> Tensor:
+def hard_label_loss(student_logits: Tensor, teacher_logits: Tensor, valid: Tensor, *, threshold: float) -> Tensor:
     """Mean of -log p_student[c] over the valid pixels where c, the teacher's best class, is at least so probable.
 
     Shape:
@@ -47,7 +43,7 @@ def hard_label_loss(
         return torch.stack([losses.sum(), valid.sum().to(losses)])
 
     logits = [student_logits, teacher_logits.detach()]
-    total, count = sum_over_images(sums, logits, [valid], size_of(valid), align_corners=align_corners)
+    total, count = sum_over_images(sums, logits, [valid], size_of(valid))
     return total / count.clamp_min(1)
 
 
@@ -83,17 +79,6 @@ class PseudoLabels(OfflineMethod[PseudoConfig]):
     term = "ce"
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
-        if not self.weights:
-            return {}
         config = self.config
-        student_logits, teacher_logits, labels = align_logits(
-            student.logits, teacher.logits, target, upsample=config.upsample, align_corners=config.align_corners
-        )
-        loss = hard_label_loss(
-            student_logits,
-            teacher_logits,
-            valid_mask(labels),
-            threshold=config.threshold,
-            align_corners=config.align_corners,
-        )
-        return {"ce": loss}
+        ours, theirs, labels = align_logits(student.logits, teacher.logits, target, upsample=config.upsample)
+        return {"ce": hard_label_loss(ours, theirs, valid_mask(labels), threshold=config.threshold)}

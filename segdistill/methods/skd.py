@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from segdistill.config import Beta, LearningRate, config
-from segdistill.geometry import size_of
-from segdistill.losses.align import resize_features, resize_logits
+from segdistill.geometry import resize, size_of
+from segdistill.losses.align import resize_logits
 from segdistill.losses.blocks import sum_over_blocks
 from segdistill.losses.precision import in_float32
 from segdistill.methods.method import Channels, Count, MethodConfig, NonNegative, OfflineMethod
@@ -45,8 +45,6 @@ class SKDConfig(MethodConfig):
     """Let no gradient through the length of a node's vector, as the released code does; CIRKD's port lets it."""
     block_rows: Count | None = 512
     """Nodes whose similarities are in memory at once, recomputed for the gradient; null makes none (large grids)."""
-    align_corners: bool = False
-    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
     adversarial: Adversarial = "hinge"
     """The critic's loss: hinge (CIRKD), or Wasserstein with a penalty on its gradient (SKD, IFVD)."""
     gradient_penalty: NonNegative = 10.0
@@ -243,29 +241,21 @@ class Structured(OfflineMethod[SKDConfig]):
 
     def _pairwise(self, student: Tensor, teacher: Tensor) -> Tensor:
         config = self.config
-        student = resize_features(student, size_of(teacher), align_corners=config.align_corners)
         student, teacher = (
-            nodes(features, grid=config.grid, detach_norm=config.detach_norm) for features in (student, teacher)
+            nodes(features, grid=config.grid, detach_norm=config.detach_norm)
+            for features in (resize(student, size_of(teacher)), teacher)
         )
         return pairwise_distance(student, teacher, block_rows=config.block_rows)
 
     def _adversarial_terms(self, student: Tensor, teacher: Tensor, critic: Critic) -> dict[str, Tensor]:
-        config = self.config
-        student, teacher = (
-            _probabilities(resize_logits(logits, size_of(teacher), align_corners=config.align_corners))
-            for logits in (student, teacher)
-        )
+        config, size = self.config, size_of(teacher)
+        student, teacher = (resize_logits(logits, size).softmax(1) for logits in (student, teacher))
         terms = {"holistic": holistic_gain(student, teacher, critic)}
         if "critic" in self.weights:
             terms["critic"] = critic_loss(
                 student, teacher, critic, adversarial=config.adversarial, gradient_penalty=config.gradient_penalty
             )
         return terms
-
-
-@in_float32
-def _probabilities(logits: Tensor) -> Tensor:
-    return logits.softmax(1)
 
 
 def _squared_differences(student: Tensor, teacher: Tensor, all_student: Tensor, all_teacher: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ class Branch(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """Shape: [B, C, h, w], returned as such."""
         height, width = maps.shape[-2:]
+        maps = maps.to(self.norm.weight.dtype)  # type: ignore[arg-type]  # autocast may narrow both again
         bottom, right = -height % self.multiple, -width % self.multiple
         if bottom or right:
             maps = F.pad(maps, (0, right, 0, bottom), mode="replicate")
@@ -91,6 +92,21 @@ def first_stage_operators(encoder: nn.Module, name: str) -> Operators:
     raise UserError(
         f"encoder '{name}' has no attention and MLP that can be borrowed;"
         " mit_b0 to mit_b5, pvt_v2_* and, with architecture DPT, plain vision transformers (vit_*, deit_*) have"
+    )
+
+
+def loose_operators(channels: int) -> Operators:
+    """The two of a PVTv2 block with linear attention, freshly drawn, for maps of so many channels.
+
+    Every cell attends to the means of 7 x 7 windows, which bounds the attention matrix: at stride 4 the whole one would
+    have a row and a column per 16 image pixels. The MLP is four times as wide, with a 3x3 depth-wise convolution.
+    """
+    from timm.models import pvt_v2
+
+    attention = pvt_v2.Attention(channels, num_heads=1, linear_attn=True)
+    mlp = pvt_v2.MlpWithDepthwiseConv(channels, 4 * channels)
+    return Operators(
+        *(Branch(nn.LayerNorm(channels), operator, nn.Identity(), _with_a_pair) for operator in (attention, mlp))
     )
 
 

@@ -72,7 +72,7 @@ def windows(old: tuple[int, ...], new: tuple[int, int]) -> list[list[range]]:
     return [[range(i * a // b, -(-(i + 1) * a // b)) for i in range(b)] for a, b in zip(old, new, strict=True)]
 
 
-def resized(maps: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+def resized(maps: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
     """Averaged to a coarser grid, interpolated to a finer one."""
     old = tuple(maps.shape[-2:])
     if old != size and old[0] >= size[0] and old[1] >= size[1]:

@@ -107,7 +107,7 @@ def test_the_cross_entropy_of_ideal_logits_at_crop_713_and_stride_8() -> None:
 def test_of_a_finer_student_every_cell_gets_a_gradient(size: tuple[int, int], coarse: int) -> None:
     for align_corners in (False, True):
         student = torch.randn(2, 3, *cells(size, 4), requires_grad=True)
-        pooled = align.resize_features(student, cells(size, coarse), align_corners=align_corners)
+        pooled = geometry.resize(student, cells(size, coarse), align_corners=align_corners)
         (gradient,) = torch.autograd.grad(pooled.sum(), student)
         assert (gradient > 0).all()
         ratio, last = coarse // 4, pooled.shape[-2] - 1
@@ -117,7 +117,7 @@ def test_of_a_finer_student_every_cell_gets_a_gradient(size: tuple[int, int], co
 
 def test_at_equal_sizes_nothing_is_computed() -> None:
     maps, target = torch.randn(1, 2, 5, 7), torch.zeros(1, 5, 7, dtype=torch.int64)
-    assert align.resize_features(maps, (5, 7)) is maps
+    assert geometry.resize(maps, (5, 7)) is maps
     assert geometry.average(maps, (5, 7)) is maps
     assert geometry.resize_labels(target, (5, 7)) is target
 
@@ -167,9 +167,9 @@ def test_by_products_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
 def test_half_precision_features_are_resized_as_they_are(dtype: torch.dtype) -> None:
     maps = torch.randn(1, 2, 9, 13)
     for size in ((3, 4), (33, 50)):
-        narrow = align.resize_features(maps.to(dtype), size)
+        narrow = geometry.resize(maps.to(dtype), size)
         assert narrow.dtype == dtype
-        torch.testing.assert_close(narrow.float(), align.resize_features(maps, size), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(narrow.float(), geometry.resize(maps, size), rtol=2e-2, atol=2e-2)
 
 
 # -- methods ---------------------------------------------------------------------------------------------------------

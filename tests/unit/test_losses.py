@@ -74,7 +74,7 @@ def test_resizing_equals_the_slow_loop(old: tuple[int, int], new: tuple[int, int
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(2, 3, *old, generator=generator, dtype=torch.float64)
     labels = torch.randint(256, (2, *old), generator=generator)
-    for resize in (align.resize_logits, align.resize_features):
+    for resize in (align.resize_logits, geometry.resize):
         resized = resize(maps, new, align_corners=align_corners)
         torch.testing.assert_close(resized, reference.resized(maps, new, align_corners), rtol=1e-10, atol=1e-12)
     assert torch.equal(geometry.resize_labels(labels, new), reference.nearest(labels, new))

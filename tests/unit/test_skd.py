@@ -209,7 +209,7 @@ def test_the_defaults_are_the_released_scripts_with_cirkds_critic() -> None:
     assert to_dict(parse_method({"name": "skd"}, "methods.0")[1]) == {
         "name": "skd", "weight": 1.0, "ramp": 0.0, "pairwise_weight": None, "holistic_weight": 0.0,
         "critic_weight": 0.1, "tap": "last_feature", "grid": "2x2", "detach_norm": True, "block_rows": 512,
-        "align_corners": False, "adversarial": "hinge", "gradient_penalty": 10.0, "critic_channels": 64,
+        "adversarial": "hinge", "gradient_penalty": 10.0, "critic_channels": 64,
         "critic_lr": 4e-4, "critic_betas": [0.9, 0.99],
     }  # fmt: skip
 

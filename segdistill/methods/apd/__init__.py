@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from segdistill.config import Beta, LearningRate, config
 from segdistill.errors import UserError
-from segdistill.geometry import resize_labels, size_of
-from segdistill.losses.align import Projection, resize_features
+from segdistill.geometry import resize, resize_labels, size_of
+from segdistill.losses.align import Projection
 from segdistill.losses.blocks import align_logits
 from segdistill.losses.divergence import pixel_kl
 from segdistill.losses.masks import class_members, valid_mask
@@ -160,13 +160,8 @@ class AdaptivePerspective(OfflineMethod[APDConfig]):
         )
         valid = valid_mask(labels)
         mask = valid if config.mask_ignore_global else valid.any().expand_as(valid)
-        return pixel_kl(
-            student_logits,
-            teacher_logits,
-            mask,
-            temperature=config.temperature,
-            align_corners=config.align_corners,
-        )
+        settings: dict[str, Any] = {"temperature": config.temperature, "align_corners": config.align_corners}
+        return pixel_kl(student_logits, teacher_logits, mask, **settings)
 
     def _local_terms(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         config, size = self.config, size_of(teacher)
@@ -183,7 +178,7 @@ class AdaptivePerspective(OfflineMethod[APDConfig]):
                 normalize=config.normalize,
             )
             for head, feature in (
-                (self.student_head, resize_features(student, size, align_corners=config.align_corners)),
+                (self.student_head, resize(student, size, align_corners=config.align_corners)),
                 (self.teacher_head, teacher),
             )
         )

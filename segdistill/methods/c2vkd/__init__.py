@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from segdistill.config import config
 from segdistill.errors import UserError
-from segdistill.geometry import size_of
-from segdistill.losses.align import Projection, projection, resize_features
+from segdistill.geometry import resize, size_of
+from segdistill.losses.align import Projection, projection
 from segdistill.losses.blocks import align_logits, sum_over_blocks
 from segdistill.losses.divergence import divergence
 from segdistill.losses.fused import fused
@@ -72,8 +72,6 @@ class C2VKDConfig(MethodConfig):
     """Rows of pairs that are in memory at once where pairs are formed; changes neither value nor gradient."""
     half_products: bool = True
     """Of networks in half precision, multiply patches as bfloat16, summed in float32; false: all in float32."""
-    align_corners: bool = False
-    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> "C2VKDConfig":
@@ -299,18 +297,13 @@ class CNNToViT(OfflineMethod[C2VKDConfig]):
         if "pdd" in self.weights:
             terms["pdd"] = self._pdd(student.logits, teacher.logits, target)
         if self.visual_projection is not None:
-            visual = self.visual_projection(feature)
-            visual = resize_features(visual, size_of(goal), align_corners=config.align_corners)
+            visual = resize(self.visual_projection(feature), size_of(goal))
             if "visual" in self.weights:
                 terms["visual"] = channel_kl(visual, goal, direction=config.kl_direction)
             if "patch" in self.weights:
-                terms["patch"] = patch_distance(
-                    visual,
-                    goal,
-                    form_pairs=config.form_pairs,
-                    block_rows=config.block_rows,
-                    half=config.half_products and is_half(visual, goal),
-                )
+                half = config.half_products and is_half(visual, goal)
+                pairs: dict[str, Any] = {"form_pairs": config.form_pairs, "block_rows": config.block_rows}
+                terms["patch"] = patch_distance(visual, goal, half=half, **pairs)
         if "linguistic" in self.weights:
             pool = _mean if self.pool is None else self.pool
             if self.linguistic_projection is None:
@@ -322,23 +315,12 @@ class CNNToViT(OfflineMethod[C2VKDConfig]):
 
     def _pdd(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         config = self.config
-        student, teacher, labels = align_logits(
-            student, teacher.detach(), target, upsample=config.upsample, align_corners=config.align_corners
-        )
-        a, b, align_corners = config.target_factor, config.other_factor, config.align_corners
+        aligned = align_logits(student, teacher.detach(), target, upsample=config.upsample)
+        a, b, temperature = config.target_factor, config.other_factor, config.temperature
         if config.pdd == "dkd":
-            settings: dict[str, Any] = {"temperature": config.temperature, "align_corners": align_corners}
-            target_part = target_kl(student, teacher, labels, **settings)
-            return a * target_part + b * non_target_kl(student, teacher, labels, **settings)
-        return blended_two_way(
-            student,
-            teacher,
-            labels,
-            target_factor=a,
-            other_factor=b,
-            normalized=config.pdd == "mix",
-            align_corners=align_corners,
-        )
+            parts = target_kl(*aligned, temperature=temperature), non_target_kl(*aligned, temperature=temperature)
+            return a * parts[0] + b * parts[1]
+        return blended_two_way(*aligned, target_factor=a, other_factor=b, normalized=config.pdd == "mix")
 
 
 @in_float32

@@ -25,7 +25,6 @@ def blended_two_way(
     target_factor: float = 0.5,
     other_factor: float = 0.5,
     normalized: bool = True,
-    align_corners: bool = False,
 ) -> Tensor:
     """Mean over valid pixels of a * s_y log(s_y / q_y) + b * s_n log(s_n / q_n), q = (t + (1, 0)) / 2.
 
@@ -46,7 +45,7 @@ def blended_two_way(
         halved=math.log(2) if normalized else 0.0,
     )
     logits, indices = [student_logits, teacher_logits.detach()], labels.masked_fill(~valid, 0)
-    return mean_over_pixels(values, logits, [indices], valid, align_corners=align_corners)
+    return mean_over_pixels(values, logits, [indices], valid)
 
 
 @fused

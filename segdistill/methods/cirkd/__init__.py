@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from segdistill.config import config
 from segdistill.errors import UserError
-from segdistill.geometry import resize_labels, size_of
-from segdistill.losses.align import Projection, resize_features
+from segdistill.geometry import resize, resize_labels, size_of
+from segdistill.losses.align import Projection
 from segdistill.losses.masks import valid_mask
 from segdistill.losses.precision import in_float32, is_half
 from segdistill.losses.vectors import unit
@@ -56,8 +56,6 @@ class CIRKDConfig(MethodConfig):
     """Pixels whose relations are in memory at a time; changes neither value nor gradient."""
     half_products: bool = True
     """Of networks in half precision, multiply vectors as bfloat16, summed in float32; false: all in float32."""
-    align_corners: bool = False
-    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 def image_pair_kl(
@@ -210,7 +208,7 @@ class CrossImageRelations(OfflineMethod[CIRKDConfig]):
 
     def _minibatch(self, student: Tensor, teacher: Tensor) -> Tensor:
         config = self.config
-        student = resize_features(student, size_of(teacher), align_corners=config.align_corners)
+        student = resize(student, size_of(teacher))
         pool = config.pool or (LARGE_POOL if min(size_of(teacher)) >= LARGE else 1)
         if pool > 1:
             student, teacher = (F.avg_pool2d(maps, pool, ceil_mode=True) for maps in (student, teacher))
@@ -224,8 +222,7 @@ class CrossImageRelations(OfflineMethod[CIRKDConfig]):
     def _memory(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         config, size = self.config, size_of(teacher)
         assert self.projector is not None
-        student = resize_features(self.projector(student), size, align_corners=config.align_corners)
-        labels = resize_labels(target, size)
+        student, labels = resize(self.projector(student), size), resize_labels(target, size)
         if self.training:
             self._remember(teacher, labels)
         terms = {}

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from segdistill.config import config
 from segdistill.errors import UserError
-from segdistill.geometry import finest, resize_labels, size_of
-from segdistill.losses.align import projection, resize_features
+from segdistill.geometry import finest, resize, resize_labels, size_of
+from segdistill.losses.align import projection
 from segdistill.losses.blocks import resized_in_one_block, sum_over_images
 from segdistill.losses.masks import labelled_only, valid_mask
-from segdistill.methods.hfd_bsd.operators import Borrowed, ConvMLP, PooledAttention
+from segdistill.methods.hfd_bsd.operators import Borrowed
 from segdistill.methods.hfd_bsd.selection import (
     feature_distances,
     labelled_regions,
@@ -23,7 +23,8 @@ from segdistill.methods.hfd_bsd.selection import (
     region_means,
     selected_sum,
 )
-from segdistill.methods.method import Channels, Count, MethodConfig, NonNegative, OnlineMethod, Temperature
+from segdistill.methods.method import Count, MethodConfig, NonNegative, OnlineMethod, Temperature
+from segdistill.models.operators import loose_operators
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
 
 REGION = 32  # image pixels a side of a region unless told otherwise: a cell of the stride-32 feature
@@ -66,14 +67,6 @@ class HFDBSDConfig(MethodConfig):
     """Judge and compare predictions at label size; false: at the finest student's logit size, far cheaper."""
     mask_ignore: bool = True
     """Leave ignored places out where selection is false; a selection needs labels and always does."""
-    aux_heads: Channels = 1
-    """Heads of aux_op's attention."""
-    aux_grid: Count = 16
-    """The attention of aux_op looks at the means of at most this many windows along each axis, to bound its memory."""
-    aux_expansion: Channels = 4
-    """Hidden width of aux_op's MLP, in widths of the transformer's feature."""
-    align_corners: bool = False
-    """Interpolate coarser maps from corner cell to corner cell and not in place; finer ones are averaged anyway."""
 
 
 class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
@@ -96,8 +89,8 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
         E(r) is the mean of e over the labelled pixels of r, g(r) the mean of fL over r, d = 1 - cos. Where errors are
         equal nobody learns. W projects the learning side's g where widths differ; the source stays as it is. All maps
         of ``hfd`` have the size of V's. ``hfd: direct`` leaves Attn and MLP out and has the finer student's size;
-        ``aux_op`` puts loose trainable ones on the learning side alone, C/hfd = d(Attn(phi(f1_C)), sg f1_V), and throws
-        them away after training.
+        ``aux_op`` puts loose trainable ones (PVTv2's, freshly drawn) on the learning side alone,
+        C/hfd = d(Attn(phi(f1_C)), sg f1_V), and throws them away after training.
 
     Weights:
         The paper's are unknown. Ours are 1 each; rescale them once so that each weighted term is 5 to 30 % of the
@@ -177,7 +170,8 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
         if "hfd" in self.weights:
             helpers["hfd"] = projection(sink.channels(config.hfd_tap), source.channels(config.hfd_tap))
             if config.hfd == "aux_op":
-                helpers["operator"] = _auxiliary(config, source if name == self.cnn else sink, is_cnn=name == self.cnn)
+                loose = loose_operators((source if name == self.cnn else sink).channels(config.hfd_tap))
+                helpers["operator"] = loose.attention if name == self.cnn else loose.mlp
         if "region" in self.weights:
             helpers["region"] = projection(sink.channels(config.region_tap), source.channels(config.region_tap))
         return helpers
@@ -191,7 +185,7 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
         if self.config.hfd == "direct":
             size = finest(size_of(feature) for feature in features.values())
             pairs = {
-                sink: (self._fit(self._helper(sink, "hfd")(features[sink]), size), self._fit(features[source], size))
+                sink: (resize(self._helper(sink, "hfd")(features[sink]), size), resize(features[source], size))
                 for sink, source in (self.peers, self.peers[::-1])
             }
         else:
@@ -201,7 +195,7 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
     def _through_operators(self, cnn: Tensor, vit: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """What each student's feature becomes, and what it is to resemble, at the size of the transformer's."""
         size = size_of(vit)
-        projected, psi = self._fit(self._helper(self.cnn, "hfd")(cnn), size), self._helper(self.vit, "hfd")
+        projected, psi = resize(self._helper(self.cnn, "hfd")(cnn), size), self._helper(self.vit, "hfd")
         if self.config.hfd == "aux_op":
             attention, mlp = self._helper(self.cnn, "operator"), self._helper(self.vit, "operator")
             attended, goal = attention(projected), vit
@@ -214,7 +208,7 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
             with torch.no_grad():
                 goal = borrowed_attention.frozen(vit)
             mixed = borrowed_mlp(vit)
-        return {self.cnn: (attended, goal), self.vit: (psi(mixed), self._fit(cnn.detach(), size))}
+        return {self.cnn: (attended, goal), self.vit: (psi(mixed), resize(cnn.detach(), size))}
 
     def _bsd(self, peers: Mapping[str, Outputs], target: Tensor) -> dict[str, dict[str, Tensor]]:
         config = self.config
@@ -226,10 +220,10 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
         if "pixel" not in self.weights:  # the logits only judge: no graph, no memory
             logits = [each.detach() for each in logits]
         if config.selection or "pixel" in self.weights:
-            logits = resized_in_one_block(logits, size, align_corners=config.align_corners)
+            logits = resized_in_one_block(logits, size)
         errors = []
         if config.selection:
-            errors = [pixel_errors(each, labels, align_corners=config.align_corners) for each in logits]
+            errors = [pixel_errors(each, labels) for each in logits]
         terms: dict[str, dict[str, Tensor]] = {}
         if "region" in self.weights:
             grid = self._grid(target)
@@ -241,7 +235,7 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
             terms["region"] = {sink: total / count for sink, total, count in zip(self.peers, sums, counts, strict=True)}
         if "pixel" in self.weights:
             learning, counts = self._learning(errors, valid_mask(labels))
-            totals = sum_over_images(self._pixel_sums, logits, learning, size, align_corners=config.align_corners)
+            totals = sum_over_images(self._pixel_sums, logits, learning, size)
             terms["pixel"] = {
                 sink: total / count for sink, total, count in zip(self.peers, totals, counts, strict=True)
             }
@@ -272,21 +266,6 @@ class CollaborativeLearning(OnlineMethod[HFDBSDConfig]):
         count = self.config.region_grid
         height, width = size_of(target)
         return (count, count) if count else (-(-height // REGION), -(-width // REGION))
-
-    def _fit(self, features: Tensor, size: tuple[int, int]) -> Tensor:
-        return resize_features(features, size, align_corners=self.config.align_corners)
-
-
-def _auxiliary(config: HFDBSDConfig, vit: ModelInfo, *, is_cnn: bool) -> nn.Module:
-    channels = vit.channels(config.hfd_tap)
-    if not is_cnn:
-        return ConvMLP(channels, expansion=config.aux_expansion)
-    if channels % config.aux_heads:
-        raise UserError(
-            f"hfd_bsd: aux_heads: {config.aux_heads} does not divide the {channels} channels of the transformer's"
-            f" {config.hfd_tap}"
-        )
-    return PooledAttention(channels, heads=config.aux_heads, grid=config.aux_grid)
 
 
 def _cnn_and_vit(config: HFDBSDConfig, peers: Mapping[str, ModelInfo]) -> tuple[str, str]:

@@ -18,13 +18,13 @@ FeatureDistance = Literal["cosine", "mse", "l2", "kl"]
 
 
 @torch.no_grad()
-def pixel_errors(logits: Tensor, labels: Tensor, *, align_corners: bool = False) -> Tensor:
+def pixel_errors(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of every pixel, without gradient; 0 where there is no label.
 
     Shape:
         logits: [B, K, ., .], resized to the labels; labels: [B, h, w]; returns [B, h, w].
     """
-    return torch.cat(images_in_blocks(_errors, [logits], [labels], size_of(labels), align_corners=align_corners))
+    return torch.cat(images_in_blocks(_errors, [logits], [labels], size_of(labels)))
 
 
 @fused
