@@ -12,7 +12,7 @@ from PIL import Image
 from segdistill import streets
 from segdistill.config import parse
 from segdistill.data.parallel import ordered_map
-from segdistill.engine.tracker import NullTracker
+from segdistill.engine.tracker import Tracker
 from segdistill.stages import prepare
 
 LARGEST = 1024  # pixels of the longer side that is drawn; a larger scene is enlarged, or it would take seconds
@@ -37,7 +37,7 @@ def prepare_files(data: Path, prepared: Path, **settings: Any) -> Path:
     (data.parent / "summary.json").write_text('{"success": true, "layout": "folder"}')
     defaults = {"layout": "folder", "shard_samples": 256, "max_side": None, "workers": 1}
     config = parse(prepare.Config, defaults | settings, "prepare")
-    prepare.run(config, data=data, report=data.parent, prepared=prepared, tracker=NullTracker())
+    prepare.run(config, data=data, report=data.parent, prepared=prepared, tracker=Tracker())
     return prepared
 
 

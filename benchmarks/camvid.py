@@ -226,7 +226,7 @@ class Arm:
     def compare(self) -> dict[str, Any] | None:
         """Compares the seeds that are complete; what is known of them, or None where there is none."""
         from segdistill.config import parse
-        from segdistill.engine.tracker import NullTracker
+        from segdistill.engine.tracker import Tracker
         from segdistill.stages import compare
 
         if not (self.folder / TEACHER / DONE).exists():
@@ -248,7 +248,7 @@ class Arm:
             teacher_evaluation=self.folder / "reports/evaluation/teacher",
             students=[folder / "students" for folder in folders],
             evaluations=[folder / "evaluations" for folder in folders],
-            report=report, metrics=self.folder / "reports/metrics.json", tracker=NullTracker(),
+            report=report, metrics=self.folder / "reports/metrics.json", tracker=Tracker(),
         )  # fmt: skip
         machines = {read_json(folder / DONE)["machine"] for folder in folders}
         return {

@@ -78,7 +78,7 @@ from segdistill.engine.cohort import Cohort
 from segdistill.engine.distributed import Processes
 from segdistill.engine.learner import Learner
 from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
-from segdistill.engine.tracker import NullTracker
+from segdistill.engine.tracker import Tracker
 from segdistill.engine.trainer import Result, Trainer, Training
 from segdistill.methods import build_offline, build_online, parse_method
 from segdistill.metrics.confusion import mean_iou
@@ -338,9 +338,7 @@ class Laboratory:
             (folder / "summary.json").write_text('{"success": true, "layout": "folder"}')
             settings = {"layout": "folder", "shard_samples": 256, "max_side": None, "workers": 1}
             config = parse(prepare.Config, settings, "prepare")
-            prepare.run(
-                config, data=folder / "data", report=folder, prepared=folder / "prepared", tracker=NullTracker()
-            )
+            prepare.run(config, data=folder / "data", report=folder, prepared=folder / "prepared", tracker=Tracker())
         self.classes = len(read_dataset_info(folder / "prepared").classes)
         train = ShardDataset(folder / "prepared", "train")
         self.all_labels: Any = Memory(train)
@@ -406,7 +404,7 @@ class Laboratory:
             for student, recipe in students.items()
         }
         learner = Learner(networks, built, supervised=supervised)
-        return Training(name, learner, optimizers, "", work / name, dict.fromkeys(students, NullTracker()))
+        return Training(name, learner, optimizers, "", work / name, dict.fromkeys(students, Tracker()))
 
     def network(self, recipe: Mapping[str, Any]) -> Segmenter:
         if self.given.networks == "small":

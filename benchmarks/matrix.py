@@ -41,7 +41,7 @@ from segdistill.engine.cohort import Cohort
 from segdistill.engine.distributed import Processes
 from segdistill.engine.parts import divided, run_parts
 from segdistill.engine.settings import InferenceConfig, TrainConfig
-from segdistill.engine.tracker import NullTracker
+from segdistill.engine.tracker import Tracker
 from segdistill.engine.trainer import Diverged, Training
 from segdistill.models.config import ModelConfig
 from segdistill.models.export import count_parameters
@@ -121,7 +121,7 @@ class Side:
             teacher=teacher.info,
         )
         optimizers = {"student": student.optimizer}
-        return Training(str(number), learner, optimizers, "", work / str(number), {"student": NullTracker()})
+        return Training(str(number), learner, optimizers, "", work / str(number), {"student": Tracker()})
 
     def train(self, trainings: Sequence[Training], teacher: Teacher, *, iterations: int) -> float:
         """Seconds from the first batch to the last step, checkpoint included."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from segdistill import environment
 from segdistill.config import parse
-from segdistill.engine.tracker import JsonLinesTracker, NullTracker, Tracker
+from segdistill.engine.tracker import JsonLinesTracker, Tracker
 from segdistill.errors import Interrupted, UserError, brief, nearest
 from segdistill.files import disk_errors, folder_place, lock, write_file
 from segdistill.plan import cohorts, experiments, jobs, require_defined
@@ -78,7 +78,7 @@ def open_tracker(kind: str, here: Context, stage: Stage, cohort: str | None, fol
         folder: for JSON lines, and for what MLflow was not sent yet.
     """
     if environment.rank():
-        return NullTracker()  # rank 0 speaks
+        return Tracker()  # rank 0 speaks
     kind = _chosen(kind)
     if kind == "mlflow":
         from segdistill.adapters.mlflow_tracking import open_pipeline_run
@@ -88,7 +88,7 @@ def open_tracker(kind: str, here: Context, stage: Stage, cohort: str | None, fol
         tracker = JsonLinesTracker(folder / here.pipeline_run / f"{label(stage, cohort)}.jsonl")
         tracker.tags(here.tags(stage))
         return tracker
-    return NullTracker()
+    return Tracker()
 
 
 def finish_pipeline(kind: str, here: Context, status: str | None) -> None:

@@ -51,7 +51,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_prepared(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny data set as shards."""
     from segdistill.config import parse
-    from segdistill.engine.tracker import NullTracker
+    from segdistill.engine.tracker import Tracker
     from segdistill.stages import prepare
 
     root = tmp_path_factory.mktemp("prepared")
@@ -59,5 +59,5 @@ def tiny_prepared(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     (root / "report" / "summary.json").write_text('{"success": true, "layout": "folder"}')
     settings = {"layout": "folder", "shard_samples": 8, "max_side": None, "workers": 1}
     config = parse(prepare.Config, settings, "prepare")
-    prepare.run(config, data=tiny_data, report=root / "report", prepared=root / "prepared", tracker=NullTracker())
+    prepare.run(config, data=tiny_data, report=root / "report", prepared=root / "prepared", tracker=Tracker())
     return root / "prepared"

@@ -29,6 +29,7 @@ from segdistill.adapters.mlflow_store import (
     main_copy,
     one_line,
 )
+from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.secrets import masked, masked_text
 
@@ -81,7 +82,7 @@ def open_pipeline_run(
     return MlflowTracker(tags.get("stage", "pipeline"), settings)
 
 
-class MlflowTracker:
+class MlflowTracker(Tracker):
     """A run in MLflow behind a spool; see the module."""
 
     def __init__(self, name: str, settings: Settings, kind: Kind = "run") -> None:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from segdistill.config import Seed, parse, read_yaml, to_dict
-from segdistill.engine.tracker import NullTracker
+from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError, nearest
 from segdistill.plan import TEACHER, DistillConfig, ExperimentConfig, parse_methods
 from segdistill.stages import BY_NAME
@@ -48,7 +48,7 @@ class Calibration:
 
 
 @dataclass
-class _Recorder(NullTracker):
+class _Recorder(Tracker):
     """Keeps what is logged."""
 
     values: dict[str, list[float]] = field(default_factory=dict)

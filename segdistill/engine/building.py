@@ -32,17 +32,10 @@ def build_learner(
     """A learner whose weights depend on the seed alone.
 
     Args:
-        students: by name.
         methods: configs; offline ones if there is a teacher.
-        seed: of all weights.
-        num_classes: of the data set.
-        images: likewise.
-        teacher: what is known of the teacher's network.
-        supervised: weight of what the labels teach.
-        auxiliary: weight of what they teach the auxiliary head, times ``supervised``.
-        pseudo_labels: how sure who teaches must be to give an unlabelled pixel its class; None gives none.
-        loss: what the labels teach; None is the cross-entropy.
-        class_weights: how much a pixel of each class counts in it; None counts all alike.
+        num_classes, images: of the data set.
+        supervised, auxiliary, pseudo_labels: see :class:`Learner`.
+        loss, class_weights: see :class:`Supervision`.
 
     Raises:
         UserError: a network that cannot be built, or methods and networks that do not go together.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Required, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -90,32 +90,22 @@ def masks(
         yield image, label, prediction.classes[0].to(torch.uint8).cpu().numpy()
 
 
-def evaluate(
-    network: Network,
-    dataset: Samples,
-    views: Views,
-    *,
-    num_classes: int,
-    processes: Processes,
-    calibration: bool = False,
-    boundary: bool = False,
-    progress: Any = None,
-) -> Evaluation:
-    """Confusion counts of a segmenter on a split.
+class Asked(TypedDict, total=False):
+    """What an evaluation is to find, and with whom."""
 
-    Args:
-        network: its mode is restored afterwards.
-        calibration: whether to look at its probabilities, too.
-        boundary: whether to count the pixels near edges, too.
-        progress: called with the number of images done.
+    num_classes: Required[int]
+    processes: Required[Processes]
+    calibration: bool  # whether to look at probabilities, too
+    boundary: bool  # whether to count the pixels near edges, too
+
+
+def evaluate(network: Network, dataset: Samples, views: Views, **asked: Unpack[Asked]) -> Evaluation:
+    """Confusion counts of a segmenter on a split; its mode is restored afterwards.
 
     Raises:
         UserError: scores that are not finite, or no pixel with a label: nothing to make a score of.
     """
-    (evaluation,) = evaluate_together(
-        {"": network}, dataset, views, num_classes=num_classes, processes=processes, calibration=calibration,
-        boundary=boundary, progress=progress,
-    ).values()  # fmt: skip
+    (evaluation,) = evaluate_together({"": network}, dataset, views, **asked).values()
     if not evaluation.finite:
         raise UserError("the network's scores are not finite: it diverged, and a mIoU would say nothing of it")
     return evaluation
@@ -123,15 +113,7 @@ def evaluate(
 
 @torch.inference_mode()
 def evaluate_together(
-    networks: Mapping[Key, Network],
-    dataset: Samples,
-    views: Views,
-    *,
-    num_classes: int,
-    processes: Processes,
-    calibration: bool = False,
-    boundary: bool = False,
-    progress: Any = None,
+    networks: Mapping[Key, Network], dataset: Samples, views: Views, **asked: Unpack[Asked]
 ) -> dict[Key, Evaluation]:
     """Confusion counts of several segmenters on a split that is read once, as :func:`evaluate` would give each.
 
@@ -140,6 +122,8 @@ def evaluate_together(
     Raises:
         UserError: no pixel has a label.
     """
+    num_classes, processes = asked["num_classes"], asked["processes"]
+    calibration, boundary = asked.get("calibration", False), asked.get("boundary", False)
     device = processes.device
     modes = {key: network.training for key, network in networks.items()}
 
@@ -164,8 +148,6 @@ def evaluate_together(
                 gaps[key] += calibration_gaps(prediction.probability, right, labelled)
             if boundary:
                 edges[key] += boundary_counts(prediction.classes, labels, num_classes)
-        if progress is not None:
-            progress(len(numbers))
     evaluations, ids = {}, [dataset.sample_id(index) for index in range(len(dataset))]
     for key, network in networks.items():
         network.train(modes[key])

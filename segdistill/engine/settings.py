@@ -50,27 +50,38 @@ Schedule = Annotated[PolySchedule | ConstantSchedule, Field(discriminator="name"
 
 
 @config
-class SGDConfig:
-    """Stochastic gradient descent with momentum: the CNN recipe of the segmentation literature."""
+class _Optimizer:
+    """What every optimiser can be told."""
 
-    name: Literal["sgd"] = "sgd"
+    name: str
+
     lr: LearningRate
     """The encoder's learning rate after the warm-up."""
 
-    momentum: Beta = 0.9
-    """The part of the last step that goes on."""
-
-    weight_decay: Decay = 1e-4
+    weight_decay: Decay = 0.0
     """Strength of the pull of weights towards 0."""
-
-    nesterov: bool = False
-    """Whether the momentum looks ahead."""
 
     decoder_multiplier: Multiplier = 1.0
     """The learning rate of decoder, classifier and method helpers is this many times the encoder's."""
 
     schedule: Schedule = Field(default_factory=PolySchedule)
     """How the learning rate goes over the budget."""
+
+
+@config
+class SGDConfig(_Optimizer):
+    """Stochastic gradient descent with momentum: the CNN recipe of the segmentation literature."""
+
+    name: Literal["sgd"] = "sgd"
+
+    weight_decay: Decay = 1e-4
+    """Strength of the pull of weights towards 0."""
+
+    momentum: Beta = 0.9
+    """The part of the last step that goes on."""
+
+    nesterov: bool = False
+    """Whether the momentum looks ahead."""
 
     @pydantic.model_validator(mode="after")
     def _nesterov_has_momentum(self) -> "SGDConfig":
@@ -80,42 +91,26 @@ class SGDConfig:
 
 
 @config
-class AdamWConfig:
+class AdamWConfig(_Optimizer):
     """AdamW without decay on norms and biases: the ViT recipe."""
 
     name: Literal["adamw"] = "adamw"
-    lr: LearningRate
-    """The encoder's learning rate after the warm-up."""
-
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """How slowly the means of gradients and of their squares forget."""
 
     weight_decay: Decay = 0.01
     """Strength of the pull of weights towards 0, but for norms and biases."""
 
-    decoder_multiplier: Multiplier = 1.0
-    """The learning rate of decoder, classifier and method helpers is this many times the encoder's."""
-
-    schedule: Schedule = Field(default_factory=PolySchedule)
-    """How the learning rate goes over the budget."""
-
-
-@config
-class AdamConfig:
-    """Adam, as APD uses it for the teacher's head: constant learning rate unless told otherwise."""
-
-    name: Literal["adam"] = "adam"
-    lr: LearningRate
-    """The learning rate."""
-
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """How slowly the means of gradients and of their squares forget."""
 
-    weight_decay: Decay = 0.0
-    """Strength of the pull of weights towards 0."""
 
-    decoder_multiplier: Multiplier = 1.0
-    """The learning rate of decoder, classifier and method helpers is this many times the encoder's."""
+@config
+class AdamConfig(_Optimizer):
+    """Adam, as APD uses it for the teacher's head: constant learning rate unless told otherwise."""
+
+    name: Literal["adam"] = "adam"
+
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """How slowly the means of gradients and of their squares forget."""
 
     schedule: Schedule = Field(default_factory=ConstantSchedule)
     """How the learning rate goes over the budget."""

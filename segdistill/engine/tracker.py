@@ -1,16 +1,19 @@
-"""Where numbers go: a small protocol, and the implementation that needs nothing but a file."""
+"""Where numbers go: nowhere, or into a file; MLflow is in the adapters."""
 
 import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from segdistill.secrets import masked
 
 
-class Tracker(Protocol):
-    """What the library asks of an experiment tracker. Names are the same in every run: see docs/architecture.md."""
+class Tracker:
+    """What the library asks of an experiment tracker; this one keeps nothing.
+
+    Names are the same in every run: see docs/architecture.md.
+    """
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Flat, dotted parameter names and their values."""
@@ -34,9 +37,11 @@ class Tracker(Protocol):
             name: the run's.
             ended: whether its training has ended, so that what is added neither opens it again nor moves its end.
         """
+        return self
 
     def parent(self) -> "Tracker":
         """A tracker for the pipeline run itself, which goes on when this tracker is closed."""
+        return self
 
     def close(self, status: str = "FINISHED") -> None:
         """Ends the run: FINISHED, FAILED or KILLED."""
@@ -45,25 +50,7 @@ class Tracker(Protocol):
         """Ends the pipeline run that this one belongs to; a stage that runs later opens it again."""
 
 
-class NullTracker:
-    """Keeps nothing."""
-
-    def params(self, values: Mapping[str, Any]) -> None: ...
-    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None: ...
-    def tags(self, values: Mapping[str, str]) -> None: ...
-    def artifact(self, path: Path, folder: str = "") -> None: ...
-    def describe(self, text: str) -> None: ...
-    def child(self, name: str, *, ended: bool = False) -> "NullTracker":
-        return self
-
-    def parent(self) -> "NullTracker":
-        return self
-
-    def close(self, status: str = "FINISHED") -> None: ...
-    def finish_pipeline(self, status: str) -> None: ...
-
-
-class JsonLinesTracker:
+class JsonLinesTracker(Tracker):
     """One JSON object a line, flushed as it is written, without secrets; artifacts are recorded by their path."""
 
     def __init__(self, path: Path, prefix: str = "") -> None:
@@ -103,6 +90,3 @@ class JsonLinesTracker:
     def close(self, status: str = "FINISHED") -> None:
         self._write("close", {"status": status})
         self._file.close()
-
-    def finish_pipeline(self, status: str) -> None:
-        """Nothing to end: the folder is the pipeline run."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segdistill.config import parse, read_yaml, to_dict
-from segdistill.engine.tracker import NullTracker, Tracker
+from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.files import new_folder
 from segdistill.plan import DistillConfig, Job, PlannedJob, cohort_plan, experiments, parse_methods
@@ -98,7 +98,7 @@ class Tuning:
         plan = search_plan(params)
         self.config, self.protocol = plan.config, plan.protocol
         self.prepared, self.teacher, self.device = prepared, teacher, device
-        self.tracker: Tracker = NullTracker()  # trials become its children
+        self.tracker: Tracker = Tracker()  # trials become its children
         self.hashes = read_dataset_info(prepared).content_hash, teacher_hash(teacher)
         self.experiments = {name: self._tuned(job, plan.parameters[name]) for name, job in plan.jobs.items()}
         self.name = sha256("".join(tuned.search for tuned in self.experiments.values()).encode()).hexdigest()[:8]

@@ -13,7 +13,7 @@ from test_loop_laws import finished, result, two
 
 from segdistill.engine import checkpoint, cohort, stopwatch
 from segdistill.engine.distributed import Processes
-from segdistill.engine.tracker import NullTracker
+from segdistill.engine.tracker import Tracker
 from segdistill.engine.trainer import Diverged, Ended, Result
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -25,7 +25,7 @@ EQUAL: Mapping[str, float] = {}
 BUDGETS = {"none": 0.43, "cirkd": 1.7, "dml": 0.55}
 
 
-class Recorder(NullTracker):
+class Recorder(Tracker):
     def __init__(self) -> None:
         self.said: dict[str, str] = {}
 

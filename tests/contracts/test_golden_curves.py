@@ -41,7 +41,7 @@ from segdistill.data.shards import ShardDataset, read_dataset_info
 from segdistill.engine.building import build_learner
 from segdistill.engine.cohort import Cohort
 from segdistill.engine.distributed import Processes
-from segdistill.engine.tracker import NullTracker
+from segdistill.engine.tracker import Tracker
 from segdistill.engine.trainer import Training
 from segdistill.models.export import load_model, save_model
 from segdistill.models.teacher import Teacher
@@ -63,7 +63,7 @@ RECORDING, EXACTLY = "RECORD_GOLDEN_CURVES", "EXACT_GOLDEN_CURVES"
 Curves = dict[str, dict[str, list[float]]]
 
 
-class RecordingTracker(NullTracker):
+class RecordingTracker(Tracker):
     """Keeps each raw term, their weighted sum and the validation mIoU, in the order of the steps."""
 
     def __init__(self) -> None:

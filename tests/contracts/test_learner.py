@@ -12,7 +12,7 @@ from segdistill.engine.distributed import Processes
 from segdistill.engine.learner import Learner
 from segdistill.engine.settings import LossConfig
 from segdistill.engine.supervision import Supervision
-from segdistill.engine.tracker import NullTracker
+from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.identity import effective
 from segdistill.losses.align import resize_logits
@@ -25,7 +25,7 @@ IMAGES, TARGET = torch.rand(2, 3, *tiny.SIZE), torch.randint(tiny.CLASSES, (2, *
 BATCH = IMAGES, TARGET, None, tiny.make_teacher()(IMAGES)
 
 
-class Recorder(NullTracker):
+class Recorder(Tracker):
     def __init__(self) -> None:
         self.said: dict[str, dict[int, float]] = {}
 

@@ -24,7 +24,7 @@ from segdistill.engine.inference import Views
 from segdistill.engine.learner import Learner
 from segdistill.engine.settings import InferenceConfig, OptimizerConfig, TrainConfig
 from segdistill.engine.supervision import Supervision
-from segdistill.engine.tracker import NullTracker, Tracker
+from segdistill.engine.tracker import Tracker
 from segdistill.engine.trainer import Diverged, Result, Trainer, Training
 from segdistill.errors import Interrupted
 from segdistill.losses.masks import IGNORE_INDEX, UNLABELLED
@@ -149,7 +149,7 @@ def make_training(
     learner = Learner(
         students, dict(methods), supervised=supervised, pseudo_labels=pseudo_labels, supervision=labels
     )  # fmt: skip
-    trackers_of = dict.fromkeys(students, trackers or NullTracker())
+    trackers_of = dict.fromkeys(students, trackers or Tracker())
     return Training(name, learner, optimizers, fingerprint, work, trackers_of, budget)
 
 

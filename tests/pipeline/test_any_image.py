@@ -14,7 +14,7 @@ from tiny_params import tiny
 
 from segdistill.config import parse, read_yaml
 from segdistill.data.shards import ShardDataset, read_dataset_info
-from segdistill.engine.tracker import NullTracker
+from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.models.export import load_model
 from segdistill.plan import Job, cohort_plan, teacher_plan
@@ -74,15 +74,13 @@ def write(path: Path, pixels: np.ndarray, kind: int) -> None:
 
 def check(params: dict[str, Any], data: Path, report: Path) -> None:
     pytest.importorskip("great_expectations")
-    validate.run(
-        parse(validate.Config, params["validate"], "validate"), data=data, report=report, tracker=NullTracker()
-    )
+    validate.run(parse(validate.Config, params["validate"], "validate"), data=data, report=report, tracker=Tracker())
 
 
 def prepared(params: dict[str, Any], data: Path, report: Path, folder: Path, **changes: Any) -> Path:
     prepare.run(
         parse(prepare.Config, params["prepare"] | changes, "prepare"), data=data, report=report,
-        prepared=folder / "prepared", tracker=NullTracker(),
+        prepared=folder / "prepared", tracker=Tracker(),
     )  # fmt: skip
     return folder / "prepared"
 
@@ -116,18 +114,16 @@ def test_teacher_and_students_of_different_channels_go_from_training_to_scores(
     params: dict[str, Any], shards: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "teacher.json").write_text(as_text(teacher_plan(params["train_teacher"])))
-    train_teacher.run(
-        plan=tmp_path / "teacher.json", prepared=shards, teacher=tmp_path / "teacher", tracker=NullTracker()
-    )
+    train_teacher.run(plan=tmp_path / "teacher.json", prepared=shards, teacher=tmp_path / "teacher", tracker=Tracker())
     jobs = [Job("kd", 0), Job("pair", 0)]
     (tmp_path / "s0.json").write_text(as_text(cohort_plan(params["distill"], params["experiments"], jobs)))
     distill.run(
         plan=tmp_path / "s0.json", prepared=shards, teacher=tmp_path / "teacher", students=tmp_path / "s0",
-        tracker=NullTracker(),
+        tracker=Tracker(),
     )  # fmt: skip
     evaluate.run(
         parse(evaluate.Config, params["evaluate"], "evaluate"), prepared=shards, students=tmp_path / "s0",
-        evaluations=tmp_path / "evaluations", tracker=NullTracker(),
+        evaluations=tmp_path / "evaluations", tracker=Tracker(),
     )  # fmt: skip
     scores = json.loads((tmp_path / "evaluations/kd/evaluation.json").read_text())["models"]["cnn"]
     assert 0 < scores["test/miou"] <= 1 and scores["macs"] > 0
@@ -156,7 +152,7 @@ def test_a_channel_that_the_images_have_not_is_refused(params: dict[str, Any], s
         UserError, match=r"model\.channels: 5, but the images have 5 channels of 16 bits; allowed: 0 to 4"
     ):
         train_teacher.run(
-            plan=tmp_path / "teacher.json", prepared=shards, teacher=tmp_path / "teacher", tracker=NullTracker()
+            plan=tmp_path / "teacher.json", prepared=shards, teacher=tmp_path / "teacher", tracker=Tracker()
         )
 
 

@@ -16,7 +16,7 @@ from tiny_params import tiny
 
 from segdistill.config import parse, read_yaml, to_dict
 from segdistill.data.shards import ShardDataset, read_dataset_info
-from segdistill.engine.tracker import NullTracker
+from segdistill.engine.tracker import Tracker
 from segdistill.files import file_hash
 from segdistill.plan import Job, cohort_plan, teacher_plan
 from segdistill.report.highlights import Highlights
@@ -28,7 +28,7 @@ from segdistill.stages.plan import as_text
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Names(NullTracker):
+class Names(Tracker):
     """Keeps the names of the runs, what they are tagged with, and how they end."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ def teacher(tiny_prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("taught")
     (folder / "plan.json").write_text(as_text(teacher_plan(tiny(read_yaml(ROOT / "params.yaml"))["train_teacher"])))
     places = {"plan": folder / "plan.json", "prepared": tiny_prepared, "teacher": folder / "teacher"}
-    train_teacher.run(**places, tracker=NullTracker())
+    train_teacher.run(**places, tracker=Tracker())
     again = Names()
     train_teacher.run(**places, tracker=again)
     assert not again.runs, "it is there with the same identity"

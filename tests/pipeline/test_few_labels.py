@@ -11,7 +11,7 @@ from tiny_params import tiny
 
 from segdistill.config import parse, read_yaml
 from segdistill.data.shards import read_dataset_info
-from segdistill.engine.tracker import NullTracker
+from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.plan import Job, cohort_plan, teacher_plan
 from segdistill.stages import distill, prepare, train_teacher
@@ -52,11 +52,11 @@ def made(params: dict[str, Any], tiny_data: Path, tmp_path_factory: pytest.TempP
     (folder / "report/summary.json").write_text('{"success": true, "layout": "folder"}')
     prepare.run(
         parse(prepare.Config, params["prepare"], "prepare"), data=tiny_data, report=folder / "report",
-        prepared=folder / "prepared", tracker=NullTracker(),
+        prepared=folder / "prepared", tracker=Tracker(),
     )  # fmt: skip
     (folder / "teacher.json").write_text(as_text(teacher_plan(params["train_teacher"])))
     train_teacher.run(
-        plan=folder / "teacher.json", prepared=folder / "prepared", teacher=folder / "teacher", tracker=NullTracker()
+        plan=folder / "teacher.json", prepared=folder / "prepared", teacher=folder / "teacher", tracker=Tracker()
     )
     return folder
 

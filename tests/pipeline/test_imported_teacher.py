@@ -13,7 +13,7 @@ from versioned import commit_data
 from segdistill.__main__ import main
 from segdistill.config import parse, read_yaml
 from segdistill.data.shards import read_dataset_info
-from segdistill.engine.tracker import NullTracker
+from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.files import read_json
 from segdistill.plan import Job, TeacherConfig, cohort_plan, experiments, teacher_plan
@@ -82,8 +82,8 @@ def test_a_segformer_of_hugging_face_teaches_a_student(tiny_prepared: Path, tmp_
     }  # fmt: skip
     (tmp_path / "teacher.json").write_text(as_text(teacher_plan(section)))
     places = {"plan": tmp_path / "teacher.json", "prepared": tiny_prepared, "teacher": tmp_path / "teacher"}
-    assert train_teacher.run(**places, tracker=NullTracker())
-    assert not train_teacher.run(**places, tracker=NullTracker()), "it is there with the same identity"
+    assert train_teacher.run(**places, tracker=Tracker())
+    assert not train_teacher.run(**places, tracker=Tracker()), "it is there with the same identity"
     document = json.loads((tmp_path / "teacher/teacher.json").read_text())
     assert document["model"]["architecture"] == "SegformerForSemanticSegmentation"
     assert document["model"]["origin"] == "segformer" and 0 <= document["val/miou"] <= 1
@@ -91,14 +91,14 @@ def test_a_segformer_of_hugging_face_teaches_a_student(tiny_prepared: Path, tmp_
     (tmp_path / "s0.json").write_text(as_text(cohort_plan(params["distill"], params["experiments"], [Job("kd", 0)])))
     distill.run(
         plan=tmp_path / "s0.json", prepared=tiny_prepared, teacher=tmp_path / "teacher", students=tmp_path / "s0",
-        tracker=NullTracker(),
+        tracker=Tracker(),
     )  # fmt: skip
     metrics = json.loads((tmp_path / "s0/kd/metrics.json").read_text())
     assert metrics["teacher_sha256"] == document["sha256"]
     settings = parse(evaluate.Config, params["evaluate"], "evaluate")
     evaluate_teacher.run(
         settings, prepared=tiny_prepared, model=tmp_path / "teacher", evaluation=tmp_path / "evaluation",
-        tracker=NullTracker(),
+        tracker=Tracker(),
     )  # fmt: skip
     evaluated = json.loads((tmp_path / "evaluation/evaluation.json").read_text())["models"]["teacher"]
     assert evaluated["network"] == "SegformerForSemanticSegmentation from 'segformer'" and evaluated["params"] > 0

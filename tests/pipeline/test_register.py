@@ -32,7 +32,7 @@ from segdistill.adapters.mlflow_tracking import MlflowTracker, Settings
 from segdistill.config import to_dict
 from segdistill.data.shards import read_dataset_info
 from segdistill.engine.settings import InferenceConfig
-from segdistill.engine.tracker import NullTracker
+from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.files import SEAL, file_hash, seal, sealed_hashes
 from segdistill.models.config import ModelConfig
@@ -517,7 +517,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "report" / "summary.json").write_text(json.dumps({"success": True, "layout": "folder"}))
     for samples in (2, 100):
         config = prepare.Config(layout="folder", shard_samples=samples, max_side=None, workers=1)
-        prepare.run(config, data=data, report=root / "report", prepared=root / f"by-{samples}", tracker=NullTracker())
+        prepare.run(config, data=data, report=root / "report", prepared=root / f"by-{samples}", tracker=Tracker())
     return root / "by-2"
 
 

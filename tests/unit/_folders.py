@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from segdistill.engine.tracker import NullTracker
+from segdistill.engine.tracker import Tracker
 from segdistill.stages import prepare as stage
 
 CLASSES = ("sky", "road", "car")
@@ -56,5 +56,5 @@ def prepare(data: Path, prepared: Path, **changes: Any) -> Path:
     (report / "summary.json").write_text('{"success": true, "layout": "folder"}')
     settings: dict[str, Any] = {"layout": "folder", "shard_samples": 3, "max_side": None, "workers": 1}
     config = stage.Config(**settings | changes)
-    stage.run(config, data=data, report=report, prepared=prepared, tracker=NullTracker())
+    stage.run(config, data=data, report=report, prepared=prepared, tracker=Tracker())
     return prepared

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torchvision.models import segmentation
 
 from segdistill.config import parse
-from segdistill.engine.tracker import NullTracker
+from segdistill.engine.tracker import Tracker
 from segdistill.models.config import ModelConfig
 from segdistill.models.export import save_model
 from segdistill.models.segmenter import build_segmenter
@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "report/summary.json").write_text(json.dumps({"success": True, "layout": "folder"}))
     config = prepare.Config(layout="folder", shard_samples=8, max_side=None, workers=1)
     prepare.run(
-        config, data=root / "data", report=root / "report", prepared=root / "prepared", tracker=NullTracker()
+        config, data=root / "data", report=root / "report", prepared=root / "prepared", tracker=Tracker()
     )  # fmt: skip
     return root
 

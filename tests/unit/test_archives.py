@@ -21,7 +21,7 @@ from segdistill.data.importing import import_dataset
 from segdistill.data.layouts import open_layout, recognised_layout
 from segdistill.data.unpacking import unpack
 from segdistill.data.zips import with_zips
-from segdistill.engine.tracker import NullTracker
+from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.files import read_bytes
 from segdistill.stages import prepare
@@ -56,7 +56,7 @@ def prepared_hash(layout: str, data: Path, out: Path) -> str:
     out.mkdir()
     (out / "summary.json").write_text(json.dumps({"success": True, "layout": layout}))
     settings = prepare.Config(layout=layout, shard_samples=8, max_side=None, workers=1)
-    prepare.run(settings, data=data, report=out, prepared=out / "prepared", tracker=NullTracker())
+    prepare.run(settings, data=data, report=out, prepared=out / "prepared", tracker=Tracker())
     return str(json.loads((out / "prepared/dataset.json").read_text())["content_hash"])
 
 

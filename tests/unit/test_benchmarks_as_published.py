@@ -20,7 +20,7 @@ from segdistill.data.layouts.camvid_original import COLORS
 from segdistill.data.layouts.cityscapes import CLASSES as CITYSCAPES
 from segdistill.data.layouts.cityscapes import LABEL_IDS, NOT_EVALUATED
 from segdistill.data.shards import ShardDataset
-from segdistill.engine.tracker import NullTracker
+from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
 from segdistill.stages import prepare, validate
 
@@ -128,9 +128,9 @@ def check(name: str, data: Path, out: Path) -> tuple[dict[str, Any], Path]:
         layout=name, min_samples=validate.MinSamples(train=1, val=1, test=1), max_ignore_fraction=0.6,
         min_class_share=0.0, workers=1,
     )  # fmt: skip
-    validate.run(config, data=data, report=out / "report", tracker=NullTracker())
+    validate.run(config, data=data, report=out / "report", tracker=Tracker())
     settings = prepare.Config(layout=name, shard_samples=8, max_side=None, workers=1)
-    prepare.run(settings, data=data, report=out / "report", prepared=out / "prepared", tracker=NullTracker())
+    prepare.run(settings, data=data, report=out / "report", prepared=out / "prepared", tracker=Tracker())
     return json.loads((out / "report/summary.json").read_text()), out / "prepared"
 
 

@@ -21,7 +21,7 @@ from sklearn.metrics import jaccard_score
 
 from segdistill.config import parse, to_dict
 from segdistill.data.shards import read_dataset_info
-from segdistill.engine.tracker import JsonLinesTracker, NullTracker
+from segdistill.engine.tracker import JsonLinesTracker, Tracker
 from segdistill.errors import UserError
 from segdistill.files import seal
 from segdistill.metrics.confusion import iou_counts, mean_iou, per_class_iou
@@ -151,7 +151,7 @@ class Inputs:
             "evaluations": cohorts["reports/evaluation"],
             "report": self.report,
             "metrics": self.root / "reports/metrics.json",
-            "tracker": tracker or NullTracker(),
+            "tracker": tracker or Tracker(),
         }
         if seals:
             self.seal()

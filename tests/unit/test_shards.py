@@ -22,7 +22,7 @@ from PIL import Image
 from segdistill.data import sharding, shards
 from segdistill.data.memory import Memory
 from segdistill.data.shards import ShardDataset, read_class_pixels, read_dataset_info
-from segdistill.engine.tracker import JsonLinesTracker, NullTracker
+from segdistill.engine.tracker import JsonLinesTracker, Tracker
 from segdistill.errors import UserError
 from segdistill.files import SEAL, seal
 from segdistill.stages.prepare import Config, run
@@ -447,7 +447,7 @@ def test_data_that_did_not_pass_is_not_prepared(data: Path, tmp_path: Path, cont
         (tmp_path / "summary.json").write_text(content)
     config = Config(layout="folder", shard_samples=3, max_side=None, workers=1)
     with pytest.raises(UserError, match=sentence):
-        run(config, data=data, report=tmp_path, prepared=tmp_path / "prepared", tracker=NullTracker())
+        run(config, data=data, report=tmp_path, prepared=tmp_path / "prepared", tracker=Tracker())
     assert not (tmp_path / "prepared").exists()
 
 

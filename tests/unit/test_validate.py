@@ -15,7 +15,7 @@ from PIL import Image
 from segdistill.config import parse
 from segdistill.data.checks import inspect, value_counts
 from segdistill.data.layouts import open_layout
-from segdistill.engine.tracker import JsonLinesTracker, NullTracker, Tracker
+from segdistill.engine.tracker import JsonLinesTracker, Tracker
 from segdistill.errors import UserError
 from segdistill.stages.validate import Config, run
 
@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def validate(data: Path, report: Path, tracker: Tracker | None = None, **changes: Any) -> dict[str, Any]:
-    run(parse(Config, SETTINGS | changes, "validate"), data=data, report=report, tracker=tracker or NullTracker())
+    run(parse(Config, SETTINGS | changes, "validate"), data=data, report=report, tracker=tracker or Tracker())
     return json.loads((report / "summary.json").read_text())
 
 
