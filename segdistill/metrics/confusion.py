@@ -14,32 +14,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def confusion_matrix(prediction: "Tensor", target: "Tensor", num_classes: int, ignore_index: int = 255) -> "Tensor":
-    """Counts of (truth, prediction) pairs over all pixels.
-
-    Shape:
-        prediction, target: any, the same; result: [K, K] int64 on the device of ``prediction``.
-
-    See :func:`confusion_matrix_per_image`, of which this is the sum over images.
-    """
-    return confusion_matrix_per_image(prediction[None], target[None], num_classes, ignore_index)[0]
-
-
 def confusion_matrix_per_image(
     prediction: "Tensor", target: "Tensor", num_classes: int, ignore_index: int = 255
 ) -> "Tensor":
-    """One confusion matrix for each image of a batch, without waiting for the device.
+    """Counts of (truth, prediction) pairs for each image of a batch, without waiting for the device.
 
     Pixels whose label is ``ignore_index`` count nowhere, whatever was predicted there.
 
-    Args:
-        prediction: class indices, each below ``num_classes``.
-        target: class indices or ``ignore_index``.
-        num_classes: K.
-        ignore_index: the label of pixels that count nowhere.
-
     Shape:
-        prediction, target: [B, ...]; result: [B, K, K] int64 on the device of ``prediction``.
+        prediction, target: [B, ...], classes below K, of the target or ``ignore_index``; result: [B, K, K] int64 on the
+            device of ``prediction``.
 
     Raises:
         ValueError: the shapes differ, or a label is neither a class nor ``ignore_index`` (on a GPU such a label is a

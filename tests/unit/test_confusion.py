@@ -9,7 +9,6 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 from sklearn.metrics import jaccard_score
 
 from segdistill.metrics.confusion import (
-    confusion_matrix,
     confusion_matrix_per_image,
     iou,
     mean_iou,
@@ -17,6 +16,11 @@ from segdistill.metrics.confusion import (
     pixel_accuracy,
 )
 from segdistill.report.confusion import confusion_map
+
+
+def confusion_matrix(prediction: torch.Tensor, target: torch.Tensor, *settings: int, **more: int) -> torch.Tensor:
+    """Over all pixels, whatever the shape."""
+    return confusion_matrix_per_image(prediction[None], target[None], *settings, **more)[0]
 
 
 def random_case(seed: int, classes: int, shape: tuple[int, ...] = (4, 9, 7)) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,7 @@ from segdistill.engine.distributed import Processes
 from segdistill.engine.evaluate import evaluate
 from segdistill.engine.inference import Views
 from segdistill.engine.settings import InferenceConfig
-from segdistill.metrics.confusion import confusion_matrix, mean_iou
+from segdistill.metrics.confusion import confusion_matrix_per_image, mean_iou
 
 
 def miou_of_masks(masks: Path, data: Path) -> float:
@@ -29,7 +29,7 @@ def miou_of_masks(masks: Path, data: Path) -> float:
     for path in sorted(masks.glob("*.png")):
         mask = torch.from_numpy(np.array(Image.open(path)))
         label = torch.from_numpy(np.array(Image.open(data / "data/masks/test" / path.name)))
-        counts += confusion_matrix(mask.long(), label.long(), 3)
+        counts += confusion_matrix_per_image(mask.long()[None], label.long()[None], 3)[0]
     return mean_iou(counts.numpy())
 
 
