@@ -43,16 +43,13 @@ class Cohort:
 
     Args:
         trainings: the members; what labels teach is the same in all of them.
-        train_set: what is learned from.
-        val_set: what is validated on; None never validates.
-        config: the loop.
+        val_set: None never validates.
         inference: how students are validated.
         seed: of data order, augmentation and what learners draw.
         teacher: what members with offline methods learn from.
-        processes: this process and its peers.
         unlabelled_set: where the images beside each batch come from, if the loop asks for some; a member without
             methods takes none of them.
-        advanced: is told after each step how far these are; None where nobody looks.
+        advanced: is told after each step how far these are.
 
     Raises:
         ValueError: two members of one name, a method without its teacher, or a budget in seconds for several members.
@@ -94,7 +91,9 @@ class Cohort:
         }
         if config.compile:  # Dynamo counts by function, and all learners share theirs
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(trainings))
-        self.share = self._share()
+        # Images that nobody takes are not read.
+        beside = config.unlabelled if any(member.takes_unlabelled for member in self.members.values()) else 0
+        self.share = Share(config.batch_size, config.accumulate, processes.rank, processes.world_size, beside)
         self.teacher = None
         taught = [name for name, member in self.members.items() if member.learner.needs_teacher]
         if taught:
@@ -170,24 +169,12 @@ class Cohort:
         fraction = min(member.fraction for member in active.values())
         return Advance(number, longest, fraction, images_per_second)
 
-    def _share(self) -> Share:
-        config, processes = self.config, self.processes
-        # Images that nobody takes are not read.
-        beside = config.unlabelled if any(member.takes_unlabelled for member in self.members.values()) else 0
-        return Share(config.batch_size, config.accumulate, processes.rank, processes.world_size, beside)
-
     def _batches(self, iteration: int) -> Iterator[tuple[Tensor, Tensor]]:
-        config, processes = self.config, self.processes
         return training_batches(
-            self.train_set,
-            config.augmentation,
-            seed=self.seed,
-            share=self.share,
-            first_iteration=iteration,
-            workers=config.workers,
-            device=processes.device,
+            self.train_set, self.config.augmentation, seed=self.seed, share=self.share, first_iteration=iteration,
+            workers=self.config.workers, device=self.processes.device,
             beside=self.unlabelled_set if self.share.unlabelled else None,
-        )
+        )  # fmt: skip
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]], takers: list[Trainer]) -> None:
         """One step of each taker, one after another: what a backward pass needs is held for one at a time."""

@@ -18,15 +18,7 @@ def usable_gpus() -> int:
 
 
 def require_gpus(count: int, asked: str) -> None:
-    """Checks that torch can use so many GPUs.
-
-    Args:
-        count: how many are needed.
-        asked: the beginning of the sentence: who asked for how many.
-
-    Raises:
-        UserError: it can use fewer.
-    """
+    """Raises a UserError where torch can use fewer GPUs; ``asked`` begins its sentence: who asked for how many."""
     usable = usable_gpus()
     if usable >= count:
         return

@@ -45,9 +45,7 @@ class TrainingBar:
         kind: what is trained: teacher, student, trial.
         groups: the names of those that train together, one group after another or several at once.
         costs: how long each group takes, compared with the others.
-        before: the part of the whole that was done before, 0..1.
-        share: the part of the whole that these groups are.
-        enabled: whether it is to be seen at all.
+        before, share: the parts of the whole that were done before, and that these groups are, 0..1.
     """
 
     def __init__(

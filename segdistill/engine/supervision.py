@@ -66,7 +66,6 @@ def class_weights(config: LossConfig, prepared: Path, where: str) -> list[float]
     """How much a pixel of each class counts in the cross-entropy; None if all count alike.
 
     Args:
-        config: the rule.
         prepared: the data, whose training split is counted where the rule asks for it.
         where: the dotted path of ``config``, for messages.
 

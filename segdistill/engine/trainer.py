@@ -44,28 +44,18 @@ MOST_SKIPPED = 20
 
 @dataclass(frozen=True)
 class Training:
-    """What is to be trained.
+    """What is to be trained."""
 
-    Args:
-        name: its own among those of a cohort.
-        learner: the students and methods.
-        optimizers: one config a student, by its name.
-        fingerprint: names everything that defines this training; a checkpoint of another one is not resumed.
-        work: folder of the resume checkpoint.
-        trackers: one a student, by its name.
-        budget: a multiple of the loop's budget.
-        judge: is told the iteration and the scores of each validation but the last, alike in all processes; raises
-            :class:`Ended` where it is not worth going on.
-    """
-
-    name: str
+    name: str  # its own among those of a cohort
     learner: Learner
-    optimizers: Mapping[str, OptimizerConfig]
-    fingerprint: str
-    work: Path
-    trackers: Mapping[str, Tracker]
-    budget: float = 1.0
+    optimizers: Mapping[str, OptimizerConfig]  # by student
+    fingerprint: str  # names everything that defines this training; a checkpoint of another one is not resumed
+    work: Path  # folder of the resume checkpoint
+    trackers: Mapping[str, Tracker]  # by student
+    budget: float = 1.0  # a multiple of the loop's
     judge: Callable[[int, Mapping[str, Evaluation]], None] | None = None
+    """Is told the iteration and the scores of each validation but the last, alike in all processes; raises
+    :class:`Ended` where it is not worth going on."""
 
 
 @dataclass
@@ -82,12 +72,7 @@ class Result:
 
 
 class Ended(UserError):
-    """A training that ended before its budget, alone; the other members of its cohort went on.
-
-    Args:
-        iteration: by which it ended.
-        reason: why.
-    """
+    """A training that ended before its budget, alone; the other members of its cohort went on."""
 
     became = "ended"  # the tag that says so
 
@@ -131,14 +116,7 @@ class Progress:
 
 
 class Trainer:
-    """Trains a learner's students on the batches that it is given.
-
-    Args:
-        training: what is trained.
-        config: budget, precision, and how often it speaks and saves.
-        seed: of what its learner draws: dropout and masks.
-        processes: this process and its peers.
-    """
+    """Trains a learner's students on the batches that it is given; ``seed`` is of what they draw: dropout and masks."""
 
     def __init__(self, training: Training, config: TrainConfig, *, seed: int, processes: Processes) -> None:
         self.training, self.config, self.processes = training, config, processes
@@ -226,11 +204,9 @@ class Trainer:
     def learn(
         self, images: Tensor, target: Tensor, mass: Tensor | None, teacher_outputs: Outputs | None, *, last: bool
     ) -> None:
-        """Forward and backward pass of one micro-batch; gradients travel between processes with the last one only.
+        """Forward and backward pass of one micro-batch, as :meth:`Learner.forward` takes it.
 
-        Args:
-            images, target, mass, teacher_outputs: see :meth:`Learner.forward`.
-            last: whether it is the last one before the step.
+        Gradients travel between processes with the last one before the step only.
         """
         share: Any = contextlib.nullcontext()
         if isinstance(self.wrapped, DistributedDataParallel) and not last:

@@ -82,16 +82,11 @@ def save_model(folder: Path, name: str, segmenter: SegmentationNetwork, metadata
 def load_model(
     folder: Path, name: str, device: torch.device | str = "cpu", *, classes: Sequence[str] | None = None
 ) -> tuple[SegmentationNetwork, dict[str, Any]]:
-    """Reads what :func:`save_model` wrote; no network, no random numbers drawn.
+    """What :func:`save_model` wrote, in eval mode, and its whole JSON document; no network, no random numbers drawn.
 
     Args:
         folder: of one or several models; its seal, where it has one, is honoured.
-        name: of the model.
-        device: where to put it.
         classes: the data set's, in order, which must be the model's; None where no label is read or shown.
-
-    Returns:
-        The segmenter in eval mode on ``device``, and the whole JSON document.
 
     Raises:
         UserError: a file is absent, damaged or not of this pair, a key is missing, unexpected, of another shape or not
@@ -115,11 +110,7 @@ def load_model(
 
 
 def load_weights(segmenter: SegmentationNetwork, path: Path) -> None:
-    """Fills a whole segmenter from a safetensors file, strictly.
-
-    Raises:
-        UserError: the first missing, unexpected or mismatched key.
-    """
+    """Fills a whole segmenter from a safetensors file; a UserError names the first missing, unexpected or other key."""
     given, wanted = read_safetensors(path), segmenter.state_dict()
     for key, tensor in wanted.items():
         if key not in given:
@@ -157,11 +148,7 @@ def count_macs(segmenter: SegmentationNetwork, size: tuple[int, int]) -> int:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """The JSON document of a saved model.
-
-    Raises:
-        UserError: it is absent, damaged, or not one.
-    """
+    """The JSON document of a saved model, or a UserError where it is absent, damaged, or not one."""
     if (path.parent / SEAL).exists():
         document = read_sealed_json(path.parent, path.name, mend="make the model again")
     else:

@@ -76,10 +76,7 @@ def resolve_encoder(name: str, architecture: str) -> str:
 
 
 def build_parts(config: ModelConfig, num_classes: int, *, pretrained: bool) -> Parts:
-    """Builds the network of a config.
-
-    Args:
-        pretrained: fetch the encoder's ImageNet weights.
+    """Builds the network of a config; ``pretrained`` fetches the encoder's ImageNet weights.
 
     Raises:
         UserError: an unknown encoder or decoder keyword, or a combination the libraries cannot build.

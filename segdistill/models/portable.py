@@ -13,8 +13,8 @@ import time
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,17 +39,10 @@ TOLERANCE = 1e-3  # of the largest logit: other kernels add in another order
 _CONFIG = re.compile(r"(^|/)data/(weights|constants)/[^/]+_config\.json$")
 
 
-@dataclass(frozen=True)
-class FullSize:
-    """The geometry of logits that come at the size of the images."""
-
-    logits_stride: int = 1
-
-
 class PortableNetwork(nn.Module):
     """A network from a file: as much of a :class:`Segmenter` as evaluation and prediction ask for."""
 
-    info = FullSize()
+    info = SimpleNamespace(logits_stride=1)  # its logits come at the size of the images
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits at the size of the images.
@@ -105,11 +98,7 @@ class OnnxNetwork(PortableNetwork):
 
 
 def import_export(module: str) -> Any:
-    """A library of the extra ``export``.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """A library of the extra ``export``; a UserError where it is not installed."""
     import importlib
 
     try:
@@ -178,10 +167,8 @@ def save_checked(
     """Writes a program with its contract as ``.pt2`` or ``.onnx``, as the path ends, and compares what it gives.
 
     Args:
-        program: the graph.
-        expected: the network that it was traced from.
-        path: the file to write.
-        document: its contract.
+        expected: the network that the program was traced from.
+        document: the contract.
 
     Returns:
         The largest difference of logits, as a share of the largest logit, and the network in the file.
@@ -279,9 +266,8 @@ def quantize(source: Path, path: Path, batches: Iterable[Any], document: Mapping
 
     Args:
         source: the float32 file.
-        path: the file to write.
         batches: float32 arrays [B, C, H, W] in 0..1, of training images.
-        document: its contract.
+        document: the contract.
     """
     onnx = import_export("onnx")
     import_export("onnxruntime")
@@ -327,11 +313,7 @@ def load_portable(path: Path, device: torch.device) -> tuple[PortableNetwork, di
 
 
 def require_contract(document: Any, where: object) -> dict[str, Any]:
-    """A contract that came from outside.
-
-    Raises:
-        UserError: it is none.
-    """
+    """A contract that came from outside, or a UserError where it is none."""
     try:
         classes = [{"name": str(entry["name"]), "color": [int(x) for x in entry["color"]]}
                    for entry in document["classes"]]  # fmt: skip

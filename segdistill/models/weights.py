@@ -56,11 +56,7 @@ def hub_answers(endpoint: str) -> bool:
 
 
 def local_weights_path(value: str) -> Path:
-    """The file that ``encoder_weights`` names.
-
-    Raises:
-        UserError: not a .safetensors file, or absent.
-    """
+    """The file that ``encoder_weights`` names; a UserError where it is no .safetensors file, or absent."""
     path = Path(value)
     allowed = "allowed: none, imagenet, or the path of a .safetensors file"
     if path.suffix != ".safetensors":
@@ -109,11 +105,8 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 def load_encoder_file(encoder: nn.Module, name: str, path: Path) -> None:
     """Fills an encoder from a file with the encoder library's own keys.
 
-    Nothing may be missing. What the encoder has no place for must be the classifier's side of the same model.
-
-    Args:
-        encoder: an encoder of segmentation-models-pytorch.
-        name: its resolved name.
+    Nothing may be missing. What the encoder has no place for must be the classifier's side of the same model. ``name``
+    is the resolved one.
     """
     is_timm, title = name.startswith("tu-"), name.removeprefix("tu-")
     module = encoder.get_submodule("model") if is_timm else encoder

@@ -17,7 +17,6 @@ def scene(seed: int, index: int, size: tuple[int, int] = (128, 96)) -> tuple[np.
 
     Args:
         seed: of the whole data set.
-        index: of the scene.
         size: width and height in pixels; the layout of a scene depends on it only through the frame it is seen in.
 
     Returns:

@@ -61,11 +61,10 @@ def write(
 
     Args:
         out: the folder to make; it may exist if it is empty.
-        seed: of the data set.
         size: width and height of every picture.
         samples: how many scenes each split gets.
         classes: "all" 11 of them, or the 6 "large" ones, with the others void; the pictures are the same.
-        workers: processes; one per core by default. More do not change the bytes.
+        workers: processes; one per core by default.
         progress: show a bar, if stderr is a terminal.
 
     Raises:

@@ -37,11 +37,7 @@ MOST_WORDS = 300  # characters of a licence's name and place
 
 
 def family_of(folder: Path) -> str:
-    """The family of the teacher in a folder.
-
-    Raises:
-        UserError: there is no folder, or none of the files that tell.
-    """
+    """The family of the teacher in a folder; a UserError where there is no folder, or none of the files that tell."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     family = next((family for marker, family in MARKERS.items() if (folder / marker).is_file()), None)
@@ -109,8 +105,6 @@ def open_teacher(folders: Sequence[Path], classes: Sequence[str], labels: Mappin
     """The trained network in a folder, or the mean of several, with the data set's classes.
 
     Args:
-        folders: of one teacher or several.
-        classes: the data set's, in order.
         labels: a class of a teacher -> the data set's, where their names differ.
 
     Raises:

@@ -130,11 +130,9 @@ def sources_of(where: Path, names: Sequence[str], classes: Sequence[str], labels
     """The indices of a teacher's classes that make each class of the data set.
 
     Args:
-        where: the teacher.
         names: its classes, in order.
         classes: the data set's, in order.
-        labels: one of ``names`` -> one of ``classes``; what is not in it is matched by name, whatever the case, spaces,
-            hyphens and underscores.
+        labels: one of ``names`` -> one of ``classes``; what is not in it is matched by name, see :func:`matched`.
 
     Raises:
         UserError: a class of the data set has no source.
