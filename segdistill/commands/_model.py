@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
-    from segdistill.engine.inference import Network
+    from segdistill.models.outputs import Network
 
 REGISTRY = "models:/"
 HELP = "a folder of ours, a registered model (models:/segdistill-student@champion), or a .pt2 or .onnx file"

@@ -22,7 +22,7 @@ from segdistill.files import disk_errors, folder_place, write_file
 
 if TYPE_CHECKING:
     from segdistill.data.shards import ShardDataset
-    from segdistill.engine.inference import Network
+    from segdistill.models.outputs import Network
 
 Images = Annotated[int, Field(ge=1, le=100_000)]
 Side = Annotated[int, Field(ge=1, le=16_384)]

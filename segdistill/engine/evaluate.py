@@ -11,7 +11,7 @@ from torch import Tensor
 from segdistill.data.parallel import READERS, ahead
 from segdistill.data.transforms import unit_range
 from segdistill.engine.distributed import Processes
-from segdistill.engine.inference import Network, Views, predict
+from segdistill.engine.inference import Views, predict
 from segdistill.errors import UserError
 from segdistill.metrics.boundary import boundary_counts
 from segdistill.metrics.calibration_error import BINS, calibration_gaps, expected_calibration_error
@@ -23,6 +23,7 @@ from segdistill.metrics.confusion import (
     mean_over_present,
     pixel_accuracy,
 )
+from segdistill.models.outputs import Network
 
 Key = TypeVar("Key")
 MANY = 64  # images of a process, for which it is worth to start threads that read them ahead

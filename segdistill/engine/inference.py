@@ -9,7 +9,6 @@ of each other; where they have no common raster, the whole is one band.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch.nn import functional
 
 from segdistill.engine.settings import InferenceConfig
 from segdistill.geometry import Size, size_of
+from segdistill.models.outputs import Network
 from segdistill.models.segmenter import logits_at
 
 BAND = 2**17  # pixels of an image, over all views: half a MiB of scores a class; smaller images are one band
@@ -24,25 +24,6 @@ STEP = 32  # rows; so bands begin where a vector of the CPU does, which computes
 
 Rows = Callable[[int, int], Tensor]
 """The rows of a map from one number up to another: [B, K, rows, W]."""
-
-
-class Network(Protocol):
-    """What is evaluated: a segmenter, or a network from a file (models/portable.py)."""
-
-    training: bool
-
-    @property
-    def info(self) -> Any:
-        """Has ``logits_stride``: image pixels per cell of the logits."""
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in 0..1 to logits [B, K, h, w]."""
-
-    def train(self, mode: bool = True) -> Any:
-        """Sets the mode, as a module does."""
-
-    def eval(self) -> Any:
-        """Sets the mode of use."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,17 @@ class ModelInfo:
         return self.last_stride if tap == "last_feature" else self.feature_strides[_stage(tap)]
 
 
-class SegmentationNetwork(nn.Module):
+class Network(nn.Module):
+    """Images in, logits out: a segmenter, or a network from a file (:mod:`models.portable`)."""
+
+    info: Any  # has ``logits_stride``: image pixels per cell of the logits
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W], float in 0..1, to logits [B, K, h, w]."""
+        raise NotImplementedError
+
+
+class SegmentationNetwork(Network):
     """Images in, :class:`Outputs` out: our own segmenter, or a teacher of another origin (:mod:`models.teachers`)."""
 
     images: ImageFormat = RGB  # what it is shown

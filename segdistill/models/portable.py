@@ -24,7 +24,7 @@ import segdistill
 from segdistill.errors import UserError
 from segdistill.files import parse_json, require_regular
 from segdistill.images import of_contract
-from segdistill.models.outputs import SegmentationNetwork
+from segdistill.models.outputs import Network, SegmentationNetwork
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -39,18 +39,10 @@ TOLERANCE = 1e-3  # of the largest logit: other kernels add in another order
 _CONFIG = re.compile(r"(^|/)data/(weights|constants)/[^/]+_config\.json$")
 
 
-class PortableNetwork(nn.Module):
-    """A network from a file: as much of a :class:`Segmenter` as evaluation and prediction ask for."""
+class PortableNetwork(Network):
+    """A network from a file, whose logits come at the size of the images."""
 
-    info = SimpleNamespace(logits_stride=1)  # its logits come at the size of the images
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Logits at the size of the images.
-
-        Shape:
-            images: [B, C, H, W], float in 0..1, as the contract says. Returns [B, K, H, W].
-        """
-        raise NotImplementedError
+    info = SimpleNamespace(logits_stride=1)
 
 
 class ProgramNetwork(PortableNetwork):

@@ -22,7 +22,7 @@ from segdistill.models.weights import imagenet_download, load_encoder_file, loca
 
 MULTIPLE = 32  # the stride of an undilated encoder; every decoder here takes multiples of it
 AUX_CHANNELS = 256  # at most; a stage with fewer channels keeps its own number
-_PROBE = 64  # pixels: the smallest image that leaves a dilated stage more than one cell
+PROBE = 64  # pixels: the smallest image that leaves a dilated stage more than one cell
 
 
 class Segmenter(SegmentationNetwork):
@@ -58,10 +58,7 @@ class Segmenter(SegmentationNetwork):
         """
         height, width = images.shape[-2:]
         stages, decoded = self._run(self._prepare(images))
-        strides = self.info.feature_strides
-        features = tuple(
-            crop_to_stride(stage, height, width, stride) for stage, stride in zip(stages, strides, strict=True)
-        )
+        features = crop_stages(stages, height, width, self.info)
         last_feature = crop_to_stride(decoded, height, width, self.info.last_stride)
         aux_logits = None if self.aux_head is None else self.aux_head(features[2])
         return Outputs(self.classifier(last_feature), features, last_feature, aux_logits)
@@ -110,24 +107,14 @@ class Segmenter(SegmentationNetwork):
         self.eval()
         try:
             with torch.no_grad():
-                stages, last = self._run(torch.zeros(1, self.mean.shape[1], _PROBE, _PROBE))
+                stages, last = self._run(torch.zeros(1, self.mean.shape[1], PROBE, PROBE))
         except (RuntimeError, ValueError, AssertionError, IndexError) as error:
             raise UserError(
                 f"model: architecture '{self.config.architecture}' over encoder '{self.config.encoder}'"
-                f" does not run on a {_PROBE}x{_PROBE} image: {str(error).strip().splitlines()[0]}"
+                f" does not run on a {PROBE}x{PROBE} image: {str(error).strip().splitlines()[0]}"
             ) from None
         self.train()
-        last_stride = _PROBE // last.shape[-1]
-        info = ModelInfo(
-            num_classes=num_classes,
-            feature_channels=tuple(stage.shape[1] for stage in stages),
-            feature_strides=tuple(_PROBE // stage.shape[-1] for stage in stages),
-            last_channels=last.shape[1],
-            last_stride=last_stride,
-            logits_stride=last_stride,
-            kind="vit" if is_transformer(self.encoder) else "cnn",
-            aux=self.config.aux,
-        )
+        info = measured(num_classes, last, stages, last, self.encoder, aux=self.config.aux)
         self._check_strides(info.feature_strides)
         return info
 
@@ -191,6 +178,28 @@ def pad(images: Tensor) -> Tensor:
 def crop_to_stride(tap: Tensor, height: int, width: int, stride: int) -> Tensor:
     """The cells of a tap [B, C, h, w] that stand for an image of height and width before it was padded."""
     return crop(tap, (height + stride - 1) // stride, (width + stride - 1) // stride)
+
+
+def crop_stages(stages: Sequence[Tensor], height: int, width: int, info: ModelInfo) -> tuple[Tensor, ...]:
+    """The encoder's stages likewise."""
+    strides = info.feature_strides
+    return tuple(crop_to_stride(stage, height, width, stride) for stage, stride in zip(stages, strides, strict=True))
+
+
+def measured(
+    num_classes: int, logits: Tensor, stages: Sequence[Tensor], last: Tensor | None, encoder: nn.Module, *, aux: bool
+) -> ModelInfo:
+    """What is known of a network that gives these maps of an image of :data:`PROBE` pixels."""
+    return ModelInfo(
+        num_classes=num_classes,
+        feature_channels=tuple(stage.shape[1] for stage in stages),
+        feature_strides=tuple(PROBE // stage.shape[-1] for stage in stages),
+        last_channels=0 if last is None else last.shape[1],
+        last_stride=PROBE // (logits if last is None else last).shape[-1],
+        logits_stride=PROBE // logits.shape[-1],
+        kind="vit" if is_transformer(encoder) else "cnn",
+        aux=aux,
+    )
 
 
 def _fcn_head(in_channels: int, num_classes: int) -> nn.Sequential:

@@ -40,7 +40,8 @@ def evaluate_champion(
     from segdistill.data.shards import ShardDataset
     from segdistill.engine.distributed import processes as join
     from segdistill.engine.evaluate import evaluate_together
-    from segdistill.engine.inference import Network, Views
+    from segdistill.engine.inference import Views
+    from segdistill.models.outputs import Network
     from segdistill.models.portable import ProgramNetwork, load_program
     from segdistill.report.intervals import block_starts, differences
 

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from segdistill.config import config
 from segdistill.errors import UserError
-from segdistill.models.network import is_transformer
 from segdistill.models.outputs import ModelInfo, Outputs, SegmentationNetwork
-from segdistill.models.segmenter import crop_to_stride, pad
+from segdistill.models.segmenter import PROBE, crop_stages, crop_to_stride, measured, pad
 from segdistill.models.teachers import matched
 
-_PROBE = 64  # pixels of the image by which channels and strides are measured
 ABSENT = -1  # in the table of sources, where a class has fewer than another one
 
 Sources = list[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]]
@@ -85,10 +83,7 @@ class ForeignNetwork(SegmentationNetwork):
         height, width = images.shape[-2:]
         logits, stages, last = self.run(pad((images - self.mean) / self.std))
         logits = self._relabelled(crop_to_stride(logits, height, width, self.info.logits_stride))
-        strides = self.info.feature_strides
-        features = tuple(
-            crop_to_stride(stage, height, width, stride) for stage, stride in zip(stages, strides, strict=True)
-        )
+        features = crop_stages(stages, height, width, self.info)
         if last is None:
             return Outputs(logits, features, logits[:, :0])
         return Outputs(logits, features, crop_to_stride(last, height, width, self.info.last_stride))
@@ -101,22 +96,14 @@ class ForeignNetwork(SegmentationNetwork):
         """
         self.eval()
         with torch.no_grad():
-            logits, stages, last = self.run(torch.zeros(1, 3, _PROBE, _PROBE, device=self.mean.device))
-        strides = [_PROBE / tap.shape[-1] for tap in (logits, *stages, *(() if last is None else (last,)))]
+            logits, stages, last = self.run(torch.zeros(1, 3, PROBE, PROBE, device=self.mean.device))
+        strides = [PROBE / tap.shape[-1] for tap in (logits, *stages, *(() if last is None else (last,)))]
         if odd := next((stride for stride in strides if stride not in (1, 2, 4, 8, 16, 32)), None):
             raise UserError(
                 f"{self.config.origin}: a {self.config.architecture} with cells of {odd:.3g} pixels; allowed: 1, 2, 4,"
                 " 8, 16, 32"
             )
-        return ModelInfo(
-            num_classes=len(self.config.sources),
-            feature_channels=tuple(stage.shape[1] for stage in stages),
-            feature_strides=tuple(_PROBE // stage.shape[-1] for stage in stages),
-            last_channels=0 if last is None else last.shape[1],
-            last_stride=_PROBE // (logits if last is None else last).shape[-1],
-            logits_stride=_PROBE // logits.shape[-1],
-            kind="vit" if is_transformer(self) else "cnn",
-        )
+        return measured(len(self.config.sources), logits, stages, last, self, aux=False)
 
     def _relabelled(self, logits: Tensor) -> Tensor:
         """Logits [B, T, h, w] of its classes as [B, K, h, w] of ours."""
