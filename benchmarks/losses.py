@@ -259,7 +259,8 @@ def table(names: Sequence[str], bench: Bench, *, blocks: bool) -> str:
     for name in names:
         print(f"{bench.setting.name} {name}", file=sys.stderr)
         if blocks:
-            quadratic = (dense for dense in DENSE.get(name, ()) if dense.quadratic)
+            blocked = hasattr(load(name).Config(), "block_rows")
+            quadratic = (dense for dense in DENSE.get(name, ()) if dense.quadratic and blocked)
             rows += [row for dense in quadratic for row in block_rows(name, dense, inputs, bench)]
         else:
             rows += [measure(line, inputs, bench) for line in lines(name, bench)]

@@ -38,6 +38,10 @@ class Processes:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any process."""
+        return bool(self.maximum(torch.tensor(float(here), device=self.device)).item())
+
     def gather(self, value: Tensor) -> list[Tensor]:
         """Everybody's value, in the order of ranks, on the CPU."""
         if self.world_size == 1:

@@ -324,7 +324,7 @@ class Trainer:
             Diverged: what is not finite is neither scored nor kept.
         """
         broken = not_finite(self.learner.state_dict())
-        if self.processes.maximum(torch.tensor(float(bool(broken)), device=self.processes.device)).item():
+        if self.processes.any(bool(broken)):
             name = self.learner.short_name(broken[0]) if broken else "a weight of another process"
             raise self._diverged(f"{name} is not finite")
 
@@ -420,22 +420,18 @@ class Trainer:
                 fault = f"{path}: a checkpoint of other settings, data or teacher"
         except UserError as error:
             state, fault = None, str(error)
-        if self._agreed(fault) and state is not None:
+        if not self.processes.any(bool(fault)) and state is not None:
             fresh = copy.deepcopy(self.state())
             try:
                 self._take_up(state)
             except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
                 fault = f"{path}: written by another version of this program ({type(error).__name__})"
-            if self._agreed(fault):
+            if not self.processes.any(bool(fault)):
                 logger.info("%s: resumed at iteration %d", self.training.name, self.progress.iteration)
                 return
             self._take_up(fresh)
         if fault and self.processes.is_main:
             logger.warning("%s; it is kept as %s, and the training starts anew", fault, checkpoint.put_aside(path))
-
-    def _agreed(self, fault: str) -> bool:
-        """Whether no process found a fault, when all have read."""
-        return not self.processes.maximum(torch.tensor(float(bool(fault)), device=self.processes.device)).item()
 
     def _take_up(self, state: Mapping[str, Any]) -> None:
         self.learner.load_state_dict(state["learner"])

@@ -29,10 +29,13 @@ def resize_logits(logits: Tensor, size: Size, *, align_corners: bool = False) ->
 
 
 class Projection(nn.Conv2d):
-    """A 1x1 convolution from one width to another; autocast may narrow it, and without autocast it takes any input."""
+    """A 1x1 convolution from one width to another; autocast may narrow it, and without autocast it takes any input.
 
-    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = False) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
+    A larger kernel sees as many cells around, and zeros beyond the edge.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, *, bias: bool = False) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.to(self.weight.dtype))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from segdistill.config import config
 from segdistill.geometry import resize, size_of
-from segdistill.losses.align import projection
+from segdistill.losses.align import Projection, projection
 from segdistill.losses.fused import fused
 from segdistill.losses.precision import in_float32
 from segdistill.methods.method import MethodConfig, NonNegative, OfflineMethod
@@ -59,18 +59,10 @@ def visible(features: Tensor, mask_ratio: float) -> Tensor:
     return features * (drawn >= mask_ratio)
 
 
-class Generator(nn.Sequential):
-    """Two 3x3 convolutions with a ReLU between them; autocast may narrow it, without autocast it takes any input."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(
-            nn.Conv2d(channels, channels, kernel_size=3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels, channels, kernel_size=3, padding=1),
-        )
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.to(next(self.parameters()).dtype))  # type: ignore[no-any-return]
+def generator_of(channels: int) -> nn.Sequential:
+    """Two 3x3 convolutions with a ReLU between them."""
+    first, second = (Projection(channels, channels, 3, bias=True) for _ in range(2))
+    return nn.Sequential(first, nn.ReLU(inplace=True), second)
 
 
 class MaskedGeneration(OfflineMethod[MGDConfig]):
@@ -122,7 +114,7 @@ class MaskedGeneration(OfflineMethod[MGDConfig]):
         super().__init__(config, student, teacher)
         width = teacher.channels(config.tap)
         self.projection = projection(student.channels(config.tap), width, bias=True)
-        self.generator = Generator(width)
+        self.generator = generator_of(width)
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
         goal = teacher.tap(self.config.tap)

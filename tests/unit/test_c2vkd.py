@@ -199,21 +199,7 @@ def test_a_label_changes_no_feature_term_and_a_batch_without_labels_keeps_them()
 # -- patch relation ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block_rows", [1, 7, 23])
-def test_the_relation_in_blocks_is_the_dense_one_in_value_and_gradient(block_rows: int) -> None:
-    student, teacher = normal(2, 6, 3, 4).requires_grad_(), normal(2, 6, 3, 4, seed=1)
-    dense, blocks = (patch_distance(student, teacher, form_pairs=True, block_rows=rows) for rows in (24, block_rows))
-    torch.testing.assert_close(blocks, dense, rtol=1e-12, atol=0)
-    found, expected = (torch.autograd.grad(loss, student)[0] for loss in (blocks, dense))
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-16)
-
-
-def test_the_relation_never_holds_more_than_a_block_of_the_pairs() -> None:
-    sizes: list[int] = []
-    student = torch.randn(1, 4, 16, 16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda kept: sizes.append(kept.numel()) or kept, lambda kept: kept):
-        patch_distance(student, torch.randn(1, 4, 16, 16), form_pairs=True, block_rows=32).backward()
-    assert sizes and max(sizes) <= 32 * 256
+SIZES = [(3, 1), (3, 4)]  # no more locations of two images than the 6 channels, whose pairs are formed; and more
 
 
 def test_two_locations_by_hand() -> None:
@@ -222,19 +208,16 @@ def test_two_locations_by_hand() -> None:
     student = torch.tensor([[3.0, 1.0], [4.0, 0.0]], dtype=torch.float64).reshape(1, 2, 1, 2)
     teacher = torch.tensor([[2.0, 5.0], [0.0, 0.0]], dtype=torch.float64).reshape(1, 2, 1, 2)
     expected = (0.48**2 + 2 * 0.6**2 + 0.0) / 4
-    for block_rows in (1, 2):
-        assert patch_distance(student, teacher, block_rows=block_rows).item() == pytest.approx(expected, rel=1e-12)
+    assert patch_distance(student, teacher).item() == pytest.approx(expected, rel=1e-12)
     # Three more copies of each location: more locations than channels, and the same mean over pairs.
     copies = (each.repeat(1, 1, 4, 1) for each in (student, teacher))
     assert patch_distance(*copies).item() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("size", [(1, 2), (3, 3), (3, 4)])
-@pytest.mark.parametrize("form_pairs", [True, False])
-def test_the_relation_equals_the_slow_loop_with_and_without_pairs(size: tuple[int, int], form_pairs: bool) -> None:
+@pytest.mark.parametrize("size", [(1, 2), *SIZES])
+def test_the_relation_equals_the_slow_loop_with_and_without_pairs(size: tuple[int, int]) -> None:
     student, teacher = normal(2, 6, *size).requires_grad_(), normal(2, 6, *size, seed=1)
-    fast = patch_distance(student, teacher, form_pairs=form_pairs, block_rows=10)
-    assert_same(fast, slow.patch(student, teacher), [student])
+    assert_same(patch_distance(student, teacher), slow.patch(student, teacher), [student])
 
 
 @pytest.mark.parametrize("noise", [1.0, 1e-2, 1e-3])
@@ -243,25 +226,25 @@ def test_without_pairs_float32_is_as_exact_as_with_them_however_near_the_sides_a
     student = (teacher + noise * normal(2, 6, 8, 8)).requires_grad_()
     exact = patch_distance(student, teacher)
     (expected,) = torch.autograd.grad(exact, student)
-    for form_pairs in (True, False):
-        leaf = student.detach().float().requires_grad_()
-        value = patch_distance(leaf, teacher.float(), form_pairs=form_pairs)
-        assert value.item() == pytest.approx(exact.item(), rel=1e-5)
-        (found,) = torch.autograd.grad(value, leaf)
-        assert (found.double() - expected).norm().item() < 1e-3 * expected.norm().item()
+    leaf = student.detach().float().requires_grad_()
+    value = patch_distance(leaf, teacher.float())
+    assert value.item() == pytest.approx(exact.item(), rel=1e-5)
+    (found,) = torch.autograd.grad(value, leaf)
+    assert (found.double() - expected).norm().item() < 1e-3 * expected.norm().item()
 
 
-@pytest.mark.parametrize("form_pairs", [True, False])
-def test_relations_ignore_positive_scale_and_a_joint_permutation_but_not_a_shift(form_pairs: bool) -> None:
-    student, teacher = normal(2, 6, 3, 4), normal(2, 6, 3, 4, seed=1)
-    plain = patch_distance(student, teacher, form_pairs=form_pairs)
-    assert patch_distance(student, student, form_pairs=form_pairs).item() < 1e-30 < plain.item()
-    scale = normal(2, 1, 3, 4, seed=2).exp()
-    torch.testing.assert_close(patch_distance(3 * student, scale * teacher, form_pairs=form_pairs), plain)
-    assert abs(patch_distance(student + 1.0, teacher, form_pairs=form_pairs) - plain) > 1e-3
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))  # moves locations between the images
-    moved = (rows(each)[order].unflatten(0, (2, 3, 4)).movedim(-1, 1) for each in (student, teacher))
-    torch.testing.assert_close(patch_distance(*moved, form_pairs=form_pairs), plain)
+@pytest.mark.parametrize("size", SIZES)
+def test_relations_ignore_positive_scale_and_a_joint_permutation_but_not_a_shift(size: tuple[int, int]) -> None:
+    student, teacher = normal(2, 6, *size), normal(2, 6, *size, seed=1)
+    plain = patch_distance(student, teacher)
+    assert patch_distance(student, student).item() < 1e-30 < plain.item()
+    scale = normal(2, 1, *size, seed=2).exp()
+    torch.testing.assert_close(patch_distance(3 * student, scale * teacher), plain)
+    assert abs(patch_distance(student + 1.0, teacher) - plain) > 1e-3
+    count = 2 * size[0] * size[1]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))  # moves locations between the images
+    moved = (rows(each)[order].unflatten(0, (2, *size)).movedim(-1, 1) for each in (student, teacher))
+    torch.testing.assert_close(patch_distance(*moved), plain)
 
 
 @pytest.mark.parametrize(("half", "tolerance"), [(False, 1e-5), (True, 5e-3)])
@@ -296,20 +279,20 @@ def test_products_are_rounded_where_features_come_in_half_precision_and_it_is_no
     assert asked == [False, True, False]
 
 
-@pytest.mark.parametrize("form_pairs", [True, False])
-def test_pairs_cross_the_borders_of_the_images(form_pairs: bool) -> None:
-    student, teacher = normal(2, 6, 3, 4), normal(2, 6, 3, 4, seed=1)
-    alone = [patch_distance(student[i : i + 1], teacher[i : i + 1], form_pairs=form_pairs) for i in range(2)]
-    assert abs(patch_distance(student, teacher, form_pairs=form_pairs) - torch.stack(alone).mean()) > 1e-4
+@pytest.mark.parametrize("size", SIZES)
+def test_pairs_cross_the_borders_of_the_images(size: tuple[int, int]) -> None:
+    student, teacher = normal(2, 6, *size), normal(2, 6, *size, seed=1)
+    alone = [patch_distance(student[i : i + 1], teacher[i : i + 1]) for i in range(2)]
+    assert abs(patch_distance(student, teacher) - torch.stack(alone).mean()) > 1e-4
 
 
-@pytest.mark.parametrize("form_pairs", [True, False])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dead_locations_relate_to_none_and_give_finite_gradients(dtype: torch.dtype, form_pairs: bool) -> None:
-    student, teacher = normal(2, 6, 3, 4).to(dtype), normal(2, 6, 3, 4, seed=1).to(dtype)
+def test_dead_locations_relate_to_none_and_give_finite_gradients(dtype: torch.dtype, size: tuple[int, int]) -> None:
+    student, teacher = normal(2, 6, *size).to(dtype), normal(2, 6, *size, seed=1).to(dtype)
     student[:, :, 0], teacher[0] = 0.0, 0.0
     student.requires_grad_()
-    loss = patch_distance(student, teacher, form_pairs=form_pairs)
+    loss = patch_distance(student, teacher)
     loss.backward()
     assert bool(loss.isfinite()) and student.grad is not None
     assert bool((student.grad[:, :, 0] == 0).all()) and 0 < float(student.grad.abs().max()) < 1
@@ -602,7 +585,7 @@ def test_the_defaults_are_the_released_codes_with_the_fallback_pool() -> None:
         "linguistic_weight": 0.5, "pdd": "mix", "target_factor": 0.5, "other_factor": 0.5, "temperature": 1.0,
         "upsample": True, "kl_direction": "teacher_to_student", "reduction": "element_mean", "student_tap": "stage4",
         "teacher_tap": "stage4", "student_vector": "projection", "pool": "gap", "pool_weights": None, "pool_heads": 32,
-        "form_pairs": False, "block_rows": 1024, "half_products": True,
+        "half_products": True,
     }  # fmt: skip
     assert to_dict(parse_method({"name": "c2vkd"}, "methods.0")[1]) == {"name": "c2vkd"} | released
 

@@ -161,7 +161,7 @@ def test_region_and_pixel_terms_equal_the_slow_loops(
         assert_same(found[f"{name}/pixel"], slow[f"{name}/pixel"], outputs.logits)
 
 
-@pytest.mark.parametrize("distance", ["cosine", "mse", "kl"])
+@pytest.mark.parametrize("distance", ["cosine", "kl"])
 @pytest.mark.parametrize("hfd", ["cross_op", "direct"])
 def test_the_low_level_term_equals_the_slow_loop(hfd: str, distance: str) -> None:
     peers, target = scene()
@@ -607,7 +607,7 @@ def test_no_term_asks_the_device_for_a_value() -> None:
 
 
 def test_dead_features_and_a_single_pixel_give_finite_gradients() -> None:
-    for distance in ("cosine", "mse", "l2", "kl"):
+    for distance in ("cosine", "l2", "kl"):
         dead = torch.zeros(2, 3, 1, 1, dtype=torch.float64, requires_grad=True)
         target = torch.randn(2, 3, 1, 1, dtype=torch.float64)
         target[0] = 0.0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from segdistill.config import to_dict
 from segdistill.errors import UserError
 from segdistill.methods import parse_method
-from segdistill.methods.mgd import Generator, MaskedGeneration, generation_distance, visible
+from segdistill.methods.mgd import MaskedGeneration, generation_distance, generator_of, visible
 from segdistill.models.outputs import ModelInfo, Outputs
 
 STUDENT, TEACHER = (ModelInfo(5, (3, 4, 6, width), (4, 8, 16, 32), width, 8, 8, "cnn") for width in (2, 3))
@@ -81,7 +81,7 @@ def test_value_and_gradients_equal_the_slow_loop(tap: Any, size: tuple[int, int]
 
 def test_one_pixel_by_hand() -> None:
     # A 1x1 map meets the middle of each kernel alone: 2 * 3 + 1 = 7, ReLU, -1 * 7 + 2 = -5, teacher 1: 36.
-    generator = Generator(1).double()
+    generator = generator_of(1).double()
     with torch.no_grad():
         for convolution, middle, bias in ((generator[0], 3.0, 1.0), (generator[2], -1.0, 2.0)):
             convolution.weight.fill_(99.0)
@@ -161,7 +161,7 @@ def test_the_defaults_are_the_released_segmentation_configs() -> None:
 
 def test_the_generator_has_75_million_parameters_at_2048_channels() -> None:
     with torch.device("meta"):
-        generator = Generator(2048)
+        generator = generator_of(2048)
     assert sum(parameter.numel() for parameter in generator.parameters()) // 10**6 == 75
 
 

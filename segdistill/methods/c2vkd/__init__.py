@@ -11,7 +11,7 @@ from segdistill.config import config
 from segdistill.errors import UserError
 from segdistill.geometry import resize, size_of
 from segdistill.losses.align import Projection, projection
-from segdistill.losses.blocks import align_logits, sum_over_blocks
+from segdistill.losses.blocks import align_logits
 from segdistill.losses.divergence import divergence
 from segdistill.losses.fused import fused
 from segdistill.losses.precision import add_product, in_float32, is_half, product
@@ -19,7 +19,7 @@ from segdistill.losses.vectors import unit
 from segdistill.methods.c2vkd.attention_pool import AttentionPool, load_attention_pool
 from segdistill.methods.c2vkd.decoupling import blended_two_way
 from segdistill.methods.dkd import non_target_kl, target_kl
-from segdistill.methods.method import Channels, Count, MethodConfig, NonNegative, OfflineMethod, Temperature
+from segdistill.methods.method import Channels, MethodConfig, NonNegative, OfflineMethod, Temperature
 from segdistill.models.outputs import ModelInfo, Outputs, Tap
 
 Direction = Literal["teacher_to_student", "student_to_teacher"]
@@ -66,10 +66,6 @@ class C2VKDConfig(MethodConfig):
     """For clip: a .safetensors file with CLIP-RN101's tensors visual.attnpool.*, or a whole CLIP."""
     pool_heads: Channels = 32
     """For clip: attention heads of the pool; the file does not tell."""
-    form_pairs: bool = False
-    """Form every pair of the patch relation even where going through the channels is cheaper; the sum is the same."""
-    block_rows: Count = 1024
-    """Rows of pairs that are in memory at once where pairs are formed; changes neither value nor gradient."""
     half_products: bool = True
     """Of networks in half precision, multiply patches as bfloat16, summed in float32; false: all in float32."""
 
@@ -101,9 +97,7 @@ def channel_kl(student: Tensor, teacher: Tensor, *, direction: Direction) -> Ten
     return divergence(sink, source, 1).mean()
 
 
-def patch_distance(
-    student: Tensor, teacher: Tensor, *, form_pairs: bool = False, block_rows: int = 1024, half: bool = False
-) -> Tensor:
+def patch_distance(student: Tensor, teacher: Tensor, *, half: bool = False) -> Tensor:
     """Mean over all N^2 pairs of locations of the batch, N = B * h * w, of the squared difference of their relations.
 
     A location's vector is divided by its length and then centred over channels, in this order: a constant added to
@@ -111,7 +105,7 @@ def patch_distance(
 
     With more locations than channels no pair is formed: for S and T [N, C] the sum over pairs is that of C x C maps,
     and with U = S - T and V = S + T it is (<U'U, V'V> + <U'V, V'U>) / 2. Near S = T this is as exact as the pairs are,
-    where a sum of S'S, S'T and T'T would not be. Otherwise, or with ``form_pairs``, pairs are formed in blocks.
+    where a sum of S'S, S'T and T'T would not be. Otherwise there are few pairs, and they are formed.
 
     Args:
         half: round U and V for the products through the channels; see ``losses.precision.product``.
@@ -121,10 +115,7 @@ def patch_distance(
     """
     count, channels = student[:, 0].numel(), student.shape[1]
     student, teacher = _patches(student), _patches(teacher.detach())
-    if form_pairs or count <= channels:
-        total = _by_pairs(student, teacher, block_rows)
-    else:
-        total = _through_channels(student, teacher, half)
+    total = _by_pairs(student, teacher) if count <= channels else _through_channels(student, teacher, half)
     return total / (count * max(channels - 1, 1)) ** 2
 
 
@@ -137,17 +128,13 @@ def _patches(feature: Tensor) -> Tensor:
 
 
 @in_float32
-def _by_pairs(student: Tensor, teacher: Tensor, block_rows: int) -> Tensor:
-    return sum_over_blocks(_squared_differences, (student, teacher), student, teacher, block=block_rows)
+def _by_pairs(student: Tensor, teacher: Tensor) -> Tensor:
+    return torch.addmm(teacher @ teacher.mT, student, student.mT, beta=-1).square().sum()
 
 
 @in_float32
 def _through_channels(student: Tensor, teacher: Tensor, half: bool) -> Tensor:
     return _ThroughChannels.apply(student, teacher, half)  # type: ignore[no-any-return]
-
-
-def _squared_differences(student_rows: Tensor, teacher_rows: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
-    return torch.addmm(teacher_rows @ teacher.mT, student_rows, student.mT, beta=-1).square().sum()
 
 
 @fused
@@ -158,7 +145,7 @@ def _difference_and_sum(student: Tensor, teacher: Tensor, half: bool) -> tuple[T
 
 
 class _ThroughChannels(torch.autograd.Function):
-    """What :func:`_squared_differences` gives for all rows, by three products, and two for the gradient of S.
+    """What :func:`_by_pairs` gives, by three products, and two for the gradient of S.
 
     The gradient is 4 (S S' - T T') S = U (V'U + V'V) + V (U'U + U'V): autograd would take six products to it.
     """
@@ -302,8 +289,7 @@ class CNNToViT(OfflineMethod[C2VKDConfig]):
                 terms["visual"] = channel_kl(visual, goal, direction=config.kl_direction)
             if "patch" in self.weights:
                 half = config.half_products and is_half(visual, goal)
-                pairs: dict[str, Any] = {"form_pairs": config.form_pairs, "block_rows": config.block_rows}
-                terms["patch"] = patch_distance(visual, goal, half=half, **pairs)
+                terms["patch"] = patch_distance(visual, goal, half=half)
         if "linguistic" in self.weights:
             pool = _mean if self.pool is None else self.pool
             if self.linguistic_projection is None:

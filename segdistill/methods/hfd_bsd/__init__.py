@@ -47,8 +47,8 @@ class HFDBSDConfig(MethodConfig):
     """What low-level features go through: the transformer's own attention and MLP, nothing, or loose trainable ones."""
     hfd_tap: Tap = "stage1"
     """Where the low-level features are taken; cross_op knows the operators of stage1 only."""
-    distance: Literal["cosine", "mse", "kl"] = "cosine"
-    """Of low-level features: 1 - cos, squared distance of unit vectors (twice that), or KL of softmax over channels."""
+    distance: Literal["cosine", "kl"] = "cosine"
+    """Of low-level features: 1 - cos, or KL of softmax over channels."""
     region_tap: Tap = "last_feature"
     """Where the region features are taken."""
     region_grid: Count | None = None

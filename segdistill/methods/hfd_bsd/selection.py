@@ -14,7 +14,7 @@ from segdistill.losses.masks import IGNORE_INDEX, valid_mask
 from segdistill.losses.precision import in_float32
 from segdistill.losses.vectors import unit
 
-FeatureDistance = Literal["cosine", "mse", "l2", "kl"]
+FeatureDistance = Literal["cosine", "l2", "kl"]
 
 
 @torch.no_grad()
@@ -88,8 +88,8 @@ def mutual_divergences(first_logits: Tensor, second_logits: Tensor, *, temperatu
 def feature_distances(features: Tensor, targets: Tensor, *, distance: FeatureDistance) -> Tensor:
     """Distance of every place's vector from its target, which is detached.
 
-    ``cosine`` is 1 - cos; ``mse`` the squared distance of the unit vectors, twice that; ``l2`` the squared distance of
-    the vectors as they are; ``kl`` that of KL(softmax(target) || softmax(feature)) over channels.
+    ``cosine`` is 1 - cos, half the squared distance of the unit vectors; ``l2`` the squared distance of the vectors as
+    they are; ``kl`` that of KL(softmax(target) || softmax(feature)) over channels.
 
     Shape:
         features, targets: [B, C, h, w]; returns [B, h, w].
@@ -99,8 +99,7 @@ def feature_distances(features: Tensor, targets: Tensor, *, distance: FeatureDis
         return divergence(features.log_softmax(1), targets.log_softmax(1), 1)
     if distance == "l2":
         return (features - targets).square().sum(1)
-    features, targets = unit(features, dim=1), unit(targets, dim=1)
-    return 1 - (features * targets).sum(1) if distance == "cosine" else (features - targets).square().sum(1)
+    return 1 - (unit(features, dim=1) * unit(targets, dim=1)).sum(1)
 
 
 @in_float32
