@@ -169,19 +169,10 @@ class AdaptivePerspective(OfflineMethod[APDConfig]):
         labels = resize_labels(target, size)
         members = class_members(labels, self.student_info.num_classes)
         present = present_classes(members, config.scope)
-        student_view, teacher_view = (
-            local_perspective(
-                head(feature),
-                members,
-                scope=config.scope,
-                cosine_scale=config.cosine_scale,
-                normalize=config.normalize,
-            )
-            for head, feature in (
-                (self.student_head, resize(student, size, align_corners=config.align_corners)),
-                (self.teacher_head, teacher),
-            )
-        )
+        student = resize(student, size, align_corners=config.align_corners)
+        settings: dict[str, Any] = {name: getattr(config, name) for name in ("scope", "cosine_scale", "normalize")}
+        student_view = local_perspective(self.student_head(student), members, **settings)
+        teacher_view = local_perspective(self.teacher_head(teacher), members, **settings)
         terms = {}
         if "local" in self.weights:
             valid = valid_mask(labels) if config.mask_ignore_local else None
