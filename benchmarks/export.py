@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from segdistill.commands._model import open_model
-from segdistill.commands.export import quantized, to_file
 from segdistill.data.shards import ShardDataset
 from segdistill.engine.distributed import Processes
 from segdistill.engine.evaluate import evaluate
 from segdistill.engine.inference import Views
 from segdistill.models import portable
+from segdistill.stages._formats import quantized, to_file
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def main() -> None:
             files = {name: Path(scratch) / f"model.{name}" for name in ("pt2", "onnx")}
             for path in files.values():
                 to_file(model, path)
-            files["onnx, int8"], _ = quantized(model, files["onnx"], given.prepared, given.calibration, 100.0)
+            files["onnx, int8"] = quantized(model, files["onnx"], given.prepared, given.calibration, 100.0).path
             networks = {"torch": model.network} | {
                 name: portable.load_portable(path, CPU)[0] for name, path in files.items()
             }

@@ -31,13 +31,13 @@ FILES = {
     "data/model.pt2", "image_model.py", "decoding.py",
 }  # fmt: skip
 # What may lie beside them: the same network for other runtimes, its card, and pictures of what it sees.
-ONNX, CARD = "onnx/model.onnx", "card/card.md"
+ONNX, INT8, CARD = "onnx/model.onnx", "onnx/int8.onnx", "card/card.md"
 PROGRAM = "data/model.pt2"
 # Code that MLflow runs where it serves images: its name in the artefact, and the file of this package that it copies.
 IMAGE_MODEL, DECODING = "image_model.py", "decoding.py"
 CODE = {IMAGE_MODEL: Path(__file__).with_name(IMAGE_MODEL), DECODING: Path(decoding.__file__)}
 _ARTIFACTS = {"network": ONNX, "decoding": DECODING}  # what image_model.py is told the places of
-BESIDE = {ONNX, CARD, *(f"card/overlay-{number}.png" for number in range(4))}
+BESIDE = {ONNX, INT8, CARD, *(f"card/overlay-{number}.png" for number in range(4))}
 _OF_MLFLOW = "registered_model_meta"  # which it writes beside what it downloads, and only reads as text
 
 

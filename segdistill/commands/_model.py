@@ -1,43 +1,18 @@
 """The MODEL of ``predict`` and ``export``, a folder, a registered model or a file, as a network that scores."""
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from segdistill.config import parse
-from segdistill.engine.settings import InferenceConfig, inference_of
+from segdistill.engine.settings import inference_of
 from segdistill.errors import UserError, nearest
-from segdistill.images import ImageFormat, of_contract
+from segdistill.stages._formats import Model
 
 if TYPE_CHECKING:
     import torch
-    from torch.export import ExportedProgram
-
-    from segdistill.models.outputs import Network
 
 REGISTRY = "models:/"
 HELP = "a folder of ours, a registered model (models:/segdistill-student@champion), or a .pt2 or .onnx file"
-
-
-@dataclass(frozen=True)
-class Model:
-    """A network, and what its file says of it (:func:`segdistill.models.portable.contract`)."""
-
-    network: "Network"
-    contract: dict[str, Any]
-    program: "ExportedProgram | None"  # where it came as one
-
-    @property
-    def images(self) -> ImageFormat:
-        """What it is shown."""
-        return of_contract(self.contract)
-
-    @property
-    def inference(self) -> InferenceConfig:
-        """How images were shown to it when it was scored; where it does not say, whole and as they are."""
-        known = self.contract.get("inference") or {"input_scale": 1.0, "window": None, "window_stride": 0.67}
-        return parse(InferenceConfig, {"batch_size": 8, **known}, "inference")
 
 
 def open_model(text: str, student: str | None, device: "torch.device") -> Model:

@@ -1,6 +1,7 @@
 """The model card of a student: what it is, where it comes from, how good it is and where not, and how to load it."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from segdistill.images import of_contract
@@ -8,6 +9,44 @@ from segdistill.report import text
 from segdistill.report.results import Comparison, Row, SeedResult
 
 DESCRIPTION_LIMIT = 4900  # characters; MLflow's databases keep 5000 of a version's description
+
+
+@dataclass(frozen=True)
+class Format:
+    """What one format of a network gives and takes."""
+
+    name: str
+    megabytes: float
+    val_miou: float  # share (0..1)
+    latency_ms: float  # median of warm passes on the CPU
+
+    def __str__(self) -> str:
+        return f"{self.megabytes:.1f} MB, val mIoU {100 * self.val_miou:.2f} %, {self.latency_ms:.1f} ms an image"
+
+
+@dataclass(frozen=True)
+class Formats:
+    """One network in several formats: the size of the image that was timed, the CPU's threads, and why int8 is none."""
+
+    size: tuple[int, int]
+    threads: int
+    formats: tuple[Format, ...]
+    refused: str = ""
+
+    @property
+    def conditions(self) -> str:
+        """Of which image and with how many threads the times are."""
+        return f"one image of {_size(self.size)} on the CPU with {text.plural(self.threads, 'thread')}"
+
+    def lines(self) -> list[str]:
+        """A table in Markdown."""
+        rows = [
+            f"| {one.name} | {one.megabytes:.1f} | {100 * one.val_miou:.2f} | {one.latency_ms:.1f} |"
+            for one in self.formats
+        ]
+        caption = f"The time is the median of warm passes of {self.conditions}."
+        refused = ["", f"There is no int8: {self.refused}."] if self.refused else []
+        return ["| format | MB | validation mIoU, % | ms |", "|---|---|---|---|", *rows, "", caption, *refused]
 
 
 def find(results: Comparison, experiment: str, student: str, seed: int) -> tuple[Row, SeedResult]:
@@ -27,6 +66,7 @@ def model_card(
     data_licence: str | None,
     name: str,
     files: Mapping[str, str],
+    formats: Formats | None = None,
 ) -> str:
     """The card as Markdown; why the student is champion is added when that is known (:func:`decided`).
 
@@ -40,6 +80,7 @@ def model_card(
         data_licence: under which they may be used, where that is stated.
         name: of the registered model.
         files: what lies beside the model: path in the artefact -> what it is.
+        formats: what the formats among them give and take.
     """
     protocol, teacher = results.protocol, results.teacher
     classes = [entry["name"] for entry in contract["classes"]]
@@ -60,13 +101,14 @@ def model_card(
         f"| teacher | test mIoU {text.mean(teacher.test_miou)} %, {protocol.teacher_network or 'a network'} with"
         f" weights {protocol.teacher_sha256[:16]} |",
         f"| test mIoU | {text.percent(seed.test_miou)} %; over all seeds {text.spread(row.test_miou)} % |",
-        f"| validation mIoU | {text.percent(seed.val_miou)} %, by which it was chosen |",
+        f"| validation mIoU | {text.percent(seed.val_miou)} %, by which it was chosen of all single runs |",
         f"| against its undistilled twin | {against(row, twin, protocol.confidence)} |",
         f"| cost | {text.millions(row.params)} million parameters, {text.giga(row.macs)} GMACs and "
         f"{_milliseconds(row.latency_ms)} for an image of {_size(protocol.input_size)} |",
         f"| weights | SHA-256 {seed.weights_sha256} |",
         "", "| class | test IoU, % |", "|---|---|",
         *(f"| {label} | {text.percent(row.per_class_iou.get(label))} |" for label in classes),
+        *(["", "## Formats", "", *formats.lines()] if formats else []),
         "", "## Limits", "",
         f"Trained and tested on images like those of its data set, {_size(protocol.input_size)} pixels; of others"
         " nothing is known. Every pixel gets one of the classes above, whatever it shows. Its probabilities were not"

@@ -6,6 +6,7 @@ from segdistill.report.intervals import Difference, Estimate
 from segdistill.report.results import Comparison, Protocol, Row, Spread
 
 NOTHING = "–"
+BY_VALIDATION = "by validation (mean over seeds)"  # `register` chooses a single run by it
 VIEWS = {"flip": "with flip", "multi_scale": "multi-scale", "boundary": "boundary IoU"}
 
 

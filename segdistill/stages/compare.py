@@ -346,7 +346,8 @@ def _hardest_scenes(
         return []
     test_set, samples = ShardDataset(prepared, "test"), list(pair[0][0].accuracies)
     indices = [samples.index(image.sample) for image in comparison.hardest]
-    masks = [predicted_masks(network, folder, test_set, indices) for network, folder in pair]
+    classes = comparison.protocol.classes
+    masks = [predicted_masks(network, folder, classes, test_set, indices) for network, folder in pair]
     scenes = []
     for place, (index, image) in enumerate(zip(indices, comparison.hardest, strict=True)):
         scores = [f"mIoU {text.percent(score)} %" for score in (image.miou, image.twin)]
@@ -356,19 +357,17 @@ def _hardest_scenes(
 
 
 def predicted_masks(
-    network: "Measured", folder: Path, test_set: "ShardDataset", indices: Sequence[int]
+    network: "Measured", folder: Path, classes: Sequence[str], test_set: "ShardDataset", indices: Sequence[int]
 ) -> "list[NDArray[np.uint8]]":
     """What a network, read from its folder, takes some test images for, shown as they were for its scores.
 
     Shape:
         each: [H, W] uint8, of the label's size.
     """
-    from segdistill.data.shards import read_dataset_info
     from segdistill.engine.evaluate import masks
     from segdistill.engine.inference import Views
     from segdistill.models.export import load_model
 
-    classes = [entry.name for entry in read_dataset_info(test_set.prepared).classes]
     segmenter, _ = load_model(folder, network.student, classes=classes)
     views = Views(parse(InferenceConfig, network.test["inference"], f"{network.overlays.parent.parent}: inference"))
     return [mask for _, _, mask in masks(segmenter, test_set, indices, views)]

@@ -8,12 +8,12 @@ champion on the same test data by more than ``min_gain`` points (the rule stands
 
 import functools
 import json
+import logging
 import shutil
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -30,12 +30,11 @@ from segdistill.report.highlights import Highlights
 from segdistill.stages._cohort import folders_of
 
 if TYPE_CHECKING:
-    from torch import nn
-    from torch.export import ExportedProgram
-
     from segdistill.models.outputs import SegmentationNetwork
+    from segdistill.report.card import Formats
     from segdistill.report.results import Comparison
 
+logger = logging.getLogger(__name__)
 COMPARE = "run the stage 'compare' again"
 
 
@@ -65,8 +64,12 @@ class Config:
     max_ece: Annotated[float, Field(ge=0, le=100)] | None = None
     """The budget: most points of expected calibration error (0..100) on the test split; null is no bound."""
 
-    onnx: bool = False
-    """Whether the version has its network as ONNX, too, which needs the extra ``export``."""
+    formats: tuple[Literal["onnx", "int8"], ...] = ()
+    """What else the version has its network as, each compared with torch, scored on validation and timed: ``onnx``, and
+    ``int8``, that quantised; needs the extra ``export``."""
+
+    max_int8_loss: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Points of validation mIoU (0..100) that int8 may lose; one that loses more is left out, and the card says so."""
 
     data_licence: Annotated[str, Field(pattern=r"^[^|\n]+$", max_length=300)] | None = None
     """Under which licence the data set may be used, in the words that the model card is to have; null: the card says
@@ -148,10 +151,11 @@ def run(
     segmenter, document = load_model(best.folder, best.student, classes=classes)
     if document["sha256"] != best.weights_sha256:
         raise UserError(f"{best.folder}: '{best.student}' has other weights than were compared; {COMPARE}")
-    from segdistill.adapters.mlflow_artifact import CARD, ONNX
+    from segdistill.adapters.mlflow_artifact import CARD, INT8, ONNX
     from segdistill.adapters.mlflow_registry import CHOICE, Submission, register
     from segdistill.report import card
     from segdistill.stages._champion import evaluate_champion
+    from segdistill.stages._formats import Model, measured
 
     inference = inference_of(best.folder)
     network = ExportedSegmenter(segmenter).eval()
@@ -160,12 +164,24 @@ def run(
     row, scores_of_seed = card.find(results, best.experiment, best.student, best.seed)
     beside = overlays(segmenter, prepared, parse(InferenceConfig, inference, "inference"))
     described = dict.fromkeys(beside, "test images, their labels and what the network sees")
-    if config.onnx:
-        beside[ONNX] = onnx_file(program, network, document_of_files)
-        described[ONNX] = "the same network for onnxruntime and Triton"
+    formats = None
+    if config.formats:
+        megabytes = (best.folder / f"{best.student}.safetensors").stat().st_size / 1e6
+        files, formats = measured(
+            Model(segmenter, document_of_files, program), config.formats, prepared, megabytes=megabytes,
+            val_miou=best.val_miou, max_loss=config.max_int8_loss,
+        )  # fmt: skip
+        for name, place, words in (
+            ("onnx", ONNX, "the same network for onnxruntime and Triton"), ("int8", INT8, "that, quantised to int8"),
+        ):  # fmt: skip
+            if name in files:
+                beside[place], described[place] = files[name], words
+        if formats.refused:
+            logger.warning("no int8 file is registered: %s", formats.refused)
     model_card = card.model_card(
         results, row, scores_of_seed, contract=document_of_files, model=document["model"], name=config.model_name,
         files=described, data_md5=environment.data_md5(), data_licence=config.data_licence,
+        formats=formats,
     )  # fmt: skip
     beside[CARD] = model_card.encode()
     submission = Submission(
@@ -181,7 +197,7 @@ def run(
         program=program,
         beside=beside,
         describe=lambda alias, reason: card.description(card.decided(model_card, alias, f"{reason}; {choice}"), CARD),
-        facts={CHOICE: choice, **numbers_of(best), **facts_of(document)},
+        facts={CHOICE: choice, **numbers_of(best), **tags_of(formats), **facts_of(document)},
         evaluate_champion=functools.partial(
             evaluate_champion, segmenter=segmenter, results=results, prepared=prepared, device=device,
             inference=parse(InferenceConfig, inference, "inference"),
@@ -196,6 +212,7 @@ def run(
     )
     scores = {name: getattr(best, name) for name in ("experiment", "seed", "student", "val_miou", "test_miou")}
     result = {**asdict(registered), **scores, "distilled": row.distilled, "choice": choice}
+    result["formats"] = asdict(formats) if formats else None
     with new_folder(registration) as partial:
         (partial / "model").mkdir()
         for suffix in (".safetensors", ".json"):
@@ -206,16 +223,6 @@ def run(
             (partial / name).write_bytes(content)
         (partial / CARD).write_text(card.decided(model_card, registered.alias, f"{registered.reason}; {choice}"))
         _write(partial, result)
-
-
-def onnx_file(program: "ExportedProgram", network: "nn.Module", document: Mapping[str, Any]) -> bytes:
-    """The network as ONNX, whose logits are those of torch."""
-    from segdistill.models.portable import save_checked
-
-    with tempfile.TemporaryDirectory(prefix="segdistill-onnx-") as scratch:
-        path = Path(scratch) / "model.onnx"
-        save_checked(program, network, path, document)
-        return path.read_bytes()
 
 
 def overlays(
@@ -307,7 +314,7 @@ def choose(
         excesses.append(f"and {len(passed_over) - 3} more")
     if best is None:
         return None, f"no student is within the limits: {'; '.join(excesses)}"
-    choice = f"the best by validation ({100 * best.val_miou:.2f} %) of {len(ranked)}"
+    choice = f"the best by validation ({100 * best.val_miou:.2f} %) of {len(ranked)} single runs"
     return best, f"{choice} within the limits: {'; '.join(excesses)}" if excesses else choice
 
 
@@ -337,6 +344,13 @@ def numbers_of(candidate: Candidate) -> dict[str, str]:
     """What a student costs and how well it is calibrated, as tags."""
     numbers = {key: getattr(candidate, key) for key in ("params", "macs", "latency_ms", "ece")}
     return {key: str(value) for key, value in numbers.items() if value is not None}
+
+
+def tags_of(formats: "Formats | None") -> dict[str, str]:
+    """What each format gives and takes, as tags."""
+    if formats is None:
+        return {}
+    return {f"format_{one.name}": f"{one}, {formats.conditions}" for one in formats.formats}
 
 
 def identity_of_test_data(prepared: Path) -> str:

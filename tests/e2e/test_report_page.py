@@ -3,23 +3,9 @@
 from pathlib import Path
 
 import pytest
-from browser import Browser
+from browser import CUT_WORDS, TOO_WIDE, WIDTHS, Browser
 from test_compare import EXPERIMENTS, all_jobs, on_a_second_set
 
-WIDTHS = (390, 800, 1280)
-# What reaches over the right edge, or is cut off by its own box; the handle of a slider may stand over its picture.
-TOO_WIDE = """[...document.querySelectorAll("body *")].filter((part) => {
-  if (part.closest("svg") && part.tagName !== "svg" || part.tagName === "INPUT") return false;
-  const { left, right, width } = part.getBoundingClientRect();
-  const cut = part.matches(".scroll, td, th, dd, dt, figcaption, label, .fact, .finding, .warning, .legend")
-    && part.clientWidth > 0 && part.scrollWidth > part.clientWidth + 1;
-  return width > 0 && (right > innerWidth + 0.5 || left < -0.5 || cut);
-}).map((part) => part.outerHTML.slice(0, 120))"""
-# The words of a drawing that its frame cuts off.
-CUT_WORDS = """[...document.querySelectorAll("svg text")].filter((word) => {
-  const inner = word.getBoundingClientRect(), outer = word.closest("svg").getBoundingClientRect();
-  return inner.width > 0 && (inner.left < outer.left - 1 || inner.right > outer.right + 1);
-}).map((word) => word.textContent)"""
 FIRST_CELLS = (
     "[...document.querySelectorAll('table.main')[0].rows].slice(1).map((row) => row.cells[0].textContent.trim())"
 )

@@ -216,7 +216,7 @@ def test_a_second_test_set_is_scored_beside_and_the_evaluation_is_made_again_whe
     (network,) = read_networks(tmp_path / "s0/none", report.parent, "none", 0, ["cnn"], classes)
     assert network.elsewhere is not None and network.elsewhere.counts.shape == (4, 3, len(network.elsewhere.classes))
     test_set = ShardDataset(tiny_prepared, "test")
-    (mask,) = compare.predicted_masks(network, tmp_path / "s0/none", test_set, [0])
+    (mask,) = compare.predicted_masks(network, tmp_path / "s0/none", classes, test_set, [0])
     assert np.array_equal(mask, np.array(Image.open(network.overlays / f"{test_set.sample_id(0)}.png")))
 
 

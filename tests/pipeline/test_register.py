@@ -103,7 +103,7 @@ def candidate(experiment: str, val_miou: float, *, student: str = "cnn", **numbe
 def test_the_choice_is_by_validation_and_never_by_test() -> None:
     best, why = choose([candidate("none", 0.4), candidate("kd", 0.6), candidate("apd", 0.5)], ANY)
     assert best is not None and (best.experiment, best.test_miou) == ("kd", 0.4)
-    assert why == "the best by validation (60.00 %) of 3"
+    assert why == "the best by validation (60.00 %) of 3 single runs"
 
 
 def test_a_student_that_diverged_with_every_seed_is_said_to_have() -> None:
@@ -125,9 +125,9 @@ def test_the_choice_stays_within_the_budget_and_the_name() -> None:
     best, why = choose(all_of_them, config)
     assert best is not None and best.experiment == "fits"
     assert why == (
-        "the best by validation (60.00 %) of 3 within the limits: 'cnn' of big, seed 0 (90.00 %) has 99 parameters, "
-        "more than register.max_params, 50; 'cnn' of slow, seed 0 (80.00 %) has 99 multiply-accumulates, more than "
-        "register.max_macs, 50"
+        "the best by validation (60.00 %) of 3 single runs within the limits: 'cnn' of big, seed 0 (90.00 %) has 99 "
+        "parameters, more than register.max_params, 50; 'cnn' of slow, seed 0 (80.00 %) has 99 multiply-accumulates, "
+        "more than register.max_macs, 50"
     )
 
 
@@ -673,7 +673,7 @@ def test_the_stage_registers_a_student_that_serves_any_image_size(root: Path, pr
     assert {path.relative_to(folder).as_posix() for path in logged} == written | {SEAL} | beside
     text = mlflow.MlflowClient().get_model_version(NAME, "1").description
     for words in (
-        "**Champion**: there was no champion; the best by validation (35.00 %) of 4.",
+        "**Champion**: there was no champion; the best by validation (35.00 %) of 4 single runs.",
         "| road | ",
         "41.0 %",
         "**This student was not distilled**",

@@ -173,7 +173,9 @@ class Inputs:
     def results(self) -> dict[str, Any]:
         return json.loads((self.report / "results.json").read_text())
 
-    def _predicted_masks(self, network: Any, folder: Path, test_set: Any, indices: list[int]) -> list[np.ndarray]:
+    def _predicted_masks(
+        self, network: Any, folder: Path, classes: Any, test_set: Any, indices: list[int]
+    ) -> list[np.ndarray]:
         assert folder == self.model(f"{network.experiment}-s{network.seed}")
         return list(self.predictions[f"{network.experiment}-s{network.seed}/{network.student}"][indices])
 

@@ -1,6 +1,7 @@
 # ruff: noqa: F811 -- fixtures are imported, and asked for by their names
 """``segdistill export``: files that stand alone, compared with torch, and an int8 one that is measured."""
 
+import itertools
 import json
 import zipfile
 from pathlib import Path
@@ -12,10 +13,10 @@ from _trained import CLASSES, data, foreign_teacher, model  # noqa: F401 -- fixt
 from PIL import Image
 
 from segdistill.__main__ import main
-from segdistill.commands import export
 from segdistill.commands._model import open_model
 from segdistill.errors import UserError
 from segdistill.models import portable
+from segdistill.stages import _formats
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -94,19 +95,37 @@ def test_an_onnx_file_says_what_goes_in_and_what_comes_out(files: Path) -> None:
     assert (files / "int8.onnx").stat().st_size < (files / "cnn.onnx").stat().st_size
 
 
-def test_an_int8_file_that_loses_too_much_is_refused(
+def test_an_int8_file_that_loses_too_much_is_refused_by_export_and_left_out_by_register(
     files: Path,
     data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    scores = iter([0.50, 0.40])
-    monkeypatch.setattr(export, "validation_miou", lambda *_: next(scores))
-    source = tmp_path / "model.onnx"
-    source.write_bytes((files / "cnn.onnx").read_bytes())
-    model = open_model(str(files / "cnn.onnx"), None, CPU)
-    with pytest.raises(UserError, match=r"int8 loses 10.00 points, more than --max-loss 1; nothing was written"):
-        export.quantized(model, source, data / "prepared", 1, 1.0)
+    scores = itertools.cycle([0.50, 0.40])
+    monkeypatch.setattr(_formats, "validation_miou", lambda *_: next(scores))
+    sentence = "int8 loses 10.00 points, more than the 1 that it may; it is not kept"
+    options = ["--int8", "--prepared", str(data / "prepared"), "--calibration", "1"]
+    assert main(["export", str(files / "cnn.onnx"), "--out", str(tmp_path / "int8.onnx"), *options]) == 2
+    assert sentence in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+    model = open_model(str(files / "cnn.pt2"), None, CPU)
+    made, formats = _formats.measured(
+        model, ("onnx", "int8"), data / "prepared", megabytes=1.0, val_miou=0.5, max_loss=1.0
+    )
+    assert set(made) == {"onnx"} and [one.name for one in formats.formats] == ["torch", "onnx"]
+    assert sentence in formats.lines()[-1]
+
+
+def test_the_formats_of_a_version_are_a_table_of_size_score_and_time(files: Path, data: Path) -> None:
+    model = open_model(str(files / "cnn.pt2"), None, CPU)
+    made, formats = _formats.measured(model, ("int8",), data / "prepared", megabytes=1.0, val_miou=0.5, max_loss=100.0)
+    torch_row, int8 = formats.formats
+    assert set(made) == {"int8"} and int8.megabytes == len(made["int8"]) / 1e6 < torch_row.megabytes
+    assert 0 <= int8.val_miou <= 1 and int8.latency_ms > 0 and not formats.refused
+    lines = formats.lines()
+    assert lines[2].startswith("| torch | 1.0 | 50.00 | ") and lines[3].startswith("| int8 | ")
+    assert lines[-1].endswith(f"one image of {' x '.join(map(str, formats.size))} on the CPU with 1 thread.")
 
 
 def test_a_file_that_gives_other_logits_is_refused(files: Path) -> None:
