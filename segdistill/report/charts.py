@@ -83,14 +83,11 @@ def draw_all(comparison: Comparison, networks: Sequence[Measured], *, narrow: bo
     return {name: figure for name, figure in charts.items() if figure is not None}
 
 
-def _figure(height: float, narrow: bool) -> Any:
-    """An empty figure, of a height in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def empty_figure(width: float, height: float) -> Any:
+    """An empty figure of a size in inches, which needs no display."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(NARROW if narrow else WIDE, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _gains(comparison: Comparison, narrow: bool) -> Any:
@@ -99,7 +96,7 @@ def _gains(comparison: Comparison, narrow: bool) -> Any:
     gains = [(row, row.gain) for row in comparison.rows if row.gain is not None]
     if not gains:
         return None
-    figure = _figure(0.8 + 0.42 * len(gains), narrow)
+    figure = empty_figure(NARROW if narrow else WIDE, 0.8 + 0.42 * len(gains))
     axes = figure.add_subplot()
     axes.axvline(0, color=INK, linewidth=1)
     for y, (row, gain) in enumerate(gains):
@@ -123,7 +120,8 @@ def _gains(comparison: Comparison, narrow: bool) -> Any:
 
 def _cost(comparison: Comparison, narrow: bool) -> Any:
     """Test mIoU against parameters and against multiply-accumulates."""
-    palette, figure, labels = Palette(comparison), _figure(7.6 if narrow else 4.2, narrow), []
+    palette, labels = Palette(comparison), []
+    figure = empty_figure(*((NARROW, 7.6) if narrow else (WIDE, 4.2)))
     panels = figure.subplots(*((2, 1) if narrow else (1, 2)), sharey=True)
     for axes, name, unit, scale in (
         (panels[0], "params", "parameters, millions", 1e6),
@@ -181,7 +179,7 @@ def _curves(comparison: Comparison, networks: Sequence[Measured], narrow: bool) 
         return None
     columns = 1 if narrow else min(2, len(panels))
     lines = -(-len(panels) // columns)
-    figure, labels = _figure(3.3 * lines, narrow), []
+    figure, labels = empty_figure(NARROW if narrow else WIDE, 3.3 * lines), []
     grid = figure.subplots(lines, columns, squeeze=False).flat
     for axes, (title, scale, experiments) in zip(grid, panels, strict=False):
         ends = []

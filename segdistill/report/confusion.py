@@ -8,7 +8,6 @@ import numpy as np
 
 def confusion_map(confusion: np.ndarray, names: Sequence[str], path: Path) -> None:
     """Draws row-normalised confusion counts [K, K] (row: truth) into a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
@@ -27,4 +26,4 @@ def confusion_map(confusion: np.ndarray, names: Sequence[str], path: Path) -> No
             if share[row, column] >= 0.005:
                 color = "white" if share[row, column] > 0.5 else "black"
                 axes.text(column, row, f"{100 * share[row, column]:.0f}", ha="center", va="center", color=color, size=7)
-    FigureCanvasAgg(figure).print_png(path)
+    figure.savefig(path)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from segdistill.report import charts
 from segdistill.report.templates import template
+from segdistill.report.text import percent, points
 from segdistill.search import Parameter, TuneConfig
 
 if TYPE_CHECKING:
@@ -151,14 +152,9 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
-def percent(value: float | None) -> str:
-    """A share as per cent, or a dash."""
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
 def signed(value: float | None) -> str:
     """A difference of shares in points, or a dash."""
-    return "–" if value is None else f"{100 * value:+.1f}".replace("-", "−")
+    return points(value, 1)
 
 
 def bounds(parameter: Parameter) -> str:
@@ -227,18 +223,9 @@ def _render(name: str, report: Report, **values: Any) -> str:
     return template(name).render(report=report, **functions, **values)
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _trials(report: Report) -> Any:
     """The score of every finished trial, a row an experiment."""
-    figure = _figure(9, 0.9 + 0.42 * len(report.results))
+    figure = charts.empty_figure(9, 0.9 + 0.42 * len(report.results))
     axes = figure.add_subplot()
     for y, result in enumerate(report.results):
         others = [result.percent(trial) for trial in result.finished if not trial.present]
@@ -264,7 +251,7 @@ def _values(result: Result) -> Any:
         return None
     columns = 3
     rows = -(-len(result.parameters) // columns)
-    figure = _figure(9, 0.3 + 1.75 * rows)
+    figure = charts.empty_figure(9, 0.3 + 1.75 * rows)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
     for axes, each in zip(panels, result.parameters, strict=False):
         for trial in result.finished:

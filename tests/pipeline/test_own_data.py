@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from model_server import model_server
 from PIL import Image
 
 from segdistill import streets
+from segdistill.__main__ import main
 from segdistill.config import read_yaml
 from segdistill.files import read_json
 from segdistill.search import round_trip_yaml
@@ -38,7 +40,9 @@ def test_one_s_own_data_are_three_commands_on_the_front_page_and_in_the_first_ho
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_first_hour_leads_from_photos_to_a_server_that_answers_with_a_mask(tmp_path: Path) -> None:
+def test_the_first_hour_leads_from_photos_to_a_server_that_answers_with_a_mask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     samples = {"train": 24, "val": 3, "test": 3}
     streets.write(tmp_path / "made", seed=5, size=(96, 64), samples=samples, workers=1)
     for kind in ("images", "masks"):
@@ -62,12 +66,25 @@ def test_the_first_hour_leads_from_photos_to_a_server_that_answers_with_a_mask(t
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
         return done.stdout
 
+    def in_this_process(command: str) -> str:
+        """A line that starts segdistill, without the seconds in which a process of its own would import torch."""
+        program, *words = shlex.split(command)
+        assert (
+            program == "segdistill"
+            and main([str(Path(word).expanduser()) if word[0] == "~" else word for word in words]) == 0
+        ), command
+        return capsys.readouterr().out
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     run(f"git init --quiet && git add --all && git {identity} commit --quiet --message start")
+    monkeypatch.chdir(clone)
     init, add, repro, predict, export, serve, *ask = commands("docs/quickstart.md")
-    assert "30 images: train 21" in run(init)
-    run("segdistill check")
+    assert "30 images: train 21" in in_this_process(init)
     params = round_trip_yaml().load((clone / "params.yaml").read_text())
-    params["seeds"], params["run"] = [0], ["none", "kd", "c2vkd_ce"]  # and a budget of seconds instead of minutes
+    assert "c2vkd_ce" in params["run"]
+    # A budget of seconds instead of minutes, and the student that is written as ONNX in a third of the time.
+    params["seeds"], params["run"] = [0], ["none", "kd"]
     for section in ("train_teacher", "distill"):
         params[section]["train"] |= {"iterations": 4, "validate_every": 2, "checkpoint_every": 2, "log_every": 1}
     with (clone / "params.yaml").open("w") as file:
@@ -75,12 +92,12 @@ def test_the_first_hour_leads_from_photos_to_a_server_that_answers_with_a_mask(t
     run(add)
     run(repro)
     assert (clone / "reports/comparison/report.html").is_file()
-    assert read_json(clone / "reports/registration/registration.json")["student"] in ("cnn", "vit")
+    assert read_json(clone / "reports/registration/registration.json")["student"] == "cnn"
     assert read_yaml(clone / "data.dvc")["outs"][0]["path"] == "data"
 
-    run(predict)
+    in_this_process(predict)
     assert len(list((clone / "masks/masks").glob("*.png"))) == 30
-    run(export)
+    in_this_process(export)
     assert (clone / "student.onnx").is_file()
     with model_server(serve.removesuffix("&"), clone, environment) as port:
         for command in ask:
