@@ -21,7 +21,7 @@ class Format:
     latency_ms: float  # median of warm passes on the CPU
 
     def __str__(self) -> str:
-        return f"{self.megabytes:.1f} MB, val mIoU {100 * self.val_miou:.2f} %, {self.latency_ms:.1f} ms an image"
+        return f"{self.megabytes:.1f} MB, val mIoU {100 * self.val_miou:.2f} %, {self.latency_ms:.1f} ms"
 
 
 @dataclass(frozen=True)

@@ -350,7 +350,7 @@ def tags_of(formats: "Formats | None") -> dict[str, str]:
     """What each format gives and takes, as tags."""
     if formats is None:
         return {}
-    return {f"format_{one.name}": f"{one}, {formats.conditions}" for one in formats.formats}
+    return {f"format_{one.name}": f"{one} for {formats.conditions}" for one in formats.formats}
 
 
 def identity_of_test_data(prepared: Path) -> str:
