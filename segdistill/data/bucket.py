@@ -7,6 +7,7 @@ all of them, so that a disk smaller than the data would bring a shard of 128 MiB
 
 import contextlib
 import fcntl
+import functools
 import os
 import re
 import threading
@@ -85,20 +86,16 @@ class Bucket:
         return bytes(file.read_at(file.size() - offset if size is None else size, offset))
 
 
-_filesystems: dict[int, Any] = {}
-
-
+@functools.cache
 def _filesystem(process: int) -> Any:
     """A ``pyarrow.fs.S3FileSystem`` of this process."""
     from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
 
-    if process not in _filesystems:
-        endpoint, authorities = environment.s3_server()
-        _filesystems[process] = S3FileSystem(
-            endpoint_override=endpoint, tls_ca_file_path=authorities, connect_timeout=10, request_timeout=60,
-            retry_strategy=AwsStandardS3RetryStrategy(max_attempts=1),  # the retries are ours
-        )  # fmt: skip
-    return _filesystems[process]
+    endpoint, authorities = environment.s3_server()
+    return S3FileSystem(
+        endpoint_override=endpoint, tls_ca_file_path=authorities, connect_timeout=10, request_timeout=60,
+        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=1),  # the retries are ours
+    )  # fmt: skip
 
 
 class Cache:

@@ -60,7 +60,7 @@ def attached(prepared: Path, server: Server, tmp_path: Path, monkeypatch: pytest
     for name, value in {"AWS_ENDPOINT_URL_S3": server.endpoint, **credentials(), "AWS_REGION": "us-east-1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SEGDISTILL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(bucket, "_filesystems", {})
+    bucket._filesystem.cache_clear()
     upload(server, prepared)
     assert main(["data", "attach", f"s3://{NAME}/{prepared.name}/", "--out", str(tmp_path / "attached")]) == 0
     return tmp_path / "attached"
@@ -268,7 +268,7 @@ def test_what_cannot_be_attached_is_one_sentence_and_leaves_nothing(
         assert sentence(here).startswith(f"{here}/dataset.json: damaged: not the content that")
     finally:
         upload(server, prepared)
-    monkeypatch.setattr(bucket, "_filesystems", {})
+    bucket._filesystem.cache_clear()
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "stranger")
     assert "S3 forbids reading it with these credentials" in sentence(here)
     assert SECRET not in sentence(here)
