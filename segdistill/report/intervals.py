@@ -88,7 +88,7 @@ def differences(
     """The difference of each row to its reference, where both have a seed in common.
 
     Args:
-        networks: by row and seed, :func:`segdistill.metrics.iou_counts` of the same images in the same order.
+        networks: by row and seed, :func:`segdistill.metrics.confusion.iou_counts` of the same images in the same order.
         references: the row with which each row is compared.
         confidence: that all intervals hold at once.
         block: consecutive images that count as one; there must be two blocks at least.

@@ -5,8 +5,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from segdistill import metrics
 from segdistill.errors import UserError
+from segdistill.metrics import confusion
 from segdistill.metrics.confusion import mean_iou
 from segdistill.report.intervals import (
     block_starts,
@@ -30,7 +30,7 @@ def fake_system(accuracy: float, seed: int, images: int = 40, classes: int = 4) 
 
 
 def iou_counts(matrices: Matrices) -> NDArray[np.int64]:
-    return np.stack(metrics.iou_counts(matrices), axis=-2)
+    return np.stack(confusion.iou_counts(matrices), axis=-2)
 
 
 def seeds_of(*accuracies: float, first: int) -> dict[int | None, NDArray[np.int64]]:

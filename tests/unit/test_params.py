@@ -108,7 +108,6 @@ def test_an_unknown_key_is_named_with_its_neighbour(path: str, rename: str, sent
         ("train_teacher.train.unlabelled", 8, "train.unlabelled: 8, but a teacher learns from labels alone; use 0"),
         ("experiments.hfd_bsd.students", "*cnn", "experiments.hfd_bsd: hfd_bsd"),
         ("distill.train.augmentation.scale", [1.5, 0.5], "distill.train.augmentation: scale [1.5, 0.5]: the first bound is above the second"),
-        ("distill.train.augmentation.crop_size", [16384, 16384], "distill.train: 8 crops of 16384 x 16384 in one forward pass are more than"),
         ("distill.train.batch_size", 1e30, "distill.train.batch_size: input should be a valid integer"),
         ("train_teacher.optimizer.lr", 1e-320, "train_teacher.optimizer.lr: input should be greater than or equal to"),
         ("train_teacher.optimizer.lr", 1e308, "train_teacher.optimizer.lr: input should be less than or equal to 100"),
@@ -130,6 +129,13 @@ def test_a_wrong_value_is_named_with_what_is_allowed(path: str, value: Any, part
         check_params(params)
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_batch_of_more_pixels_than_a_forward_pass_takes_is_refused() -> None:
+    params = changed("distill.train.batch_size", 8)
+    params["distill"]["train"]["augmentation"]["crop_size"] = [16384, 16384]
+    with pytest.raises(UserError, match="8 crops of 16384 x 16384 in one forward pass are more than"):
+        check_params(params, networks=False)
 
 
 NO_NAMES = [
