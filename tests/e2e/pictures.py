@@ -1,6 +1,6 @@
-"""The pictures of the default run's pages in docs/results/, as Chromium shows them: ``python tests/e2e/pictures.py``.
+"""The pictures of the default run's pages in docs/results/, as Chromium shows them, where ``make repro`` was run:
 
-To be run where ``make repro`` was.
+PYTHONPATH=.:tests python tests/e2e/pictures.py
 """
 
 import io
