@@ -1,5 +1,6 @@
 """Models as files: safetensors + JSON. Nothing that needs unpickling is written, and nothing pickled is read."""
 
+import copy
 import hashlib
 import json
 import re
@@ -137,13 +138,15 @@ def count_parameters(segmenter: SegmentationNetwork) -> int:
 
 
 def count_macs(segmenter: SegmentationNetwork, size: tuple[int, int]) -> int:
-    """Multiply-accumulates of serving one image of ``size`` (H, W); convolutions and matrix products are counted."""
-    training = segmenter.training
-    image = torch.zeros(1, segmenter.images.channels, *size, device=next(segmenter.parameters()).device)
+    """Multiply-accumulates of serving one image of ``size`` (H, W); convolutions and matrix products are counted.
+
+    Shapes are followed, and no number is computed: memory and time do not grow with the image.
+    """
+    outline = copy.deepcopy(segmenter).to("meta").eval()
+    image = torch.zeros(1, segmenter.images.channels, *size, device="meta")
     # Attention by its plain products, since fused kernels are not counted on every device.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        ExportedSegmenter(segmenter).eval()(image)
-    segmenter.train(training)
+        outline.logits(image)
     return int(counter.get_total_flops()) // 2
 
 

@@ -137,7 +137,9 @@ def measure(
     from segdistill.engine.distributed import processes as join
 
     started = time.monotonic()
-    info, test_set = read_dataset_info(prepared), ShardDataset(prepared, "test", Memory("auto"))
+    passes = sum(map(len, names.values())) * (1 + config.flip + bool(config.scales))
+    kept = Memory("auto" if passes > 1 else 0)  # decoded samples are worth their room where they are seen again
+    info, test_set = read_dataset_info(prepared), ShardDataset(prepared, "test", kept)
     second_set = _second_set(config, info)
     elsewhere = {"out_of_domain": second_set.content_hash} if second_set else {}
     with join(device) as processes, progress_bar(processes.is_main) as bar:
