@@ -3,6 +3,8 @@
 The operations of a small network on small images are too small to be shared out to cores; whole trainings are not.
 """
 
+import functools
+import itertools
 import logging
 import logging.handlers
 import multiprocessing
@@ -20,7 +22,7 @@ from typing import TypeVar
 import torch
 
 from segdistill.engine.distributed import Processes
-from segdistill.engine.progress import TrainingBar
+from segdistill.engine.progress import PartsBar
 from segdistill.errors import Interrupted, UserError, stop_on_signal
 
 T = TypeVar("T")
@@ -28,20 +30,32 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def divided(items: Sequence[T], cost: Callable[[T], float], processes: Processes) -> list[list[T]]:
-    """Neighbouring items together, in as many parts of like cost as this CPU's threads can work on; one on a GPU.
+def divided(items: Sequence[T], cost: Callable[[Sequence[T]], float], processes: Processes) -> list[list[T]]:
+    """Neighbouring items together, in as many parts as this CPU's threads can work on, the dearest as cheap as can be.
 
-    Under torchrun the processes share each batch instead, so that there is one part, too.
+    On a GPU there is one part; under torchrun, too, where the processes share each batch instead.
+
+    Args:
+        items: what is done.
+        cost: how dear some of them are in one part; what they share counts once.
+        processes: where it is done.
     """
-    count = min(torch.get_num_threads(), len(items)) if _may_fork(processes) else 1
-    if count <= 1:
-        return [list(items)] if items else []
-    whole, before = sum(map(cost, items)), 0.0
-    parts: list[list[T]] = [[] for _ in range(count)]
-    for item in items:  # by where its middle lies
-        parts[min(count - 1, int(count * (before + cost(item) / 2) / whole))].append(item)
-        before += cost(item)
-    return [part for part in parts if part]
+    items, count = list(items), torch.get_num_threads() if _may_fork(processes) else 1
+
+    @functools.cache
+    def cost_between(start: int, end: int) -> float:
+        return cost(items[start:end])
+
+    # By the number of items that are in parts: what the dearest of these costs, and where each begins.
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for _ in range(min(count, len(items))):
+        best = {
+            end: min((max(dearest, cost_between(start, end)), [*starts, start])
+                     for start, (dearest, starts) in best.items() if start <= end)
+            for end in range(len(items) + 1)
+        }  # fmt: skip
+    starts = best[len(items)][1]
+    return [items[start:end] for start, end in itertools.pairwise([*starts, len(items)]) if start < end]
 
 
 def _may_fork(processes: Processes) -> bool:
@@ -49,7 +63,7 @@ def _may_fork(processes: Processes) -> bool:
     return processes.world_size == 1 and processes.device.type == "cpu" and torch.get_num_threads() > 1
 
 
-def run_parts(tasks: Sequence[Callable[[], T]], processes: Processes, bar: TrainingBar | None = None) -> list[T]:
+def run_parts(tasks: Sequence[Callable[[], T]], processes: Processes, bar: PartsBar | None = None) -> list[T]:
     """What the tasks return, each from a process of its own, which has its share of this one's threads.
 
     Processes are forked, so that they share what is loaded and start at once; nothing may have been computed with
@@ -84,7 +98,7 @@ class _Relay(logging.handlers.QueueHandler):
             self.queue.send(record)  # type: ignore[attr-defined]
 
 
-def _run(task: Callable[[], T], threads: int, writer: Connection, bar: TrainingBar | None) -> None:
+def _run(task: Callable[[], T], threads: int, writer: Connection, bar: PartsBar | None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork has its parent's
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
@@ -115,7 +129,7 @@ class _Answer:
 
 
 def _answers(
-    children: Sequence[tuple[BaseProcess, Connection]], stop: threading.Event, bar: TrainingBar | None
+    children: Sequence[tuple[BaseProcess, Connection]], stop: threading.Event, bar: PartsBar | None
 ) -> list[object]:
     """What each child sent; where it died without a word, an error that says so."""
     answers: dict[Connection, object] = {}
@@ -134,8 +148,8 @@ def _answers(
                     bar.update(*news)
             except EOFError:
                 answers[reader] = UserError(
-                    "one of the training processes was killed, probably for want of memory; set"
-                    " OMP_NUM_THREADS=1 to train in one process, or lower batch_size or crop_size"
+                    "one of the processes of this stage was killed, probably for want of memory; set"
+                    " OMP_NUM_THREADS=1 for a single one, or lower batch_size or crop_size"
                 )
         if stop.is_set() and not told:
             told = True

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -38,7 +38,46 @@ class Advance:
     images_per_second: float
 
 
-class TrainingBar:
+class PartsBar:
+    """A bar that parts of a stage move, each from a process of its own."""
+
+    def __init__(self, enabled: bool, *columns: str) -> None:
+        self.bar = progress_bar(enabled, *columns)
+        # Where another process draws: sends it what its :meth:`update` is to be called with.
+        self.relay: Callable[[tuple[Any, ...]], None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def update(self, *news: Any) -> None:
+        """Moves the bar, which begins with the first call: its thread must not be there when processes fork."""
+        raise NotImplementedError
+
+
+class CountBar(PartsBar):
+    """How many of several things are done."""
+
+    def __init__(self, description: str, total: int, *, enabled: bool) -> None:
+        super().__init__(enabled)
+        self.task = self.bar.add_task(description, total=total)
+
+    def update(self) -> None:
+        """One more is."""
+        if self.bar.disable:
+            return
+        if self.relay is not None:
+            self.relay(())
+            return
+        self.bar.start()
+        self.bar.advance(self.task)
+
+
+class TrainingBar(PartsBar):
     """The trainings of a stage: which of how many train now, their iteration, images per second, time left of all.
 
     Args:
@@ -61,23 +100,12 @@ class TrainingBar:
         self.kind, self.groups, self.costs = kind, groups, costs
         self.before, self.share = before, share
         self.advances: dict[int, Advance] = {}
-        self.relay: Callable[[tuple[Advance, int]], None] | None = (
-            None  # to the process that draws, where that is another
-        )
         self.relayed = 0.0
-        self.bar = progress_bar(enabled, "{task.fields[speed]}")
+        super().__init__(enabled, "{task.fields[speed]}")
         self.task = self.bar.add_task("", total=1.0, completed=before, speed="")  # type: ignore[arg-type]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
-
     def update(self, advance: Advance, group: int = 0) -> None:
-        """Moves the bar, which begins with the first call: its thread must not be there when processes fork."""
+        """How far a group is."""
         if self.bar.disable:
             return
         if self.relay is not None:

@@ -1,6 +1,5 @@
 """Models as files: safetensors + JSON. Nothing that needs unpickling is written, and nothing pickled is read."""
 
-import copy
 import hashlib
 import json
 import re
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -140,13 +140,18 @@ def count_parameters(segmenter: SegmentationNetwork) -> int:
 def count_macs(segmenter: SegmentationNetwork, size: tuple[int, int]) -> int:
     """Multiply-accumulates of serving one image of ``size`` (H, W); convolutions and matrix products are counted.
 
-    Shapes are followed, and no number is computed: memory and time do not grow with the image.
+    Shapes are followed and no number is computed, so that memory and time do not grow with the image.
     """
-    outline = copy.deepcopy(segmenter).to("meta").eval()
-    image = torch.zeros(1, segmenter.images.channels, *size, device="meta")
+    training, device = segmenter.training, next(segmenter.parameters()).device
     # Attention by its plain products, since fused kernels are not counted on every device.
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        outline.logits(image)
+    with (
+        FlopCounterMode(display=False) as counter,
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        segmenter.eval().logits(torch.zeros(1, segmenter.images.channels, *size, device=device))
+    segmenter.train(training)
     return int(counter.get_total_flops()) // 2
 
 

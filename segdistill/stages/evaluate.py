@@ -1,5 +1,6 @@
 """Networks on the test split, at the resolution of the labels: accuracy, cost, and pictures."""
 
+import functools
 import io
 import json
 import logging
@@ -7,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,6 @@ from segdistill import environment
 from segdistill.config import config as config_class
 from segdistill.config import to_dict
 from segdistill.data.settings import Scale
-from segdistill.engine.progress import progress_bar
 from segdistill.engine.settings import InferenceConfig
 from segdistill.engine.tracker import Tracker
 from segdistill.errors import UserError
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from segdistill.engine.distributed import Processes
     from segdistill.engine.evaluate import Evaluation
     from segdistill.engine.inference import Views
+    from segdistill.engine.progress import CountBar
     from segdistill.models.outputs import SegmentationNetwork
 
 
@@ -88,6 +89,44 @@ class Config:
     """A further column beside the headline: the score on a second test set, with its interval; null is off."""
 
 
+@dataclass(frozen=True)
+class Common:
+    """What all evaluations have in common."""
+
+    config: Config
+    info: "DatasetInfo"
+    test_set: "ShardDataset"
+    second_set: "MappedDataset | None"
+    tracker: Tracker
+    processes: "Processes"
+
+    @property
+    def classes(self) -> list[str]:
+        """Their names."""
+        return [item.name for item in self.info.classes]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training has written, and where its evaluation is to be."""
+
+    model: Path
+    evaluation: Path
+    names: Mapping[str, str]  # its networks, each with the name of the run that trained it
+    common: Common
+
+    @functools.cached_property  # once: the files may change
+    def identity(self) -> str:
+        """What decides its scores: settings, weights, data and code."""
+        settings: dict[str, Any] = {"evaluate": self.common.config}
+        settings["weights"] = {
+            name: read_sealed_json(self.model, f"{name}.json", mend=TRAIN).get("sha256") for name in self.names
+        }
+        if self.common.second_set:
+            settings["out_of_domain"] = self.common.second_set.content_hash
+        return Identity(self.common.info.content_hash, None, 0, settings, code_of(CODE)).key
+
+
 def run(
     config: Config, *, prepared: Path, students: Path, evaluations: Path, tracker: Tracker, device: str = "auto"
 ) -> dict[str, float]:
@@ -135,27 +174,34 @@ def measure(
     from segdistill.data.memory import Memory
     from segdistill.data.shards import ShardDataset, read_dataset_info
     from segdistill.engine.distributed import processes as join
+    from segdistill.engine.parts import divided, run_parts
+    from segdistill.engine.progress import CountBar
 
     started = time.monotonic()
     passes = sum(map(len, names.values())) * (1 + config.flip + bool(config.scales))
     kept = Memory("auto" if passes > 1 else 0)  # decoded samples are worth their room where they are seen again
     info, test_set = read_dataset_info(prepared), ShardDataset(prepared, "test", kept)
     second_set = _second_set(config, info)
-    elsewhere = {"out_of_domain": second_set.content_hash} if second_set else {}
-    with join(device) as processes, progress_bar(processes.is_main) as bar:
-        for evaluation, model in bar.track(models.items(), description="evaluation"):
-            weights = {
-                name: read_sealed_json(model, f"{name}.json", mend=TRAIN).get("sha256") for name in names[evaluation]
-            }
-            settings = {"evaluate": config, "weights": weights, **elsewhere}
-            identity = Identity(info.content_hash, None, 0, settings, code_of(CODE)).key
-            if made_by(evaluation, "evaluation.json") == identity:
-                continue
-            _evaluate(
-                config, model, evaluation, names[evaluation], info, (test_set, second_set), identity, elsewhere,
-                tracker, processes,
-            )  # fmt: skip
-            processes.barrier()
+    with join(device) as processes:
+        common = Common(config, info, test_set, second_set, tracker, processes)
+        jobs = [Trained(model, evaluation, names[evaluation], common) for evaluation, model in models.items()]
+        waiting = [job for job in jobs if made_by(job.evaluation, "evaluation.json") != job.identity]
+        processes.barrier()  # all have seen what is there
+        with CountBar("evaluation", 2 * len(waiting), enabled=processes.is_main) as bar:
+
+            def times() -> dict[Path, dict[str, list[float]]]:
+                return {job.evaluation: _seconds_of(job, bar) for job in waiting}
+
+            def evaluate(part: Sequence[Trained]) -> None:
+                for job in part:
+                    _evaluate(job, seconds[job.evaluation])
+                    bar.update()
+                    processes.barrier()
+
+            if waiting:
+                (seconds,) = run_parts([times], processes, bar)  # before the rest, which keeps the machine busy
+                parts = divided(waiting, lambda part: sum(len(job.names) for job in part), processes)
+                run_parts([functools.partial(evaluate, part) for part in parts], processes, bar)
     return {"evaluation": time.monotonic() - started}
 
 
@@ -173,48 +219,45 @@ def _second_set(config: Config, info: "DatasetInfo") -> "MappedDataset | None":
     return MappedDataset(settings.data, settings.layout, settings.classes, names, "evaluate.out_of_domain")
 
 
-def _evaluate(
-    config: Config, model: Path, evaluation: Path, names: Mapping[str, str], info: "DatasetInfo",
-    sets: "tuple[ShardDataset, MappedDataset | None]", identity: str, elsewhere: Mapping[str, str], tracker: Tracker,
-    processes: "Processes",
-) -> None:  # fmt: skip
+def _evaluate(trained: Trained, seconds: Mapping[str, Sequence[float]]) -> None:
+    """Writes the folder of one job; ``seconds`` are of some passes of one image, by network."""
     from segdistill.models.export import load_model
     from segdistill.models.teachers import title
 
     models: dict[str, Any] = {}
     counts: dict[str, Any] = {}
-    classes, (test_set, second_set) = [item.name for item in info.classes], sets
+    common, second_set, processes = trained.common, trained.common.second_set, trained.common.processes
     # The other ranks count with us and keep nothing.
-    place: Any = new_folder(evaluation) if processes.is_main else tempfile.TemporaryDirectory()
+    place: Any = new_folder(trained.evaluation) if processes.is_main else tempfile.TemporaryDirectory()
     with place as written:
         folder = Path(written)
-        for name in names:
-            network, document = load_model(model, name, processes.device, classes=classes)
-            models[name], counts[name] = _measure(network, name, sets, info, config, folder, processes)
+        for name in trained.names:
+            network, document = load_model(trained.model, name, processes.device, classes=common.classes)
+            models[name], counts[name] = _measure(network, name, common, folder)
+            models[name] |= _speed(seconds[name])
             models[name]["weights_sha256"] = document["sha256"]
             models[name]["network"] = title(document["model"])
         report = {
-            "models": models, "split": "test", "samples": len(test_set), "classes": classes,
-            "data_content": info.content_hash, "identity": identity,
+            "models": models, "split": "test", "samples": len(common.test_set), "classes": common.classes,
+            "data_content": common.info.content_hash, "identity": trained.identity,
         }  # fmt: skip
         if second_set:
-            mapped = [classes[number] for number in second_set.mapped]
-            sequences = [second_set.sequence(index) for index in range(len(second_set))]
             report["out_of_domain"] = {
-                "content": elsewhere["out_of_domain"], "classes": mapped, "sequences": sequences
-            }  # fmt: skip
+                "content": second_set.content_hash,
+                "classes": [common.classes[number] for number in second_set.mapped],
+                "sequences": [second_set.sequence(index) for index in range(len(second_set))],
+            }
         (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
-        _write_images(folder, counts, test_set, classes)
+        _write_images(folder, counts, common.test_set, common.classes)
         seal(folder)
     if processes.is_main:
-        for name, run_of_training in names.items():
-            _track(tracker.child(run_of_training, ended=True), name, models[name], evaluation)
+        for name, run_of_training in trained.names.items():
+            _track(common.tracker.child(run_of_training, ended=True), name, models[name], trained.evaluation)
 
 
 def _measure(
-    network: "SegmentationNetwork", name: str, sets: "tuple[ShardDataset, MappedDataset | None]", info: "DatasetInfo",
-    config: Config, folder: Path, processes: "Processes",
-) -> tuple[dict[str, Any], "NDArray[np.int64]"]:  # fmt: skip
+    network: "SegmentationNetwork", name: str, common: Common, folder: Path
+) -> tuple[dict[str, Any], "NDArray[np.int64]"]:
     """What evaluation.json says of a network, and its counts of each image; the files of one network are written."""
     import numpy as np
 
@@ -223,41 +266,34 @@ def _measure(
     from segdistill.metrics.confusion import iou
     from segdistill.models.export import count_macs, count_parameters
 
+    config, num_classes = common.config, common.info.num_classes
+
     def evaluated(views: Views, **options: bool) -> "Evaluation":
-        return evaluate(network, test_set, views, num_classes=info.num_classes, processes=processes, **options)
+        return evaluate(network, common.test_set, views, num_classes=num_classes, processes=common.processes, **options)
 
     def score(views: Views) -> dict[str, float]:
         averaged = evaluated(views)
         return {"test/miou": averaged.miou, "test/pixel_accuracy": averaged.accuracy}
 
-    network.eval()
-    test_set, second_set = sets
     plain = Views(config.inference)
     headline = evaluated(plain, calibration=True, boundary=config.boundary)
     arrays: dict[str, Any] = {"confusion": headline.confusion, "counts": headline.counts, "ids": np.array(headline.ids)}
     further = {}
-    if second_set:
+    if common.second_set:
         arrays["out_of_domain"], further["out_of_domain"] = _score_elsewhere(
-            network, second_set, plain, info.num_classes, processes
+            network, common.second_set, plain, num_classes, common.processes
         )
     np.savez_compressed(folder / f"{name}.npz", **arrays)
-    _pictures(network, name, test_set, info, headline, config, folder, processes)
-    height, width = test_set[0][1].shape
-    scale = config.inference.input_scale
-    size = (round(height * scale), round(width * scale))
-    seconds = _pass_seconds(network, size, config.latency_repeats, processes)
-    latency = min(seconds)  # slower ones tell what else the machine was doing
+    _pictures(network, name, headline, common, folder)
+    size = _input_size(common)
     per_class = [None if np.isnan(value) else float(value) for value in iou(headline.confusion)]
     scores = {
         "test/miou": headline.miou,
         "test/pixel_accuracy": headline.accuracy,
         "test/ece": headline.ece,
-        "per_class_iou": dict(zip([item.name for item in info.classes], per_class, strict=True)),
+        "per_class_iou": dict(zip(common.classes, per_class, strict=True)),
         "params": count_parameters(network),
         "macs": count_macs(network, size),
-        "latency_ms": 1000 * latency,
-        "latency_median_ms": 1000 * statistics.median(seconds),
-        "images_per_second": 1 / latency,
         "input_size": list(size),
         "inference": to_dict(config.inference),
         "align_corners": False,  # how logits are resized to the label
@@ -267,6 +303,13 @@ def _measure(
         **further,
     }
     return scores, headline.counts
+
+
+def _input_size(common: Common) -> tuple[int, int]:
+    """Height and width of what networks are shown of the first test image."""
+    height, width = common.test_set[0][1].shape
+    scale = common.config.inference.input_scale
+    return round(height * scale), round(width * scale)
 
 
 def _score_elsewhere(
@@ -317,29 +360,43 @@ def _write_images(
     pyarrow.parquet.write_table(pyarrow.concat_tables(tables), folder / "per_image.parquet")
 
 
-def _pass_seconds(
-    network: "SegmentationNetwork", size: tuple[int, int], repeats: int, processes: "Processes"
-) -> list[float]:
-    """Seconds of each of some forward passes of one image, when warm."""
+def _seconds_of(trained: Trained, bar: "CountBar") -> dict[str, list[float]]:
+    """Seconds of each of some forward passes of one image, when warm, by network."""
     import torch
 
-    image = torch.rand((1, network.images.channels, *size), device=processes.device)
-    wait = torch.cuda.synchronize if processes.device.type == "cuda" else lambda: None
-    times = []
-    with torch.inference_mode():
-        for _ in range(repeats + 3):  # the first ones only warm up
-            wait()
-            started = time.perf_counter()
-            network(image)
-            wait()
-            times.append(time.perf_counter() - started)
-    return times[3:]
+    from segdistill.models.export import load_model
+
+    common, device, seconds = trained.common, trained.common.processes.device, {}
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for name in trained.names:
+        network, _ = load_model(trained.model, name, device, classes=common.classes)
+        image = torch.rand((1, network.images.channels, *_input_size(common)), device=device)
+        times = []
+        with torch.inference_mode():
+            for _ in range(common.config.latency_repeats + 3):  # the first ones only warm up
+                wait()
+                started = time.perf_counter()
+                network(image)
+                wait()
+                times.append(time.perf_counter() - started)
+        seconds[name] = times[3:]
+    bar.update()
+    return seconds
+
+
+def _speed(seconds: Sequence[float]) -> dict[str, float]:
+    """Of one image; the fastest pass counts: slower ones tell what else the machine was doing."""
+    latency = min(seconds)
+    return {
+        "latency_ms": 1000 * latency,
+        "latency_median_ms": 1000 * statistics.median(seconds),
+        "images_per_second": 1 / latency,
+    }
 
 
 def _pictures(
-    network: "SegmentationNetwork", name: str, test_set: "ShardDataset", info: "DatasetInfo", evaluation: "Evaluation",
-    config: Config, folder: Path, processes: "Processes",
-) -> None:  # fmt: skip
+    network: "SegmentationNetwork", name: str, evaluation: "Evaluation", common: Common, folder: Path
+) -> None:
     """The confusion map, and predictions on evenly spread test images: the same ones for every network.
 
     ``overlays/<name>/<id>.png`` holds class ids, for the comparison; ``pictures/<name>`` is what people look at.
@@ -354,12 +411,13 @@ def _pictures(
     out, pictures = folder / "overlays" / name, folder / "pictures" / name
     out.mkdir(parents=True)
     pictures.mkdir(parents=True)
-    if not processes.is_main:
+    if not common.processes.is_main:
         return
-    confusion_map(evaluation.confusion, [item.name for item in info.classes], pictures / "confusion.png")
-    colors = [item.color for item in info.classes]
+    config, test_set = common.config, common.test_set
+    confusion_map(evaluation.confusion, common.classes, pictures / "confusion.png")
+    colors = [item.color for item in common.info.classes]
     indices = evenly_spread(len(test_set), config.overlays)
-    predictions = masks(network, test_set, indices, Views(config.inference), processes.device)
+    predictions = masks(network, test_set, indices, Views(config.inference), common.processes.device)
     for index, (image, label, mask) in zip(indices, predictions, strict=True):
         file = f"{test_set.sample_id(index)}.png"
         Image.fromarray(mask).save(out / file)

@@ -50,6 +50,13 @@ def test_dvc_has_the_stages_of_the_table_in_its_order() -> None:
     assert list(DVC) == [stage.name for stage in STAGES]
 
 
+def test_the_lock_has_no_stage_that_is_gone() -> None:  # DVC never drops one, and parses all of them at each stage
+    seeds = read_yaml(ROOT / "params.yaml")["seeds"]
+    expected = {f"{name}@{seed}" for name, stage in DVC.items() if "matrix" in stage for seed in seeds}
+    expected |= {name for name, stage in DVC.items() if "matrix" not in stage}
+    assert set(yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]) == expected
+
+
 @every_stage
 def test_dvc_watches_the_parameters_of_the_table(stage: Stage) -> None:
     assert DVC[stage.name].get("params", []) == list(stage.params)

@@ -253,6 +253,11 @@ def test_macs_of_attention_are_counted() -> None:
     assert count_macs(segmenter, (64, 64)) - plain // 2 == blocks * 2 * tokens * tokens * width
 
 
+def test_macs_of_an_image_that_no_memory_would_bear_are_counted() -> None:
+    settings = {"architecture": "Segformer", "encoder": "mit_b0", "output_stride": 32, "decoder": {}}
+    assert count_macs(build(settings), (32 * 1024, 32 * 1024)) > 1024**2 * count_macs(build(settings), (32, 32))
+
+
 def test_logits_at_agrees_with_plain_interpolation_where_nothing_is_padded() -> None:
     logits = torch.rand(1, 3, 16, 24)
     expected = F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=False)

@@ -5,10 +5,13 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from segdistill.engine.distributed import Processes
 from segdistill.engine.parts import divided, run_parts
@@ -25,17 +28,30 @@ def two_threads() -> None:
 
 @pytest.mark.usefixtures("two_threads")
 def test_neighbours_of_like_cost_go_together() -> None:
-    assert divided([1, 1, 1, 1, 2, 2], float, ALONE) == [[1, 1, 1, 1], [2, 2]]
-    assert divided([1, 9], float, ALONE) == [[1], [9]]
-    assert divided([5], float, ALONE) == [[5]]
-    assert divided([], float, ALONE) == []
+    assert divided([1, 1, 1, 1, 2, 2], sum, ALONE) == [[1, 1, 1, 1], [2, 2]]
+    assert divided([1, 9], sum, ALONE) == [[1], [9]]
+    assert divided([5], sum, ALONE) == [[5]]
+    assert divided([], sum, ALONE) == []
+
+
+@pytest.mark.usefixtures("two_threads")
+@given(items=st.lists(st.integers(1, 9), max_size=8), shared=st.integers(0, 9))
+def test_the_dearest_part_is_as_cheap_as_any_division_makes_it(items: list[int], shared: int) -> None:
+    def cost(part: Sequence[int]) -> float:  # the odd ones share something
+        return sum(part) + (shared if any(item % 2 for item in part) else 0)
+
+    parts = divided(items, cost, ALONE)
+    assert [item for part in parts for item in part] == items
+    assert len(parts) <= 2
+    cheapest = min(max(cost(items[:place]), cost(items[place:])) for place in range(len(items) + 1))
+    assert max(map(cost, parts), default=0) == cheapest
 
 
 def test_one_thread_and_a_batch_that_is_shared_make_one_part() -> None:
-    assert divided([1, 1], float, ALONE) == [[1, 1]]
+    assert divided([1, 1], sum, ALONE) == [[1, 1]]
     torch.set_num_threads(2)
-    assert divided([1, 1], float, Processes(0, 2, torch.device("cpu"))) == [[1, 1]]
-    assert divided([1, 1], float, Processes(0, 1, torch.device("cuda"))) == [[1, 1]]
+    assert divided([1, 1], sum, Processes(0, 2, torch.device("cpu"))) == [[1, 1]]
+    assert divided([1, 1], sum, Processes(0, 1, torch.device("cuda"))) == [[1, 1]]
 
 
 @pytest.mark.usefixtures("two_threads")

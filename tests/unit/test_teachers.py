@@ -14,7 +14,7 @@ from segdistill.config import to_dict
 from segdistill.errors import UserError
 from segdistill.methods import build_offline, parse_method
 from segdistill.models.config import ModelConfig
-from segdistill.models.export import load_model, save_model
+from segdistill.models.export import count_macs, load_model, save_model
 from segdistill.models.segmenter import build_segmenter
 from segdistill.models.teachers import files_hash, licence, open_teacher, outline, require_labels
 
@@ -129,6 +129,7 @@ def test_a_teacher_gives_what_its_library_gives_in_the_order_of_our_classes(
         logits, expected = logits[:, single], expected[:, single]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert teacher(images()[..., :50, :70]).logits.shape == (2, 4, 13, 18)
+    assert count_macs(teacher, (128, 192)) == pytest.approx(4 * count_macs(teacher, (64, 96)), rel=0.5)
     known = outline([tmp_path / "theirs"])
     assert (known.feature_channels, known.last_channels) == (WIDTHS, last)
 
