@@ -94,7 +94,7 @@ def test_a_mistake_in_one_part_is_raised_when_the_others_have_ended(tmp_path: Pa
 
 @pytest.mark.usefixtures("two_threads")
 def test_a_part_that_is_killed_says_what_can_be_done() -> None:
-    with pytest.raises(UserError, match=r"one of the training processes was killed.*OMP_NUM_THREADS=1"):
+    with pytest.raises(UserError, match=r"one of the processes of this stage was killed.*OMP_NUM_THREADS=1"):
         run_parts([lambda: None, lambda: os.kill(os.getpid(), signal.SIGKILL)], ALONE)
 
 
