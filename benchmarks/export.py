@@ -18,6 +18,7 @@ from segdistill.data.shards import ShardDataset
 from segdistill.engine.distributed import Processes
 from segdistill.engine.evaluate import evaluate
 from segdistill.engine.inference import Views
+from segdistill.engine.stopwatch import pass_seconds
 from segdistill.models import portable
 from segdistill.stages._formats import quantized, to_file
 
@@ -48,7 +49,7 @@ def main() -> None:
                 name: portable.load_portable(path, CPU)[0] for name, path in files.items()
             }
             rounds = [
-                {name: portable.latency(network, size, 20) for name, network in networks.items()}
+                {name: statistics.median(pass_seconds(network, size, repeats=20)) for name, network in networks.items()}
                 for _ in range(given.rounds)
             ]
             for name, network in networks.items():

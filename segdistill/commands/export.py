@@ -31,6 +31,7 @@ def command(arguments: argparse.Namespace) -> None:
     """Exports what the command line names, and prints what was measured."""
     import torch
 
+    from segdistill.engine.stopwatch import pass_seconds
     from segdistill.models import portable
 
     out: Path = arguments.out
@@ -72,7 +73,7 @@ def command(arguments: argparse.Namespace) -> None:
             networks["int8"] = portable.load_portable(exported, torch.device("cpu"))[0]
             facts.append(int8.sentence)
         seconds = {
-            name: portable.latency(network, size, channels=model.images.channels) for name, network in networks.items()
+            name: min(pass_seconds(network, size, channels=model.images.channels)) for name, network in networks.items()
         }
         content = exported.read_bytes()
     with disk_errors(out):
@@ -82,7 +83,7 @@ def command(arguments: argparse.Namespace) -> None:
     console = Console()
     console.print(f"{out}: {len(content) / 1e6:.1f} MB{opset}, any batch and size; {'; '.join(facts)}", soft_wrap=True)
     threads = torch.get_num_threads()
-    console.print(f"One image of {size[0]} x {size[1]} on the CPU, {threads} thread(s), median of warm passes:")
+    console.print(f"One image of {size[0]} x {size[1]} on the CPU, {threads} thread(s), fastest of warm passes:")
     table = Table()
     table.add_column("format")
     table.add_column("ms", justify="right")

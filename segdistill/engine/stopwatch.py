@@ -3,9 +3,14 @@
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+
+from segdistill.models.outputs import Network
+
+WARM = 3  # passes that only warm up
 
 
 class Stopwatch:
@@ -36,6 +41,25 @@ class Stopwatch:
     def add_later(self, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
         """Adds the time between two events, once the device has come to them."""
         self._events.append((start, end))
+
+
+def pass_seconds(
+    network: Network, size: tuple[int, int], *, channels: int = 3, repeats: int = 30, device: Any = "cpu"
+) -> list[float]:
+    """Seconds of each of some passes of one image of ``size`` (H, W), when warm.
+
+    The fastest is the network's latency: slower ones tell what else the machine was doing.
+    """
+    image, seconds = torch.rand((1, channels, *size), device=device), []
+    wait: Callable[[], object] = torch.cuda.synchronize if image.is_cuda else lambda: None
+    with torch.inference_mode():
+        for _ in range(repeats + WARM):
+            wait()
+            started = time.perf_counter()
+            network.logits(image)
+            wait()
+            seconds.append(time.perf_counter() - started)
+    return seconds[WARM:]
 
 
 @contextlib.contextmanager

@@ -8,8 +8,6 @@ part of the graph.
 import io
 import json
 import re
-import statistics
-import time
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -336,14 +334,3 @@ def check_same(expected: nn.Module, network: PortableNetwork, where: object, cha
             raise UserError(f"{where}: its logits at images of {list(shape)} differ from torch's by {difference:g}")
         largest = max(largest, difference)
     return largest
-
-
-@torch.inference_mode()
-def latency(network: Any, size: tuple[int, int], repeats: int = 30, channels: int = 3) -> float:
-    """Median seconds of one image's forward pass, when warm, of whatever has ``logits``."""
-    image, times = torch.rand((1, channels, *size)), []
-    for _ in range(repeats + 3):  # the first ones only warm up
-        started = time.perf_counter()
-        network.logits(image)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[3:])

@@ -18,7 +18,7 @@ class Format:
     name: str
     megabytes: float
     val_miou: float  # share (0..1)
-    latency_ms: float  # median of warm passes on the CPU
+    latency_ms: float  # fastest of warm passes on the CPU
 
     def __str__(self) -> str:
         return f"{self.megabytes:.1f} MB, val mIoU {100 * self.val_miou:.2f} %, {self.latency_ms:.1f} ms"
@@ -44,7 +44,7 @@ class Formats:
             f"| {one.name} | {one.megabytes:.1f} | {100 * one.val_miou:.2f} | {one.latency_ms:.1f} |"
             for one in self.formats
         ]
-        caption = f"The time is the median of warm passes of {self.conditions}."
+        caption = f"The time is the fastest of warm passes of {self.conditions}."
         refused = ["", f"There is no int8: {self.refused}."] if self.refused else []
         return ["| format | MB | validation mIoU, % | ms |", "|---|---|---|---|", *rows, "", caption, *refused]
 

@@ -197,6 +197,6 @@ def measured(
 
 
 def _milliseconds(model: Model, network: "Network", size: tuple[int, int]) -> float:
-    from segdistill.models import portable
+    from segdistill.engine.stopwatch import pass_seconds
 
-    return 1000 * portable.latency(network, size, channels=model.images.channels)
+    return 1000 * min(pass_seconds(network, size, channels=model.images.channels))

@@ -361,31 +361,23 @@ def _write_images(
 
 
 def _seconds_of(trained: Trained, bar: "CountBar") -> dict[str, list[float]]:
-    """Seconds of each of some forward passes of one image, when warm, by network."""
-    import torch
-
+    """What :func:`pass_seconds` says, by network."""
+    from segdistill.engine.stopwatch import pass_seconds
     from segdistill.models.export import load_model
 
-    common, device, seconds = trained.common, trained.common.processes.device, {}
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    common, seconds = trained.common, {}
+    device, size = common.processes.device, _input_size(common)
     for name in trained.names:
         network, _ = load_model(trained.model, name, device, classes=common.classes)
-        image = torch.rand((1, network.images.channels, *_input_size(common)), device=device)
-        times = []
-        with torch.inference_mode():
-            for _ in range(common.config.latency_repeats + 3):  # the first ones only warm up
-                wait()
-                started = time.perf_counter()
-                network(image)
-                wait()
-                times.append(time.perf_counter() - started)
-        seconds[name] = times[3:]
+        seconds[name] = pass_seconds(
+            network, size, channels=network.images.channels, repeats=common.config.latency_repeats, device=device
+        )
     bar.update()
     return seconds
 
 
 def _speed(seconds: Sequence[float]) -> dict[str, float]:
-    """Of one image; the fastest pass counts: slower ones tell what else the machine was doing."""
+    """Of one image, by the seconds of some passes."""
     latency = min(seconds)
     return {
         "latency_ms": 1000 * latency,

@@ -81,7 +81,7 @@ def content(folder: Path) -> dict[str, str]:
     """The hashes of all files, but for those that hold the time it took."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): file_hash(path) for path in files
-            if path.name not in ("metrics.json", "checksums.json")}  # fmt: skip
+            if path.name not in ("metrics.json", "evaluation.json", "checksums.json")}  # fmt: skip
 
 
 def test_one_changed_experiment_trains_one_student(
@@ -98,15 +98,24 @@ def test_one_changed_experiment_trains_one_student(
 
 
 def test_parts_of_a_cohort_in_processes_of_their_own_give_what_one_process_gives(
-    train: Callable[..., Names], tmp_path: Path
+    params: dict[str, Any], train: Callable[..., Names], tiny_prepared: Path, tmp_path: Path
 ) -> None:
     train("none", "kd")
-    one = content(tmp_path / "s0")
-    (tmp_path / "s0").rename(tmp_path / "former")
+    evaluated(params, tiny_prepared, tmp_path / "s0", tmp_path / "measured")
+    trained, measured = content(tmp_path / "s0"), content(tmp_path / "measured")
+    for name in ("s0", "measured"):
+        (tmp_path / name).rename(tmp_path / f"former-{name}")
     torch.set_num_threads(2)
     assert not train("none", "kd").runs, "the runs are of the processes that train"
-    assert content(tmp_path / "s0") == one
+    assert content(tmp_path / "s0") == trained
     assert not (tmp_path / "s0.work").exists()
+    assert not evaluated(params, tiny_prepared, tmp_path / "s0", tmp_path / "measured").runs, "as above"
+    assert content(tmp_path / "measured") == measured and "kd/cnn.npz" in measured
+    for experiment in ("none", "kd"):
+        reports = [tmp_path / folder / experiment / "evaluation.json" for folder in ("measured", "former-measured")]
+        now, before = (json.loads(report.read_text())["models"]["cnn"] for report in reports)
+        assert now["latency_ms"] <= now["latency_median_ms"]
+        assert {key: now[key] for key in ("test/miou", "test/ece", "macs")}.items() <= before.items()
 
 
 def test_how_a_training_is_watched_is_no_part_of_its_identity(
