@@ -1,6 +1,8 @@
 """``python -m segdistill <command>``. Commands load their module when they run, so that help answers at once."""
 
 import argparse
+import atexit
+import gc
 import importlib
 import sys
 from pathlib import Path
@@ -171,6 +173,7 @@ def _add_device(command: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 for a user's mistake, 75 for stopped, 130 for Ctrl-C."""
     arguments = parser().parse_args(argv)
+    leave_imports_alone()
     try:
         with exit_codes(f"segdistill {arguments.command}", GOES_ON if arguments.command in RESUMED else BEGINS_ANEW):
             from segdistill import execution
@@ -180,6 +183,16 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     return 0
+
+
+def leave_imports_alone() -> None:
+    """Lets Python's cyclic garbage collection seldom walk through the million objects of imported libraries.
+
+    It would do so some hundred times while they are imported, and once more at the end of the process: a third of what
+    a command's start and end take (benchmarks/startup.py).
+    """
+    gc.set_threshold(50_000, 10, 10)
+    atexit.register(gc.freeze)
 
 
 def _dispatch(arguments: argparse.Namespace) -> None:
