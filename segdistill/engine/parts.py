@@ -26,29 +26,46 @@ from segdistill.engine.progress import PartsBar
 from segdistill.errors import Interrupted, UserError, stop_on_signal
 
 T = TypeVar("T")
+MOST_DIVISIONS = 20_000  # of which each is looked at: fourteen items in two parts, seven in four
 
 logger = logging.getLogger(__name__)
 
 
 def divided(items: Sequence[T], cost: Callable[[Sequence[T]], float], processes: Processes) -> list[list[T]]:
-    """Neighbouring items together, in as many parts as this CPU's threads can work on, the dearest as cheap as can be.
+    """Items in as many parts as this CPU's threads can work on, the dearest of them as cheap as can be.
 
-    On a GPU there is one part; under torchrun, too, where the processes share each batch instead.
+    Where there are very many ways, those are compared in which neighbours go together. On a GPU there is one part;
+    under torchrun, too, where the processes share each batch instead.
 
     Args:
-        items: what is done.
+        items: what is done; each part has its own in this order.
         cost: how dear some of them are in one part; what they share counts once.
         processes: where it is done.
     """
-    items, count = list(items), torch.get_num_threads() if _may_fork(processes) else 1
+    items = list(items)
+    count = min(len(items), torch.get_num_threads()) if _may_fork(processes) else 1
+    if count ** len(items) > MOST_DIVISIONS:
+        return _neighbours(items, cost, count)
 
+    def parts_of(places: Sequence[int]) -> list[list[T]]:
+        parts = [[item for item, place in zip(items, places, strict=True) if place == part] for part in range(count)]
+        return [part for part in parts if part]
+
+    def dearness(places: Sequence[int]) -> tuple[float, float]:
+        costs = [cost(part) for part in parts_of(places)]
+        return max(costs, default=0.0), sum(costs)
+
+    return parts_of(min(itertools.product(range(count), repeat=len(items)), key=dearness))
+
+
+def _neighbours(items: list[T], cost: Callable[[Sequence[T]], float], count: int) -> list[list[T]]:
     @functools.cache
     def cost_between(start: int, end: int) -> float:
         return cost(items[start:end])
 
     # By the number of items that are in parts: what the dearest of these costs, and where each begins.
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
-    for _ in range(min(count, len(items))):
+    for _ in range(count):
         best = {
             end: min((max(dearest, cost_between(start, end)), [*starts, start])
                      for start, (dearest, starts) in best.items() if start <= end)

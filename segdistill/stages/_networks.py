@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from segdistill.models.segmenter import Segmenter
 
 CLASSES = 19  # any number does: no method and no network depends on it
+_KINDS: dict[str, str] = {}
 _BUILT: set[str] = set()  # what went together before in this process; a submission looks at the same file twice
 
 
@@ -25,6 +26,7 @@ def check(teacher: TeacherConfig, experiments: Mapping[str, ExperimentConfig], *
         teacher: section ``train_teacher``.
         experiments: all that are defined.
         outlines: whether to build networks and methods, without memory for their parameters where the libraries let us.
+            A process that does cannot fork any more (engine/parts.py): some compute while they are built.
         files: whether the files that are named must exist; they need not where another machine trains.
     """
     from torch import nn
@@ -110,6 +112,13 @@ def _build(
                 method.attach(students)
 
 
+def kind_of(config: ModelConfig) -> str:
+    """Whether it attends; see :class:`segdistill.models.outputs.ModelInfo`."""
+    if repr(config) not in _KINDS:
+        _KINDS[repr(config)] = outline(config).info.kind
+    return _KINDS[repr(config)]
+
+
 def outline(config: ModelConfig) -> "Segmenter":
     """The network without memory for its parameters; with it where an encoder reads values while it is built."""
     import torch
@@ -120,5 +129,10 @@ def outline(config: ModelConfig) -> "Segmenter":
         config = for_images(config, ImageFormat(channels=max(3, *(channel + 1 for channel in config.channels))))
     with contextlib.suppress(UserError), torch.device("meta"):
         return Segmenter(config, CLASSES)
-    with torch.random.fork_rng(devices=[]):
-        return Segmenter(config, CLASSES)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a process that has used several cannot fork any more; see engine/parts.py
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return Segmenter(config, CLASSES)
+    finally:
+        torch.set_num_threads(threads)

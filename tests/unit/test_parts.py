@@ -1,6 +1,7 @@
 """Parts of a stage in processes of their own: what they return, and how they end."""
 
 import functools
+import itertools
 import logging
 import os
 import signal
@@ -13,10 +14,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from segdistill.config import read_yaml
 from segdistill.engine.distributed import Processes
 from segdistill.engine.parts import divided, run_parts
 from segdistill.engine.progress import Advance, TrainingBar
 from segdistill.errors import Interrupted, UserError, stop_on_signal
+from segdistill.plan import cohort_plan, cohorts
+from segdistill.stages.distill import as_member, cost_of
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -27,24 +31,43 @@ def two_threads() -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_neighbours_of_like_cost_go_together() -> None:
-    assert divided([1, 1, 1, 1, 2, 2], sum, ALONE) == [[1, 1, 1, 1], [2, 2]]
-    assert divided([1, 9], sum, ALONE) == [[1], [9]]
+def test_items_are_divided_by_their_cost() -> None:
+    assert divided([1, 2, 1, 1, 2, 1], sum, ALONE) == [[1, 2, 1], [1, 2, 1]]
+    assert divided([1, 9, 1], sum, ALONE) == [[1, 1], [9]]
     assert divided([5], sum, ALONE) == [[5]]
     assert divided([], sum, ALONE) == []
 
 
+@given(items=st.lists(st.integers(1, 9), max_size=6), shared=st.integers(0, 9), threads=st.sampled_from([2, 3]))
+def test_the_dearest_part_is_as_cheap_as_any_division_makes_it(items: list[int], shared: int, threads: int) -> None:
+    def cost(part: Sequence[tuple[int, int]]) -> float:  # the odd ones share something
+        return sum(item for _, item in part) + (shared if any(item % 2 for _, item in part) else 0)
+
+    def part_of(way: Sequence[int], number: int) -> list[tuple[int, int]]:
+        return [item for item, place in zip(numbered, way, strict=True) if place == number]
+
+    torch.set_num_threads(threads)
+    numbered = list(enumerate(items))
+    parts = divided(numbered, cost, ALONE)
+    assert sorted(item for part in parts for item in part) == numbered
+    assert all(part == sorted(part) for part in parts)
+    ways = [[cost(part_of(way, number)) for number in range(threads)]
+            for way in itertools.product(range(threads), repeat=len(items))]  # fmt: skip
+    costs = [cost(part) for part in parts]
+    assert (max(costs, default=0), sum(costs)) == min((max(way), sum(way)) for way in ways)
+
+
 @pytest.mark.usefixtures("two_threads")
-@given(items=st.lists(st.integers(1, 9), max_size=8), shared=st.integers(0, 9))
-def test_the_dearest_part_is_as_cheap_as_any_division_makes_it(items: list[int], shared: int) -> None:
-    def cost(part: Sequence[int]) -> float:  # the odd ones share something
+@given(items=st.lists(st.integers(1, 9), min_size=15, max_size=40), shared=st.integers(0, 9))
+def test_of_very_many_divisions_the_best_of_neighbours_is_taken(items: list[int], shared: int) -> None:
+    def cost(part: Sequence[int]) -> float:
         return sum(part) + (shared if any(item % 2 for item in part) else 0)
 
     parts = divided(items, cost, ALONE)
     assert [item for part in parts for item in part] == items
     assert len(parts) <= 2
     cheapest = min(max(cost(items[:place]), cost(items[place:])) for place in range(len(items) + 1))
-    assert max(map(cost, parts), default=0) == cheapest
+    assert max(map(cost, parts)) == cheapest
 
 
 def test_one_thread_and_a_batch_that_is_shared_make_one_part() -> None:
@@ -160,3 +183,15 @@ def test_what_a_part_logs_and_how_far_it_is_are_shown_by_one_process(caplog: pyt
     run_parts([functools.partial(work, group) for group in (0, 1)], ALONE, bar)
     assert sorted(heard) == [(os.getpid(), 0, Advance(5, 10, 0.5, 1.0)), (os.getpid(), 1, Advance(5, 10, 0.5, 1.0))]
     assert sorted(caplog.messages) == ["from 0", "from 1"]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_of_the_default_cohort_one_part_has_the_teacher() -> None:
+    params = read_yaml(Path(__file__).resolve().parents[2] / "params.yaml")
+    jobs = cohorts(params["run"], params["seeds"])["s0"]
+    planned = cohort_plan(params["distill"], params["experiments"], jobs)
+    members = [as_member(job, planned.protocol, "data", "teacher") for job in planned.jobs]
+    costs = {member.name: member.cost for member in members}
+    assert costs["none"] < costs["kd"] < costs["none_vit"] < costs["c2vkd_ce"] < costs["hfd_bsd"]
+    parts = divided(members, cost_of, ALONE)
+    assert [any(member.needs_teacher for member in part) for part in parts] == [False, True]
