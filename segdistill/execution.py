@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from segdistill import environment
 from segdistill.config import parse
@@ -25,8 +25,9 @@ from segdistill.errors import Interrupted, UserError, brief, nearest
 from segdistill.files import disk_errors, folder_place, lock, write_file
 from segdistill.plan import cohorts, experiments, jobs, require_defined
 from segdistill.search import TuneConfig, tuned_experiments
-from segdistill.stages import STAGES, Stage, check_sections
+from segdistill.stages import BY_NAME, STAGES, Stage, check_sections
 
+Networks = Literal["built", "named", "ignored"]  # how far params.yaml is checked
 TIMINGS, TRACKING = Path("artifacts/timings"), Path("artifacts/tracking")
 
 
@@ -110,12 +111,13 @@ def _installed(package: str) -> bool:
         return False
 
 
-def check_params(params: Any, *, networks: bool = True, here: bool = False) -> None:
+def check_params(params: Any, *, networks: Networks = "built", here: bool = False) -> None:
     """Checks the whole of params.yaml, since a slip must not wait for its stage: keys, values, and what goes together.
 
     Args:
         params: what the file says.
-        networks: whether to build every network in outline, and the methods between them, which takes seconds.
+        networks: "built": each is built in outline, and the methods between them, which takes seconds; "named": whether
+            there are such encoders and files; "ignored": by what has nothing to do with them.
         here: whether it is to run on this machine; the files that it names must then be here.
 
     Raises:
@@ -123,7 +125,6 @@ def check_params(params: Any, *, networks: bool = True, here: bool = False) -> N
     """
     from segdistill.data.layouts import LAYOUTS, open_layout
     from segdistill.plan import DistillConfig
-    from segdistill.stages import _networks
 
     if not isinstance(params, Mapping):
         raise UserError(f"parameters: expected a mapping of sections, found {type(params).__name__}")
@@ -142,7 +143,7 @@ def check_params(params: Any, *, networks: bool = True, here: bool = False) -> N
             raise UserError(f"{key}: unknown layout '{brief(layout)}'{nearest(layout, LAYOUTS)}")
     if second and here and not second.data.is_dir():
         raise UserError(f"evaluate.out_of_domain.data: {second.data}: no such folder")
-    if second and here and networks and (data := Path(STAGES[0].inputs["data"])).is_dir():
+    if second and here and networks != "named" and (data := Path(BY_NAME["validate"].inputs["data"])).is_dir():
         from segdistill.data.mapped import MappedDataset
 
         ours = [entry.name for entry in open_layout(configs["prepare"].layout, data).classes]
@@ -159,7 +160,10 @@ def check_params(params: Any, *, networks: bool = True, here: bool = False) -> N
     trained = {student for job in matrix for student in defined[job.experiment].students}
     if wanted is not None and wanted not in trained:
         raise UserError(f"register.student: no experiment under run trains a '{wanted}'{nearest(wanted, trained)}")
-    _networks.check(configs["train_teacher"], defined, outlines=networks, files=here)
+    if networks != "ignored":
+        from segdistill.stages import _networks
+
+        _networks.check(configs["train_teacher"], defined, outlines=networks == "built", files=here)
 
 
 def sections(stage: Stage, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def command(arguments: argparse.Namespace) -> None:
     from segdistill import execution
 
     params, name = read_yaml(arguments.params), arguments.experiment
-    execution.check_params(params, networks=False, here=True)
+    execution.check_params(params, networks="named", here=True)
     if name not in params["experiments"]:
         raise UserError(f"--experiment: '{name}' is unknown{nearest(name, params['experiments'])}")
     seed = parse(Seed, arguments.seed, "--seed")

@@ -18,8 +18,9 @@ def command(arguments: argparse.Namespace) -> None:
     """Runs the stage that the command names."""
     stage, started = BY_NAME[arguments.command], time.time()
     params = read_yaml(arguments.params)
-    # What begins a run, or any change of what is trained, builds every network in outline; others build their own.
-    execution.check_params(params, networks=stage.name in ("validate", "plan"), here=True)
+    # The plan comes before whatever is trained, and builds every network in outline; who needs none imports none.
+    networks: execution.Networks = "built" if stage.name == "plan" else "named" if stage.on_device else "ignored"
+    execution.check_params(params, networks=networks, here=True)
     cohort = f"s{arguments.seed}" if stage.per_cohort else None
     if cohort is not None and cohort not in cohorts(params["run"], params["seeds"]):
         known = ", ".join(map(str, params["seeds"]))

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def command(arguments: argparse.Namespace) -> None:
     """Tunes the experiments of params.yaml; of several processes, the last one writes the report."""
     params, stage = read_yaml(arguments.params), BY_NAME["tune"]
-    execution.check_params(params, networks=False, here=True)
+    execution.check_params(params, networks="named", here=True)
     paths = execution.resolve(stage, None, params, {"plan": arguments.params})
     tuning = Tuning(params, paths["prepared"], paths["teacher"], device=arguments.device)
     context = execution.context(arguments.params)

@@ -47,6 +47,15 @@ TRIALS = "artifacts/tuning/{cohort}"
 
 STAGES: tuple[Stage, ...] = (
     Stage(
+        name="plan",
+        module="plan",
+        image=None,
+        params=("train_teacher", "distill", "experiments", "run", "seeds"),
+        inputs={},
+        outputs={"plan": "artifacts/plan"},
+        help="check what is to be trained as a whole, and write down what decides each cohort of jobs",
+    ),
+    Stage(
         name="validate",
         module="validate",
         image="data",
@@ -65,15 +74,6 @@ STAGES: tuple[Stage, ...] = (
         outputs={"prepared": "artifacts/prepared"},
         large=("prepared",),
         help="turn the data set into Arrow shards with train ids and a manifest",
-    ),
-    Stage(
-        name="plan",
-        module="plan",
-        image=None,
-        params=("train_teacher", "distill", "experiments", "run", "seeds"),
-        inputs={},
-        outputs={"plan": "artifacts/plan"},
-        help="check what is to be trained as a whole, and write down what decides each cohort of jobs",
     ),
     Stage(
         name="train_teacher",

@@ -99,6 +99,7 @@ class Common:
     second_set: "MappedDataset | None"
     tracker: Tracker
     processes: "Processes"
+    macs: dict[str, int] = field(default_factory=dict)  # counted, by the network's description: many jobs share one
 
     @property
     def classes(self) -> list[str]:
@@ -234,6 +235,8 @@ def _evaluate(trained: Trained, seconds: Mapping[str, Sequence[float]]) -> None:
         for name in trained.names:
             network, document = load_model(trained.model, name, processes.device, classes=common.classes)
             models[name], counts[name] = _measure(network, name, common, folder)
+            size = _input_size(common)
+            models[name] |= {"macs": _macs(network, document["model"], size, common), "input_size": list(size)}
             models[name] |= _speed(seconds[name])
             models[name]["weights_sha256"] = document["sha256"]
             models[name]["network"] = title(document["model"])
@@ -264,7 +267,7 @@ def _measure(
     from segdistill.engine.evaluate import evaluate
     from segdistill.engine.inference import Views
     from segdistill.metrics.confusion import iou
-    from segdistill.models.export import count_macs, count_parameters
+    from segdistill.models.export import count_parameters
 
     config, num_classes = common.config, common.info.num_classes
 
@@ -285,7 +288,6 @@ def _measure(
         )
     np.savez_compressed(folder / f"{name}.npz", **arrays)
     _pictures(network, name, headline, common, folder)
-    size = _input_size(common)
     per_class = [None if np.isnan(value) else float(value) for value in iou(headline.confusion)]
     scores = {
         "test/miou": headline.miou,
@@ -293,8 +295,6 @@ def _measure(
         "test/ece": headline.ece,
         "per_class_iou": dict(zip(common.classes, per_class, strict=True)),
         "params": count_parameters(network),
-        "macs": count_macs(network, size),
-        "input_size": list(size),
         "inference": to_dict(config.inference),
         "align_corners": False,  # how logits are resized to the label
         "flip": score(replace(plain, flip=True)) if config.flip else None,
@@ -303,6 +303,15 @@ def _measure(
         **further,
     }
     return scores, headline.counts
+
+
+def _macs(network: "SegmentationNetwork", description: Mapping[str, Any], size: tuple[int, int], common: Common) -> int:
+    from segdistill.models.export import count_macs
+
+    key = json.dumps([description, network.images.channels, size], sort_keys=True)
+    if key not in common.macs:
+        common.macs[key] = count_macs(network, size)
+    return common.macs[key]
 
 
 def _input_size(common: Common) -> tuple[int, int]:

@@ -236,7 +236,7 @@ def pasted() -> dict[str, Any]:
 
 
 def test_the_examples_are_accepted_under_the_experiments_of_the_project(pasted: dict[str, Any]) -> None:
-    check_params(pasted | {"run": list(pasted["experiments"])}, networks=False)
+    check_params(pasted | {"run": list(pasted["experiments"])}, networks="named")
 
 
 @EVERY

@@ -2,6 +2,8 @@
 """params.yaml and the presets: every shipped configuration loads, and every slip in one is named."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +137,7 @@ def test_a_batch_of_more_pixels_than_a_forward_pass_takes_is_refused() -> None:
     params = changed("distill.train.batch_size", 8)
     params["distill"]["train"]["augmentation"]["crop_size"] = [16384, 16384]
     with pytest.raises(UserError, match="8 crops of 16384 x 16384 in one forward pass are more than"):
-        check_params(params, networks=False)
+        check_params(params, networks="named")
 
 
 NO_NAMES = [
@@ -166,7 +168,7 @@ def test_what_cannot_be_a_folder_a_shell_word_and_a_key_names_no_experiment_and_
         changed("experiments.kd.students", students),
     ):
         with pytest.raises(UserError, match=r"cannot be a name; a name is a letter|is taken"):
-            check_params(params, networks=False)
+            check_params(params, networks="named")
     with pytest.raises(UserError):
         jobs([name], [0])
 
@@ -174,7 +176,7 @@ def test_what_cannot_be_a_folder_a_shell_word_and_a_key_names_no_experiment_and_
 def test_a_student_has_no_name_that_torch_uses_for_itself() -> None:
     students = {"train": read_yaml(ROOT / "params.yaml")["experiments"]["none"]["students"]["cnn"]}
     with pytest.raises(UserError, match=r"experiments.kd.students.train: the name 'train' is taken"):
-        check_params(changed("experiments.kd.students", students), networks=False)
+        check_params(changed("experiments.kd.students", students), networks="named")
 
 
 def test_files_that_are_named_must_be_there_where_the_training_is_here(tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_classes_of_a_second_test_set_are_checked_where_both_sets_are_here(
     with pytest.raises(UserError, match=r"evaluate\.out_of_domain\.classes\.car: no class of ours is 'cars'"):
         check_params(changed("evaluate.out_of_domain", second), here=True)
     check_params(changed("evaluate.out_of_domain", second | {"classes": {"car": "car"}}), here=True)
-    check_params(changed("evaluate.out_of_domain", second), networks=False, here=True)  # that it is there is enough
+    check_params(changed("evaluate.out_of_domain", second), networks="named", here=True)  # that it is there is enough
 
 
 # What a params file may be made of, in junk that looks like one.
@@ -221,7 +223,7 @@ def test_junk_anywhere_in_params_yaml_is_in_order_or_refused_in_one_sentence(pat
         section = section[int(part) if isinstance(section, list) else part]
     section[int(last) if isinstance(section, list) else last] = junk
     try:
-        check_params(params, networks=False)
+        check_params(params, networks="named")
     except UserError as error:
         assert str(error).isprintable() and len(str(error)) < 2000
 
@@ -271,3 +273,13 @@ def test_a_cohort_is_all_jobs_of_a_seed_or_a_part_of_them() -> None:
         "s3-0": "ab", "s3-1": "c", "s1-0": "ab", "s1-1": "c",
     }  # fmt: skip
     assert [len(members) for members in cohorts(run, seeds, 1).values()] == [1] * 6
+
+
+def test_who_needs_no_network_imports_none_for_a_look_at_params_yaml() -> None:
+    script = (
+        "import sys, pathlib; from segdistill.config import read_yaml; from segdistill.execution import check_params;"
+        "check_params(read_yaml(pathlib.Path('params.yaml')), networks='ignored', here=True);"
+        "print([name for name in ('timm', 'segmentation_models_pytorch', 'mlflow') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"

@@ -103,13 +103,13 @@ def test_a_slip_in_the_section_is_one_sentence(params: dict[str, Any], changes: 
         changes["search"] = params["tune"]["search"] | changes["search"]
     params["tune"] |= changes
     with pytest.raises(UserError) as caught:
-        check_params(params, networks=False)
+        check_params(params, networks="named")
     assert sentence in str(caught.value)
 
 
 def test_the_section_may_be_absent(params: dict[str, Any]) -> None:
     del params["tune"]
-    check_params(params, networks=False)
+    check_params(params, networks="named")
 
 
 def test_a_trial_needs_a_budget_in_iterations(params: dict[str, Any]) -> None:
@@ -154,7 +154,7 @@ def test_experiments_that_share_a_student_are_tuned_apart_and_comments_stay(para
     }
     changed = parse_yaml(written, "written")
     assert flatten(changed) == expected
-    check_params(changed, networks=False)
+    check_params(changed, networks="named")
     comments = [line.partition("#")[2] for line in text.splitlines() if "#" in line]
     assert [line.partition("#")[2] for line in written.splitlines() if "#" in line] == comments
     assert with_tuned_values(text, {"none": {}}) == with_tuned_values(text, {})
